@@ -1,0 +1,115 @@
+"""Contracts of the whole repository that no single folder can test."""
+
+import ast
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from common.metrics.readme import PAPERS
+
+ROOT = Path(__file__).resolve().parents[1]
+STARTED = [p for p in PAPERS if (ROOT / p / "train.py").exists()]
+TRACKED = [
+    ROOT / f for f in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+]
+SOURCES = [p for p in TRACKED if p.suffix == ".py" and p.exists()]
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_no_file_imports_across_papers_tests_and_scripts_included():
+    bad = []
+    for path in SOURCES:
+        home = path.relative_to(ROOT).parts[0]
+        others = set(PAPERS) - {home} if home != "ci" else set()
+        bad += [f"{path.relative_to(ROOT)}: {name}" for name in imported(path) & others]
+    assert not bad
+
+
+def test_every_started_paper_is_a_package_is_tested_and_under_contract():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = project["tool"]["setuptools"]["packages"]
+    tested = project["tool"]["pytest"]["ini_options"]["testpaths"]
+    contract = (ROOT / "ci/importlinter.ini").read_text()
+    checked = project["tool"]["pyright"]["include"]
+    for paper in STARTED:
+        assert paper in packages and paper in tested and paper in checked, paper
+        assert len(re.findall(rf"^    {paper}$", contract, re.M)) == 3, f"{paper} is missing from ci/importlinter.ini"
+
+
+@pytest.mark.parametrize("paper", STARTED)
+def test_a_started_paper_has_the_interface_of_all(paper):
+    wanted = [
+        "README.md",
+        "claims.yaml",
+        "configs/config.yaml",
+        "configs/reproduce/mini",
+        "train.py",
+        "evaluate.py",
+        "tests",
+    ]
+    missing = [name for name in wanted if not (ROOT / paper / name).exists()]
+    assert not missing
+
+
+def test_no_unsafe_loading_no_machine_paths_no_large_files():
+    unsafe = re.compile(r"weights_only=False|pickle\.loads?\(")
+    machine = re.compile(r"/(root|home/\w+|work)/|files\.pythonhosted|pypi\.org/simple")
+    for path in TRACKED:
+        if not path.exists() or path.suffix not in {".py", ".md", ".yaml", ".toml", ".txt", ".yml", ".cff", ".sh"}:
+            continue
+        text = path.read_text()
+        here = path.relative_to(ROOT)
+        if path.suffix == ".py" and path != Path(__file__).resolve():
+            assert not unsafe.search(text), here
+        if path != Path(__file__).resolve():
+            assert not machine.search(text), here
+        assert path.stat().st_size < 1_000_000, here
+
+
+def test_constraints_pin_every_dependency_exactly():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    named = [*project["dependencies"], *extras["deploy"], *extras["dev"]]
+    lines = (ROOT / "constraints.txt").read_text().split()
+    pins = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
+    wanted = {re.split(r"[<>=\[]", name)[0].lower() for name in named}
+    assert wanted <= pins, wanted - pins
+
+
+def test_too_old_a_python_and_a_missing_venv_get_one_clear_line(tmp_path):
+    def fake_python(name: str, body: str) -> Path:
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+        return path
+
+    old = fake_python("old", 'case "$*" in *version_info*) exit 1;; *--version*) echo "Python 3.9.2";; esac')
+    bare = fake_python("bare", 'case "$*" in *ensurepip*) exit 1;; esac')
+    for python, message in (
+        (old, "Python 3.9.2 is too old"),
+        (bare, "has no venv module"),
+        (tmp_path / "no", "no .*no here"),
+    ):
+        result = subprocess.run(
+            ["make", "test", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert result.returncode != 0 and re.search(f"error: .*{message}", result.stderr), result.stderr
+        assert not (tmp_path / "venv").exists()
+
+
+def test_a_paper_that_is_not_started_says_so():
+    for paper in set(PAPERS) - set(STARTED):
+        result = subprocess.run(["make", f"reproduce-{paper}", "PY=python3"], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode != 0 and f"{paper} is not started yet" in result.stderr
