@@ -1,0 +1,355 @@
+"""Run, record and verify the evidence of one paper:  python -m common.reproduce {run,record,verify} <paper> [--scale mini]
+
+A scale is a folder of Hydra sweeps `<paper>/configs/reproduce/<scale>/<nn>_<script>[_<what>].yaml`. `run` carries them out in
+name order, skips finished cells and ends with the report. At `--scale paper` every cell is a process of its own (torchrun
+for several devices), and `--dry` prints the commands instead, one line per cell. `record` copies the report to
+`<paper>/results/<scale>/`; `verify` runs one recorded cell again and compares its numbers.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import queue
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from common.metrics import report
+from common.metrics.claims import load_claims
+from common.runs import RunError, fingerprint, git_commit, hash_files, read_json
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep: where it writes (`dir`), its arm as the report names it, and the fingerprint it will have."""
+
+    stage: str
+    script: str
+    overrides: tuple[str, ...]
+    dir: Path
+    arm: str
+    seed: int
+    sha: str
+    gpu_hours: float | None
+
+    def status(self) -> str:
+        """finished | running | failed | missing | other (finished or begun with another configuration)."""
+        result = read_json(self.dir / "result.json")
+        if result is None:
+            return "missing"
+        return result["status"] if result["config_sha256"] == self.sha else "other"
+
+    def name(self) -> str:
+        return f"{self.arm}/seed{self.seed}"
+
+
+def stages(paper: Path, scale: str) -> list[Path]:
+    """The sweep files of a scale in the order in which they run. Raises `RunError` if there are none."""
+    folder = paper / "configs/reproduce" / scale
+    found = sorted(folder.glob("*.yaml"))
+    if not found:
+        scales = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
+        raise RunError(f"{paper.name} has no scale '{scale}'; its scales: {', '.join(scales) or 'none'}")
+    for file in found:
+        if not (paper / f"{_script(file)}.py").exists():
+            raise RunError(
+                f"{file}: the name must be <nn>_<script>[_<what>].yaml and {_script(file)}.py does not exist"
+            )
+    return found
+
+
+def cells(paper: Path, scale: str, extra: tuple[str, ...] = ()) -> list[Cell]:
+    """Every cell of a scale, composed as Hydra will compose it. extra: overrides that all cells get (data.root=...)."""
+    found = []
+    for file in stages(paper, scale):
+        script = _script(file)
+        config = script if (paper / f"configs/{script}.yaml").exists() else "config"
+        sweep = (f"+reproduce/{scale}={file.stem}",)
+        params = _compose(paper, config, (*sweep, *extra)).hydra.sweeper.params or {}
+        choices = [_choices(f"{key}={value}") for key, value in params.items()]
+        for overrides in itertools.product(*choices):
+            cfg = _compose(paper, config, (*sweep, *extra, *overrides))
+            task = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])  # type: ignore[arg-type]
+            subdir = Path(cfg.hydra.sweep.subdir)
+            found.append(
+                Cell(
+                    stage=file.stem,
+                    script=script,
+                    overrides=overrides,
+                    dir=paper / cfg.hydra.sweep.dir / subdir,
+                    arm=subdir.parent.as_posix(),
+                    seed=task.seed,
+                    sha=fingerprint(task),
+                    gpu_hours=OmegaConf.select(task, "estimate.gpu_hours"),
+                )
+            )
+    return found
+
+
+def _script(file: Path) -> str:
+    return file.stem.split("_")[1] if "_" in file.stem else ""
+
+
+def _choices(override: str) -> list[str]:
+    parsed = OverridesParser.create().parse_override(override)
+    key = override.split("=", 1)[0]
+    if not parsed.is_sweep_override():
+        return [override]
+    return [f"{key}={value}" for value in parsed.sweep_string_iterator()]
+
+
+def _compose(paper: Path, config: str, overrides: tuple[str, ...]) -> DictConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(paper / "configs"), version_base="1.3"):
+        cfg = compose(config, overrides=list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+    return cfg
+
+
+# --------------------------------------------------------------------------------------------------------------- run
+def run(paper: Path, scale: str, *, extra: tuple[str, ...] = (), only: str | None = None) -> int:
+    """Carry out the sweeps of a small scale with Hydra's multirun, then report. Returns the number of unfinished cells."""
+    todo = cells(paper, scale, extra)
+    if only:
+        todo = _of_claim(paper, scale, todo, only)
+    for stage, group in itertools.groupby(todo, key=lambda c: c.stage):
+        group = list(group)
+        open_cells = [c for c in group if c.status() != "finished"]
+        print(
+            f"{paper.name} {scale} {stage}: {len(group) - len(open_cells)} of {len(group)} cells finished", flush=True
+        )
+        if not open_cells:
+            continue
+        env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        sweep = [sys.executable, f"{group[0].script}.py", f"+reproduce/{scale}={stage}", *extra]
+        if only:
+            for cell in open_cells:
+                subprocess.run([*sweep, *cell.overrides], cwd=paper, env=env)
+        else:
+            subprocess.run(sweep, cwd=paper, env=env)
+    unfinished = [c for c in todo if c.status() != "finished"]
+    for cell in unfinished:
+        print(f"not finished: {cell.name()} ({cell.status()}), see {cell.dir}", file=sys.stderr)
+    report.main([paper.name, scale, "--root", str(paper.parent)])
+    return len(unfinished)
+
+
+def run_paper_scale(
+    paper: Path,
+    scale: str,
+    *,
+    extra: tuple[str, ...],
+    gpus: int,
+    per_run: int,
+    only: str | None,
+    all_cells: bool,
+    dry: bool,
+) -> int:
+    """Every open cell as a process: `gpus // per_run` at a time, each on its own cards. `dry` prints the commands.
+
+    Nothing starts without `only` (a claim's id) or `all_cells`. Returns the number of cells that did not finish."""
+    todo = [c for c in cells(paper, scale, extra) if c.status() != "finished"]
+    if only:
+        todo = _of_claim(paper, scale, todo, only)
+    headline = {a for c in load_claims(paper) if c["primary"] and scale in c["scale"] for a in c["arms"]}
+    todo.sort(key=lambda c: (c.stage, c.arm not in headline))
+    if not dry and not (only or all_cells):
+        raise RunError(f"{len(todo)} cells at paper scale: choose ONLY=<claim> or ALL=1, or look at them with DRY=1")
+    if gpus % per_run or per_run < 1:
+        raise RunError(f"GPUS={gpus} must be a multiple of PER_RUN={per_run}")
+    if dry:
+        for cell in todo:
+            hours = f"{cell.gpu_hours / per_run:.1f} h" if cell.gpu_hours else "hours not known"
+            print(f"cd {shlex.quote(str(paper))} && {shlex.join(_command(cell, scale, extra, per_run))}  # {hours}")
+        return 0
+    failed: list[Cell] = []
+    for _, group in itertools.groupby(todo, key=lambda c: c.stage):  # a stage may read what the one before it wrote
+        waiting: queue.SimpleQueue[Cell] = queue.SimpleQueue()
+        for cell in group:
+            waiting.put(cell)
+        slots = [range(i, i + per_run) for i in range(0, gpus, per_run)]
+        workers = [threading.Thread(target=_work, args=(waiting, slot, paper, scale, extra, failed)) for slot in slots]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    for cell in failed:
+        print(f"not finished: {cell.name()} ({cell.status()}), see {cell.dir}", file=sys.stderr)
+    report.main([paper.name, scale, "--root", str(paper.parent)])
+    return len(failed)
+
+
+def _command(cell: Cell, scale: str, extra: tuple[str, ...], per_run: int) -> list[str]:
+    launcher = [Path(sys.executable).name]
+    if per_run > 1:
+        launcher = ["torchrun", "--standalone", f"--nproc_per_node={per_run}"]
+    single = ["hydra.mode=RUN", "hydra.run.dir=${hydra.sweep.dir}/${hydra.sweep.subdir}"]
+    return [*launcher, f"{cell.script}.py", f"+reproduce/{scale}={cell.stage}", *cell.overrides, *extra, *single]
+
+
+def _work(
+    waiting: "queue.SimpleQueue[Cell]", slot: range, paper: Path, scale: str, extra: tuple[str, ...], failed: list
+) -> None:
+    cards = ",".join(map(str, slot))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    while True:
+        try:
+            cell = waiting.get_nowait()
+        except queue.Empty:
+            return
+        cell.dir.mkdir(parents=True, exist_ok=True)
+        print(f"start {cell.name()} on {cards}, log in {cell.dir / 'console.log'}", flush=True)
+        with (cell.dir / "console.log").open("a") as log:
+            env = os.environ | {"CUDA_VISIBLE_DEVICES": cards, "PATH": path}
+            subprocess.run(_command(cell, scale, extra, len(slot)), cwd=paper, env=env, stdout=log, stderr=log)
+        if cell.status() != "finished":  # the file, not the exit status, says whether a run is complete
+            failed.append(cell)
+
+
+def _of_claim(paper: Path, scale: str, todo: list[Cell], claim_id: str) -> list[Cell]:
+    claims = {c["id"]: c for c in load_claims(paper) if scale in c["scale"]}
+    if claim_id not in claims:
+        raise RunError(
+            f"{paper.name} has no claim '{claim_id}' at scale {scale}; there are: {', '.join(claims) or 'none'}"
+        )
+    arms = claims[claim_id]["arms"]
+    last = max((c.stage for c in todo if c.arm in arms), default="")
+    return [
+        c
+        for c in todo
+        if c.arm in arms or (c.stage < last and not any(o.stage == c.stage and o.arm in arms for o in todo))
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------- record, verify
+def code_hash(paper: Path) -> str:
+    """Hash of what produces the numbers: the folder's code, configs and claims, and common/ (tests and results left out)."""
+    files = [paper / "claims.yaml"]
+    for base in (paper, paper.parent / "common"):
+        inside = [p for pattern in ("*.py", "*.yaml") for p in base.rglob(pattern)]
+        files += [p for p in inside if not {"tests", "runs", "results"} & set(p.relative_to(base).parts)]
+    return hash_files(set(files), paper.parent)
+
+
+def record(paper: Path, scale: str) -> Path:
+    """Copy the report of a complete scale to results/<scale>/ with its provenance. Returns that folder.
+
+    Raises `RunError` if cells are open, or claims or sweeps are not committed (both come before the evidence)."""
+    todo = cells(paper, scale)
+    open_cells = [c.name() for c in todo if c.status() != "finished"]
+    if open_cells:
+        raise RunError(
+            f"{len(open_cells)} cells are not finished, e.g. {open_cells[0]}: run make reproduce-{paper.name} first"
+        )
+    declared = ["claims.yaml", "configs"]
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", *declared], cwd=paper, capture_output=True, text=True
+    ).stdout
+    if changed.strip() and git_commit(paper):
+        raise RunError(f"commit the claims and sweeps before recording evidence for them:\n{changed}")
+    source, target = paper / "runs" / scale / "report", paper / "results" / scale
+    report.main([paper.name, scale, "--root", str(paper.parent)])
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    recorded = []
+    for cell in todo:
+        result = read_json(cell.dir / "result.json")
+        keep = ("metrics", "seconds", "config_sha256", "commit", "machine", "versions")
+        recorded.append({"stage": cell.stage, "cell": cell.name(), **{k: result[k] for k in keep}})
+    evidence = {"paper": paper.name, "scale": scale, "code_sha256": code_hash(paper), "cells": recorded}
+    (target / "provenance.json").write_text(json.dumps(evidence, indent=1) + "\n")
+    report.update_readmes(paper.parent, check=False)
+    print(f"recorded {len(recorded)} cells in {target}")
+    return target
+
+
+def verify(paper: Path, scale: str, name: str | None = None, extra: tuple[str, ...] = ()) -> bool:
+    """Run one recorded cell again (with the earlier stages it may read) and compare. True: every number is the recorded one."""
+    evidence = read_json(paper / "results" / scale / "provenance.json")
+    if evidence is None:
+        raise RunError(f"nothing recorded for {paper.name} at scale {scale}: make record-{paper.name} SCALE={scale}")
+    print(
+        f"code, configs and claims: {'as recorded' if evidence['code_sha256'] == code_hash(paper) else 'changed since'}"
+    )
+    recorded = {c["cell"]: c for c in evidence["cells"]}
+    if name is not None and name not in recorded:
+        raise RunError(f"no recorded cell '{name}'; there are: {', '.join(recorded)}")
+    with tempfile.TemporaryDirectory() as scratch:
+        again = cells(paper, scale, (*extra, f"run_root={scratch}"))
+        cell = next((c for c in again if c.name() == (name or evidence["cells"][0]["cell"])), None)
+        if cell is None:
+            raise RunError(f"the sweeps of {paper.name} at scale {scale} no longer have the cell {name}")
+        earlier = [c for c in again if c.stage < cell.stage]
+        same_seed = [c for c in earlier if c.seed == cell.seed] or earlier
+        for c in [*same_seed, cell]:
+            env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+            command = _command(c, scale, (*extra, f"run_root={scratch}"), per_run=1)
+            subprocess.run([sys.executable, *command[1:]], cwd=paper, env=env, check=True, stdout=subprocess.DEVNULL)
+        new = read_json(cell.dir / "result.json")
+    old = recorded[cell.name()]
+    if old["config_sha256"] != new["config_sha256"]:
+        print("the configuration of this cell has changed since the record")
+    equal = True
+    for metric in sorted(old["metrics"] | new["metrics"]):
+        a, b = old["metrics"].get(metric), new["metrics"].get(metric)
+        same = a is not None and b is not None and abs(a - b) <= 1e-9 * max(1.0, abs(a))
+        equal &= same
+        print(f"  {metric:32s} recorded {a}  now {b}  {'same' if same else 'DIFFERENT'}")
+    where = f"recorded on {old['machine']['cpu']}, {old['machine']['accelerator']}, torch {old['versions']['torch']}"
+    print(f"{cell.name()}: {'verified' if equal else 'not the recorded numbers'} ({where})")
+    return equal
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m common.reproduce", description="Run, record and verify the evidence of one paper."
+    )
+    parser.add_argument("action", choices=["run", "record", "verify"])
+    parser.add_argument("paper")
+    parser.add_argument("--scale", default="mini")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the repository (tests use another)")
+    parser.add_argument("--data", default="", help="data.root of every cell")
+    parser.add_argument("--gpus", type=int, default=1, help="cards of this machine (paper scale)")
+    parser.add_argument("--per-run", type=int, default=1, help="cards of one run (paper scale)")
+    parser.add_argument("--only", default="", help="the cells of one claim")
+    parser.add_argument("--all", action="store_true", help="paper scale: start every cell")
+    parser.add_argument("--dry", action="store_true", help="paper scale: print one command per cell")
+    parser.add_argument("--cell", default="", help="verify: the recorded cell, e.g. nclpp/seed100")
+    args = parser.parse_args(argv)
+    paper = args.root.resolve() / args.paper
+    extra = (f"data.root={args.data}",) if args.data else ()
+    try:
+        if not (paper / "configs").is_dir():
+            raise RunError(f"{args.paper}: no such paper here, or not started yet")
+        if args.action == "record":
+            record(paper, args.scale)
+            return 0
+        if args.action == "verify":
+            return 0 if verify(paper, args.scale, args.cell or None, extra) else 1
+        if args.scale == "paper" or args.dry:
+            return min(1, run_paper_scale(
+                paper, args.scale, extra=extra, gpus=args.gpus, per_run=args.per_run, only=args.only or None,
+                all_cells=args.all, dry=args.dry,
+            ))  # fmt: skip
+        return min(1, run(paper, args.scale, extra=extra, only=args.only or None))
+    except (RunError, ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,350 @@
+"""What a run leaves behind, and when it may be skipped, resumed or refused.
+
+A run directory holds ``config.yaml`` (resolved), ``metrics.jsonl`` (a line per epoch), ``last.ckpt`` (to resume) and
+``result.json``, which ``common.metrics.report`` reads. A train loop stays in its paper's folder and calls these functions;
+devices, precision, DDP and saving are Lightning Fabric's.
+
+    fabric = launch(cfg.fabric)
+    run = Run.open(out, cfg, fabric)            # None: this run is finished already
+    if run is None: return
+    state = run.load_checkpoint()               # None: from the start
+    with run:                                   # an exception marks the run as failed, and is raised again
+        for epoch in ...:
+            run.log(epoch=epoch, loss=loss)
+            run.save_checkpoint({...})
+        run.finish({"top1": 91.2})
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning_fabric import Fabric
+from omegaconf import DictConfig, OmegaConf
+
+# Where and on what a run computes is not what it computes: these keys do not enter the fingerprint.
+NOT_IN_FINGERPRINT = (
+    "run_root", "force", "preflight", "threads", "estimate", "logger", "train.log_every", "train.save_every",
+    "data.root", "data.download", "data.workers",
+    "fabric.accelerator", "fabric.devices", "fabric.strategy",
+)  # fmt: skip
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "lightning-fabric", "hydra-core")
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or go on; the message names the directory or key and the fix."""
+
+
+# ------------------------------------------------------------------------------------------------- the configuration
+def plain(cfg: DictConfig | Mapping) -> dict:
+    """The resolved configuration as plain dicts and lists. Raises `RunError` for a value that is missing ('???')."""
+    if not isinstance(cfg, DictConfig):
+        return dict(cfg)
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise RunError(f"no value given for {', '.join(missing)}: set it on the command line, e.g. {missing[0]}=...")
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists are leaves."""
+    flat = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+    return flat
+
+
+def fingerprint(cfg: DictConfig | Mapping) -> str:
+    """SHA-256 of the resolved configuration less `NOT_IN_FINGERPRINT`: equal hashes compute the same numbers."""
+    return hashlib.sha256(json.dumps(_fingerprinted(plain(cfg)), sort_keys=True).encode()).hexdigest()
+
+
+def _fingerprinted(config: Mapping) -> dict[str, Any]:
+    def ignored(key: str) -> bool:
+        return any(key == name or key.startswith(name + ".") for name in NOT_IN_FINGERPRINT)
+
+    return {key: value for key, value in flatten(config).items() if not ignored(key)}
+
+
+def differing_keys(old: Mapping, new: Mapping) -> list[str]:
+    """Lines "key: old -> new" for every key that the fingerprint covers and that differs."""
+    a, b = _fingerprinted(old), _fingerprinted(new)
+    gone = "(absent)"
+    return [f"{k}: {a.get(k, gone)} -> {b.get(k, gone)}" for k in sorted(a | b) if a.get(k, gone) != b.get(k, gone)]
+
+
+# ------------------------------------------------------------------------------------------------------- the devices
+def launch(fabric_cfg: Mapping, **kwargs: Any) -> Fabric:
+    """A launched `Fabric` for the processes that a launcher (torchrun) made; one process without a launcher.
+
+    Raises `RunError` if the launcher's world size and Fabric's disagree, instead of two trainings in one directory."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    nodes = max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    fabric = Fabric(**{"num_nodes": nodes, **fabric_cfg}, **kwargs)
+    if fabric.world_size != world and "WORLD_SIZE" in os.environ:
+        raise RunError(
+            f"the launcher started {world} processes but fabric.devices={fabric_cfg.get('devices')} makes "
+            f"{fabric.world_size}: leave fabric.devices to its default, which follows the launcher"
+        )
+    fabric.launch()
+    return fabric
+
+
+def per_device_batch(batch_size: int, world_size: int, accumulation: int = 1) -> int:
+    """Images per device and micro-step of a GLOBAL batch. Raises `ValueError` if that is not a whole number."""
+    parts = world_size * accumulation
+    if batch_size < 1 or accumulation < 1 or batch_size % parts:
+        raise ValueError(
+            f"train.batch_size={batch_size} is the global batch and must be a positive multiple of "
+            f"devices x accumulation = {world_size} x {accumulation} = {parts}"
+        )
+    return batch_size // parts
+
+
+def check_finite(terms: Mapping[str, torch.Tensor], *, step: int, last_good: Path | None = None) -> None:
+    """Raise `FloatingPointError` naming the step and the terms that are NaN or infinite.
+
+    terms: named scalars, e.g. the loss terms or {"gradient norm": ...}. One device synchronisation."""
+    values = torch.stack([t.detach().float().reshape(()) for t in terms.values()])
+    finite = values.isfinite()
+    if not bool(finite.all()):
+        bad = ", ".join(
+            f"{n}={v:g}" for n, v, ok in zip(terms, values.tolist(), finite.tolist(), strict=True) if not ok
+        )
+        kept = f"the last good state is {last_good}" if last_good and last_good.exists() else "no checkpoint yet"
+        raise FloatingPointError(
+            f"not finite at step {step}: {bad}; {kept}. Lower optim.lr or use fabric.precision=32-true"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- the run directory
+class Run:
+    """One run directory. Only rank 0 writes; every rank reads the same decision."""
+
+    def __init__(self, path: Path, config: dict, fabric: Fabric, lock: Any) -> None:
+        self.dir, self.config, self.fabric, self._lock = path, config, fabric, lock
+        self.sha = fingerprint(config)
+        self.checkpoint = path / "last.ckpt"
+        self.seconds_before, self._start, self._lines = 0.0, time.perf_counter(), 0
+
+    @classmethod
+    def open(cls, path: str | Path, cfg: DictConfig | Mapping, fabric: Fabric) -> "Run | None":
+        """The run to carry out, or None if `path` holds it finished already.
+
+        The same fingerprint: a finished run is skipped, any other is resumed. Another fingerprint: `RunError` naming the
+        differing keys, or with `force: true` the old run is overwritten."""
+        path, config = Path(path), plain(cfg)
+        lock, decision = None, ""
+        if fabric.is_global_zero:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = _lock(path)
+            decision = _decide(path, config)
+            if decision == "start":
+                for name in ("last.ckpt", "best.ckpt", "metrics.jsonl", "result.json"):
+                    (path / name).unlink(missing_ok=True)
+        decision = fabric.broadcast(decision, src=0)
+        if decision.startswith("refuse"):
+            raise RunError(decision.removeprefix("refuse "))
+        if decision == "skip":
+            fabric.print(f"finished already: {path} (force=true runs it again)")
+            return None
+        run = cls(path, config, fabric, lock)
+        if fabric.is_global_zero:
+            if decision == "resume" and (old := read_json(path / "result.json")):
+                run.seconds_before = old.get("seconds", 0.0)
+            _write(path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            run._result("running", {})
+        fabric.print(f"{decision} {path}")
+        return run
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) and self.fabric.is_global_zero:
+            self._result("failed", {}, error=f"{type(error).__name__}: {error}")
+        if self._lock:
+            self._lock.close()
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds so far, those before an interruption included."""
+        return self.seconds_before + time.perf_counter() - self._start
+
+    def log(self, **row: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        self._lines += 1
+        if self.fabric.is_global_zero:
+            with (self.dir / "metrics.jsonl").open("a") as f:
+                f.write(json.dumps(row) + "\n")
+
+    def save_checkpoint(self, state: Mapping[str, Any], name: str = "last.ckpt") -> None:
+        """Write `state` beside the target and move it into place, so that a kill never leaves half a checkpoint.
+
+        A full disk raises `RunError` and leaves the previous checkpoint as it was."""
+        target, beside = self.dir / name, self.dir / f".{name}.tmp"
+        header = {"config_sha256": self.sha, "lines": self._lines, "seconds": self.seconds}
+        try:
+            self.fabric.save(beside, {**state, "run": header})
+            if self.fabric.is_global_zero:
+                os.replace(beside, target)
+        except (OSError, RuntimeError) as error:
+            beside.unlink(missing_ok=True)
+            raise RunError(f"cannot write {target}: {error}. Free space and start again; the run resumes") from error
+        self.fabric.barrier()
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The state to resume from (on CPU), or None. metrics.jsonl is cut back to the lines of that moment."""
+        if not self.checkpoint.exists():
+            self._cut_log(0)
+            return None
+        state = load_checkpoint(self.checkpoint)
+        header = state["run"]
+        self._lines = header["lines"]
+        self.seconds_before = header["seconds"]
+        self._cut_log(self._lines)
+        return state
+
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        """Write the final metrics (finite numbers by name) and mark the run as finished."""
+        bad = {k: v for k, v in metrics.items() if not isinstance(v, int | float) or not math.isfinite(v)}
+        if bad:
+            raise ValueError(f"final metrics must be finite numbers, got {bad}")
+        if self.fabric.is_global_zero:
+            self._result("finished", dict(metrics))
+
+    def _cut_log(self, lines: int) -> None:
+        log = self.dir / "metrics.jsonl"
+        if self.fabric.is_global_zero and log.exists():
+            _write(log, "".join(log.read_text().splitlines(keepends=True)[:lines]))
+
+    def _result(self, status: str, metrics: dict, **more: Any) -> None:
+        c = self.config
+        _write(self.dir / "result.json", json.dumps({
+            "scale": c.get("scale"), "arm": c.get("arm"), "seed": c.get("seed"), "status": status, "metrics": metrics,
+            "seconds": round(self.seconds, 3), "config_sha256": self.sha, **provenance(self.fabric.device), **more,
+        }, indent=1) + "\n")  # fmt: skip
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint as tensors and plain types, on CPU. Never unpickles code.
+
+    Raises `FileNotFoundError`, or `RunError` for a file that is truncated or holds anything but tensors and plain types."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path.absolute()}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        what = str(error).splitlines()[0]
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise RunError(
+                f"refused {path}: it holds pickled objects, not only tensors and plain types ({what})"
+            ) from error
+        raise RunError(
+            f"cannot read {path}: truncated or not a checkpoint ({what}). Delete it to start again"
+        ) from error
+
+
+def remove_if_empty(path: str | Path, root: str | Path) -> None:
+    """Remove `path` and its parents up to `root` as long as they are empty (Hydra makes the directory first)."""
+    path, root = Path(path).absolute(), Path(root).absolute()
+    while path != root.parent and path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+        path = path.parent
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file, or None if there is none. Raises `RunError` for a corrupt one."""
+    path = Path(path)
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise RunError(f"corrupt {path}: {error}. Delete it and start again") from error
+
+
+# -------------------------------------------------------------------------------------------------------- provenance
+def provenance(device: torch.device | None = None) -> dict[str, Any]:
+    """{commit, versions, machine} of this process."""
+    from importlib.metadata import version
+
+    accelerator = torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else "cpu"
+    versions = {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
+    machine = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": accelerator,
+    }
+    return {"commit": git_commit(), "versions": versions, "machine": machine}
+
+
+def git_commit(root: Path | None = None) -> str | None:
+    """The current commit, with "+" appended when tracked files differ from it; None outside a git checkout."""
+    where = root or Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=where, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def hash_files(paths: Iterable[Path], root: Path) -> str:
+    """SHA-256 over names (relative to root) and contents of files, in name order."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def _decide(path: Path, config: dict) -> str:
+    result = read_json(path / "result.json")
+    if result is None or config.get("force"):
+        return "start"
+    if result["config_sha256"] != fingerprint(config):
+        old = yaml.safe_load((path / "config.yaml").read_text()) if (path / "config.yaml").exists() else {}
+        keys = "\n  ".join(differing_keys(old, config))
+        return f"refuse {path} holds a {result['status']} run with another configuration; force=true overwrites it:\n  {keys}"
+    return "skip" if result["status"] == "finished" else "resume"
+
+
+def _lock(path: Path) -> Any:
+    """Hold the directory against a second writer; wait for one that is still at work (a killed sweep's last cell)."""
+    handle = (path / ".lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting: another process is still writing {path}", file=sys.stderr, flush=True)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    return handle

@@ -1,0 +1,250 @@
+"""Sweeps of a toy paper: cells, skipping, kill and rerun, commands at paper scale, record and verify."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from common import reproduce
+from common.metrics.readme import BEGIN, END
+from common.runs import RunError
+
+TRAIN = """
+import random, sys
+from pathlib import Path
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from common import runs
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="config")
+def main(cfg):
+    run = runs.Run.open(HydraConfig.get().runtime.output_dir, cfg, runs.launch(cfg.fabric))
+    if run is None:
+        return
+    with run:
+        if cfg.arm == "student":
+            teacher = Path(cfg.run_root) / cfg.scale / "teacher/seed0/result.json"
+            assert teacher.exists(), "the earlier stage has not run"
+        if (Path(__file__).parent / "break").exists() and cfg.seed == 101:
+            raise ValueError("broken on purpose")
+        run.finish({"top1": random.Random(cfg.seed + len(cfg.arm)).random() + cfg.gain})
+
+if __name__ == "__main__":
+    main()
+"""
+CONFIG = """
+defaults: [_self_, {method: plain}, {override hydra/job_logging: stdout}]
+run_root: runs
+scale: default
+arm: "${hydra:runtime.choices.method}"
+seed: 0
+force: false
+gain: 0
+data: {root: null}
+estimate: {gpu_hours: 12}
+fabric: {accelerator: cpu, devices: "${oc.decode:${oc.env:LOCAL_WORLD_SIZE,1}}"}
+hydra:
+  output_subdir: null
+  job: {chdir: false, config: {override_dirname: {exclude_keys: [seed, method, scale, run_root, force, data.root,
+    reproduce/mini, reproduce/paper]}}}
+  run: {dir: "${run_root}/${scale}/${arm}/${hydra:job.override_dirname}/seed${seed}"}
+  sweep: {dir: "${run_root}/${scale}", subdir: "${arm}/${hydra:job.override_dirname}/seed${seed}"}
+"""
+SWEEP = """# @package _global_
+defaults: [{override /hydra/launcher: %s}]
+scale: %s
+hydra: {mode: MULTIRUN, sweeper: {params: %s}}
+"""
+CLAIMS = """
+basis: text
+published: []
+claims:
+- {id: better, statement: the student is better, kind: ordering, scale: [mini, paper], primary: true, published: null,
+   metric: top1, arms: [student, plain], better: higher}
+"""
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A repository with one paper of two stages, finished once at scale mini."""
+    root = tmp_path_factory.mktemp("repo")
+    paper = root / "ncl_pp"  # a name that the README tables know
+    files = {
+        "train.py": TRAIN,
+        "configs/config.yaml": CONFIG,
+        "configs/method/plain.yaml": "gain: 0\n",
+        "claims.yaml": CLAIMS,
+        "README.md": f"# a toy\n{BEGIN}\n{END}\n",
+        "../README.md": f"{BEGIN}\n{END}\n",
+        "../.gitignore": "runs/\nbreak\n",
+    }
+    for name in ("plain", "student", "teacher"):
+        files[f"configs/method/{name}.yaml"] = f"# @package _global_\ngain: {int(name == 'student')}\n"
+    for scale in ("mini", "paper"):
+        files[f"configs/reproduce/{scale}/10_train_teacher.yaml"] = SWEEP % (
+            "basic",
+            scale,
+            "{method: teacher, seed: 0}",
+        )
+        params = '{method: "plain,student", seed: "100,101,102"}'
+        files[f"configs/reproduce/{scale}/20_train_arms.yaml"] = SWEEP % ("joblib", scale, params)
+    for name, text in files.items():
+        path = paper / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (paper / "break").touch()
+    for args in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "claims first"],
+    ):
+        subprocess.run(["git", *args], cwd=root, check=True)
+    return paper
+
+
+def statuses(paper):
+    return {c.name(): c.status() for c in reproduce.cells(paper, "mini")}
+
+
+def test_from_nothing_to_recorded_and_verified_evidence(toy, monkeypatch, capfd):
+    assert set(statuses(toy).values()) == {"missing"}
+    assert reproduce.run(toy, "mini") == 2, "the two broken cells are counted, the others go on"
+    found = statuses(toy)
+    assert found.pop("plain/seed101") == found.pop("student/seed101") == "failed" and set(found.values()) == {
+        "finished"
+    }
+    assert "not finished: plain/seed101 (failed)" in capfd.readouterr().err
+    with pytest.raises(RunError, match="2 cells are not finished"):
+        reproduce.record(toy, "mini")
+
+    (toy / "break").unlink()
+    before = (toy / "runs/mini/plain/seed100/result.json").read_text()
+    assert reproduce.run(toy, "mini") == 0 and set(statuses(toy).values()) == {"finished"}
+    assert (toy / "runs/mini/plain/seed100/result.json").read_text() == before, "finished cells are not run again"
+    report = json.loads((toy / "runs/mini/report/claims.json").read_text())
+    assert report["claims"][0]["verdict"] in ("supported", "inconclusive") and report["claims"][0]["effect"]["n"] == 3
+
+    with monkeypatch.context() as m:  # a second call starts no process at all
+        m.setattr(reproduce.subprocess, "run", lambda *a, **k: pytest.fail(f"started {a}"))
+        m.setattr(reproduce.report, "main", lambda argv: 0)
+        assert reproduce.run(toy, "mini") == 0
+
+    (toy / "claims.yaml").write_text(CLAIMS + "# tuned\n")
+    with pytest.raises(RunError, match="commit the claims"):
+        reproduce.record(toy, "mini")
+    (toy / "claims.yaml").write_text(CLAIMS)
+    target = reproduce.record(toy, "mini")
+    assert {"claims.json", "report.md", "cells.csv", "provenance.json"} <= {p.name for p in target.iterdir()}
+    assert "the student is better" in (toy / "README.md").read_text()
+
+    assert reproduce.verify(toy, "mini", "student/seed102"), "runs the teacher first, then the student"
+    evidence = json.loads((target / "provenance.json").read_text())
+    evidence["cells"][0]["metrics"]["top1"] += 0.01
+    (target / "provenance.json").write_text(json.dumps(evidence))
+    assert not reproduce.verify(toy, "mini"), "a number that differs must be noticed"
+    assert "DIFFERENT" in capfd.readouterr().out
+    with pytest.raises(RunError, match="no recorded cell 'plain/seed7'"):
+        reproduce.verify(toy, "mini", "plain/seed7")
+
+
+def test_cells_follow_the_sweeps_in_name_order(toy):
+    found = reproduce.cells(toy, "mini")
+    assert [c.stage for c in found] == ["10_train_teacher"] + ["20_train_arms"] * 6
+    assert found[1].name() == "plain/seed100" and found[1].dir == toy / "runs/mini/plain/seed100"
+    assert len({c.sha for c in found}) == 7
+    with_data = reproduce.cells(toy, "mini", ("data.root=/datasets",))
+    assert [c.sha for c in with_data] == [c.sha for c in found] and with_data[1].dir == found[1].dir
+
+
+def test_the_code_hash_sees_code_and_claims_but_not_tests_or_results(toy):
+    before = reproduce.code_hash(toy)
+    (toy / "tests").mkdir(exist_ok=True)
+    (toy / "tests/test_x.py").write_text("")
+    assert reproduce.code_hash(toy) == before
+    (toy / "extra.py").write_text("x = 1\n")
+    assert reproduce.code_hash(toy) != before
+    (toy / "extra.py").unlink()
+
+
+# --------------------------------------------------------------------------------------------------------- paper scale
+def dry(toy, capsys, **kwargs):
+    options = {
+        "extra": ("data.root=/datasets",),
+        "gpus": 8,
+        "per_run": 8,
+        "only": None,
+        "all_cells": False,
+        "dry": True,
+    }
+    assert reproduce.run_paper_scale(toy, "paper", **{**options, **kwargs}) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_dry_prints_one_command_per_cell_with_its_hours(toy, capsys):
+    lines = dry(toy, capsys)
+    assert len(lines) == 7 and all(
+        line.startswith(f"cd {toy} && torchrun --standalone --nproc_per_node=8") for line in lines
+    )
+    assert lines[0].endswith("# 1.5 h") and "method=teacher" in lines[0] and "data.root=/datasets" in lines[0]
+    single = dry(toy, capsys, per_run=1)
+    assert " train.py +reproduce/paper=20_train_arms method=plain seed=100" in single[1] and single[1].endswith(
+        "# 12.0 h"
+    )
+
+
+def test_only_takes_the_cells_of_one_claim_and_the_stages_before(toy, capsys):
+    lines = dry(toy, capsys, only="better")
+    assert len(lines) == 7
+    with pytest.raises(RunError, match="no claim 'other'.*better"):
+        dry(toy, capsys, only="other")
+
+
+def test_nothing_starts_at_paper_scale_unasked(toy):
+    options = {"extra": (), "gpus": 1, "per_run": 1, "only": None, "dry": False}
+    with pytest.raises(RunError, match="ONLY=<claim> or ALL=1"):
+        reproduce.run_paper_scale(toy, "paper", all_cells=False, **options)
+    with pytest.raises(RunError, match="GPUS=3 must be a multiple of PER_RUN=2"):
+        reproduce.run_paper_scale(toy, "paper", all_cells=True, **{**options, "gpus": 3, "per_run": 2})
+
+
+def test_paper_scale_pins_free_cards_and_judges_by_result_json(toy, monkeypatch):
+    started = []
+
+    def fake(command, cwd, env, stdout, stderr):
+        started.append((command, env["CUDA_VISIBLE_DEVICES"]))
+
+    monkeypatch.setattr(reproduce.subprocess, "run", fake)
+    monkeypatch.setattr(reproduce.report, "main", lambda argv: 0)
+    failed = reproduce.run_paper_scale(toy, "paper", extra=(), gpus=2, per_run=1, only=None, all_cells=True, dry=False)
+    assert failed == 7 == len(started), "an exit status alone does not make a run complete"
+    assert {cards for _, cards in started} <= {"0", "1"}
+    assert "method=teacher" in started[0][0], "the first stage ends before the second begins"
+
+
+def test_errors_name_paper_scale_and_sweep(toy, capsys):
+    root = str(toy.parent)
+    assert reproduce.main(["run", "q_vit", "--root", root]) == 1
+    assert "q_vit: no such paper here, or not started yet" in capsys.readouterr().err
+    assert reproduce.main(["run", "ncl_pp", "--scale", "maxi", "--root", root]) == 1
+    assert "no scale 'maxi'; its scales: mini, paper" in capsys.readouterr().err
+    assert reproduce.main(["verify", "ncl_pp", "--scale", "paper", "--root", root]) == 1
+    assert "nothing recorded" in capsys.readouterr().err
+    bad = toy / "configs/reproduce/mini/30_search.yaml"
+    bad.write_text("")
+    with pytest.raises(RunError, match=r"search\.py does not exist"):
+        reproduce.stages(toy, "mini")
+    bad.unlink()
+
+
+def test_every_target_of_the_makefile_is_in_its_help():
+    root = Path(__file__).resolve().parents[2]
+    text = (root / "Makefile").read_text()
+    phony = set(text.split(".PHONY: ")[1].splitlines()[0].split()) | {
+        "record-<paper>",
+        "verify-<paper>",
+        "evaluate-<paper>",
+    }
+    shown = subprocess.run(["make", "help"], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert not {t for t in phony - {"help"} if f"make {t}" not in shown}
+    assert "not started yet:" in shown
