@@ -1,0 +1,119 @@
+"""The two figures of a report: effects with their intervals, and every seed of every arm."""
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+from common.metrics import stats
+from common.metrics.claims import TESTED, Measurements, seed_effects
+
+# Okabe-Ito colours; the verdict is also written beside each row.
+COLOURS = {
+    "supported": "#009E73",
+    "contradicted": "#D55E00",
+    "equivalent": "#0072B2",
+    "inconclusive": "#7F7F7F",
+    "not_run": "#BBBBBB",
+}
+
+
+def plot_claims(results: list[dict[str, Any]], path: str | Path) -> bool:
+    """Forest plot of the ordering, ratio and property claims: estimate (diamond: primary), interval, one small
+    dot per seed; a panel per unit. Writes `path` (PNG); returns False, and writes nothing, without any effect."""
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for r in results:
+        if r["kind"] in TESTED:
+            unit = "x" if r["kind"] == "ratio" else (r["published"] or {}).get("unit") or r["metric"]
+            panels.setdefault(unit, []).append(r)
+    if not any(r["effect"] for r in results):
+        return False
+    heights = [len(rows) + 1.1 for rows in panels.values()]
+    figure = Figure(figsize=(9, 0.55 * sum(heights) + 0.5), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for ax, (unit, rows) in zip(axes, panels.items(), strict=True):
+        _forest_panel(ax, unit, rows)
+    figure.savefig(path, dpi=130)
+    return True
+
+
+def _forest_panel(ax: Axes, unit: str, rows: list[dict[str, Any]]) -> None:
+    ax.axvline(1 if unit == "x" else 0, color="black", linewidth=0.8, linestyle="--")
+    for y, r in enumerate(rows):
+        colour = COLOURS[r["verdict"]]
+        seeds = [*seed_effects(r).values()]
+        ax.plot(seeds, [y + 0.24] * len(seeds), "o", color=colour, markersize=3.5, alpha=0.6, markeredgewidth=0)
+        if r["effect"]:
+            e = r["effect"]
+            ax.plot([e["low"], e["high"]], [y, y], color=colour, linewidth=2.4, solid_capstyle="butt")
+            ax.plot(e["estimate"], y, "D" if r["primary"] else "o", color=colour, markersize=7)
+        label = (
+            r["verdict"]
+            if r["level"] is None
+            else f"{r['verdict']}\nn = {len(seeds)}, {100 * r['level']:.3g} % interval"
+        )
+        ax.text(
+            1.01,
+            y,
+            label,
+            color=colour if r["effect"] else "#666666",
+            transform=ax.get_yaxis_transform(),
+            va="center",
+            fontsize=8,
+        )
+    ax.set_yticks(range(len(rows)), [textwrap.fill(r["id"], 26) for r in rows], fontsize=9)
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    if unit == "x":
+        ax.set_xscale("log")
+        low, high = ax.get_xlim()
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 8 * low else MaxNLocator(7))
+        ax.xaxis.set_major_formatter("{x:.4g}")
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xlabel("ratio over the claimed margin (x); claimed side: right of 1", fontsize=9)
+    else:
+        ax.set_xlabel(f"difference over the claimed margin ({unit}); claimed side: right of 0", fontsize=9)
+    ax.tick_params(axis="x", labelsize=8)
+    ax.grid(axis="x", alpha=0.25)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+
+
+def plot_arms(measurements: Measurements, metrics: list[str], path: str | Path) -> bool:
+    """One panel per metric: every seed of every arm as a dot, equal seeds joined by a thin line, mean and 95 % t
+    interval below. Writes `path` (PNG) and returns True, or returns False when no arm has one of the metrics."""
+    metrics = [m for m in metrics if any(m in run for runs in measurements.values() for run in runs.values())]
+    if not metrics:
+        return False
+    arms = [[a for a, runs in measurements.items() if any(m in run for run in runs.values())] for m in metrics]
+    columns = min(2, len(metrics))
+    lines = [max(map(len, arms[i : i + columns])) for i in range(0, len(metrics), columns)]
+    heights = [n + 1.2 for n in lines]
+    figure = Figure(figsize=(5.5 * columns + 1, 0.48 * sum(heights) + 0.4), layout="constrained")
+    axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights).flat
+    for ax, metric, names in zip(axes, metrics, arms, strict=False):
+        _arms_panel(ax, metric, {a: {s: r[metric] for s, r in measurements[a].items() if metric in r} for a in names})
+    for ax in [*axes][len(metrics) :]:
+        ax.remove()
+    figure.savefig(path, dpi=130)
+    return True
+
+
+def _arms_panel(ax: Axes, metric: str, values: dict[str, dict[int, float]]) -> None:
+    for seed in sorted({s for runs in values.values() for s in runs}):
+        points = [(runs[seed], y) for y, runs in enumerate(values.values()) if seed in runs]
+        ax.plot(*zip(*points, strict=True), "-", color="#888888", linewidth=0.5, alpha=0.55, zorder=1)
+    for y, runs in enumerate(values.values()):
+        x = np.array([*runs.values()], dtype=float)
+        ax.plot(x, [y] * len(x), "o", color="#0072B2", markersize=4.5, alpha=0.7, markeredgewidth=0)
+        ax.plot(x.mean(), y + 0.28, "D", color="black", markersize=4)
+        if len(x) > 1:
+            ax.plot(stats.t_interval(x), [y + 0.28] * 2, color="black", linewidth=1.3)
+    ax.set_yticks(range(len(values)), [textwrap.fill(arm, 24) for arm in values], fontsize=8)
+    ax.set_ylim(len(values) - 0.4, -0.5)
+    ax.set_xlabel(metric, fontsize=9)
+    ax.tick_params(axis="x", labelsize=8)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right", "left"]].set_visible(False)

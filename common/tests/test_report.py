@@ -1,0 +1,264 @@
+"""The report, its figures and the README tables, from a small tree of finished runs."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from matplotlib.image import imread
+
+from common.metrics import readme, report, tables
+from common.metrics.readme import BEGIN, END, PAPERS
+
+PUBLISHED = [
+    {
+        "id": "t1",
+        "table": "Table 1",
+        "setting": "C100-LT",
+        "metric": "top1",
+        "value": 54.2,
+        "unit": "%",
+        "source": "code",
+    },
+    {"id": "m1", "table": "", "setting": "IF50", "metric": "top1", "value": 58.2, "unit": "%", "source": "memory"},
+    {
+        "id": "p1",
+        "table": "4",
+        "setting": "ResNet-32",
+        "metric": "params",
+        "value": 470004,
+        "unit": "",
+        "source": "paper",
+    },
+]
+BASE = {"kind": "ordering", "scale": "mini", "primary": False, "published": None, "better": "higher"}
+CLAIMS = [
+    BASE
+    | {"id": "better", "statement": "new | beats old", "primary": True, "published": "t1", "metric": "top1"}
+    | {"arms": ["new", "old"]},
+    BASE | {"id": "worse", "statement": "new is slower", "published": "m1", "metric": "top1", "arms": ["old", "new"]},
+    BASE | {"id": "spread", "statement": "less spread", "kind": "ratio", "better": "lower", "metric": "eval/dis"}
+    | {"arms": ["new", "old"], "primary": True},
+    BASE | {"id": "positive", "statement": "active", "kind": "property", "metric": "active", "arms": ["new"]},
+    BASE | {"id": "size", "statement": "size", "kind": "exact", "published": "p1", "metric": "params", "arms": ["new"]},
+    BASE | {"id": "paper", "statement": "at paper scale", "published": "t1", "scale": "paper", "metric": "top1"}
+    | {"arms": ["new", "old"]},
+    BASE | {"id": "absent", "statement": "an arm nobody ran", "metric": "top1", "arms": ["new", "never"]},
+]  # fmt: skip
+
+
+def write_run(folder, seed, metrics, status="finished", commit="c0ffee", config=None):
+    folder = folder / f"seed{seed}"
+    folder.mkdir(parents=True)
+    cell = {"scale": "mini", "arm": "?", "seed": seed, "status": status, "metrics": metrics, "seconds": 30.0}
+    cell |= {"config_sha256": f"{seed}", "commit": commit, "versions": {"torch": "2"}, "machine": {"cores": 2}}
+    (folder / "result.json").write_text(json.dumps(cell))
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"seed": seed, "data": {"seed": seed}, "lr": 0.1} | (config or {}))
+    )
+
+
+@pytest.fixture
+def root(tmp_path):
+    paper = tmp_path / "ncl_pp"
+    paper.mkdir()
+    (paper / "claims.yaml").write_text(yaml.safe_dump({"basis": "code", "published": PUBLISHED, "claims": CLAIMS}))
+    rng = np.random.default_rng(0)
+    for arm, shift, dis in (("old", 0.0, 0.10), ("new", 2.0, 0.05)):
+        for seed, level in zip(range(100, 104), (60.0, 66.0, 63.0, 70.0), strict=True):
+            noise = float(rng.normal(0, 0.2))
+            metrics = {"top1": level + shift + noise, "eval/dis": dis * (1 + noise / 5), "params": 470004, "loss": 1.5}
+            write_run(paper / "runs/mini" / arm, seed, metrics | {"active": 0.4 + noise})
+    write_run(paper / "runs/mini/old/lr=1", 100, {}, status="failed")
+    for file, heading in ((paper / "README.md", "# NCL++ here"), (tmp_path / "README.md", "# Ten papers")):
+        file.write_text(f"{heading}\n\nbefore\n{BEGIN}\n{END}\nafter\n")
+    return tmp_path
+
+
+def test_report_is_complete(root):
+    written = report.write_report(root / "ncl_pp", "mini")
+    out = root / "ncl_pp/runs/mini/report"
+    assert json.loads((out / "claims.json").read_text()) == written  # what it returns survives JSON
+    assert written["machine"] == {"cores": 2} and written["paper"] == "ncl_pp"
+    assert {"commit", "dirty", "versions", "scale"} <= set(written)
+    verdicts = {r["id"]: r["verdict"] for r in written["claims"]}
+    assert verdicts == {
+        "better": "supported",
+        "worse": "contradicted",
+        "spread": "supported",
+        "positive": "supported",
+        "size": "supported",
+        "absent": "not_run",
+    }
+    required = {"id", "statement", "kind", "primary", "published", "measured", "effect", "mde", "verdict"}
+    assert all(required <= set(r) for r in written["claims"])
+    assert 1.5 < written["claims"][2]["effect"]["estimate"] < 2.5  # .10 / .05, better lower
+    text = (out / "report.md").read_text()
+    for words in (
+        "Basis: code",
+        "54.2 % (Table 1, code)",
+        "58.2 % (memory, not compared)",
+        "470,004",
+        "old/lr=1/seed100: failed",
+        "8 of 9 cells finished",
+        "![",
+        "(claims.png)",
+        "(arms.png)",
+        "<details>",
+        "new \\| beats old",
+        "(exploratory)",
+    ):
+        assert words in text, words
+    assert "## Warnings" not in text and "can show" not in text
+    rows = list(csv.DictReader((out / "cells.csv").open()))
+    assert len(rows) == 9 and rows[0].keys() >= {"arm", "seed", "status", "seconds", "loss", "eval/dis"}
+    assert {r["loss"] for r in rows if r["status"] == "finished"} == {"1.5"}
+
+
+def test_limits_of_the_scale_are_quoted(root):
+    limits = root / "ncl_pp/configs/reproduce/mini/README.md"
+    limits.parent.mkdir(parents=True)
+    limits.write_text("It cannot show accuracy on photographs.\n")
+    report.write_report(root / "ncl_pp", "mini")
+    text = (root / "ncl_pp/runs/mini/report/report.md").read_text()
+    assert "## What this scale can show / cannot show\n\nIt cannot show accuracy on photographs.\n" in text
+
+
+def test_incomparable_cells_are_warned_about(root):
+    write_run(root / "ncl_pp/runs/mini/new", 200, {}, status="failed", commit="bad", config={"lr": 0.2})
+    report.write_report(root / "ncl_pp", "mini")
+    text = (root / "ncl_pp/runs/mini/report/report.md").read_text()
+    warnings = text.partition("## Warnings")[2].partition("##")[0]
+    assert '"bad" in 1 cells, e.g. new/seed200' in warnings
+    assert "arm new: seeds differ in config: lr" in warnings and "seed," not in warnings  # seed, data.seed may differ
+
+
+def test_figures_are_drawn_and_not_left_over(root, tmp_path):
+    report.write_report(root / "ncl_pp", "mini")
+    out = root / "ncl_pp/runs/mini/report"
+    for name in ("claims.png", "arms.png"):
+        image = imread(out / name)[..., :3]
+        assert min(image.shape[:2]) > 300
+        dark = (image.min(2) < 0.9).mean()
+        assert 0.005 < dark < 0.5  # neither blank nor filled
+    coloured = lambda image, rgb: (np.abs(image - np.array(rgb) / 255).max(2) < 0.02).sum()  # noqa: E731
+    forest = imread(out / "claims.png")[..., :3]
+    assert coloured(forest, (0x00, 0x9E, 0x73)) > 100 and coloured(forest, (0xD5, 0x5E, 0x00)) > 100
+    document = {"basis": "code", "published": PUBLISHED, "claims": [CLAIMS[4]]}
+    (root / "ncl_pp/claims.yaml").write_text(yaml.safe_dump(document))
+    report.write_report(root / "ncl_pp", "mini")  # exact claims alone: nothing to draw
+    assert not (out / "claims.png").exists() and not (out / "arms.png").exists()
+    assert ".png" not in (out / "report.md").read_text()
+
+
+def test_terminal_table_fits(root, capsys):
+    assert report.main(["ncl_pp", "mini", "--root", str(root)]) == 0  # a contradicted claim does not fail
+    text = capsys.readouterr().out
+    table = text.partition("\n\n")[2].partition("\nwritten to")[0]
+    assert max(map(len, table.splitlines())) <= 100
+    assert "supported     * better" in table and "contradicted  - worse" in table and "new | beats old" in table
+
+
+def test_missing_or_bad_input_is_one_line_and_status_1(root, capsys):
+    for argv, words in (
+        (["ncl_pp", "full"], "runs/full: no runs there"),
+        (["q_vit", "mini"], "q_vit/claims.yaml"),
+    ):
+        assert report.main([*argv, "--root", str(root)]) == 1
+        captured = capsys.readouterr()
+        assert words in captured.err and captured.err.count("\n") == 1 and not captured.out
+    assert not (root / "ncl_pp/runs/full").exists()
+    with pytest.raises(SystemExit):
+        report.main(["ncl_pp"])
+
+
+def test_module_runs_and_out_moves_the_report(root):
+    command = [sys.executable, "-m", "common.metrics.report", "ncl_pp", "mini", "--root", str(root), "--out"]
+    done = subprocess.run([*command, str(root / "elsewhere")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (root / "elsewhere/claims.json").exists() and not (root / "ncl_pp/runs/mini/report").exists()
+
+
+def record(root):
+    source, target = root / "ncl_pp/runs/mini/report", root / "ncl_pp/results/mini"
+    report.write_report(root / "ncl_pp", "mini")
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("claims.json", "cells.csv"):
+        (target / name).write_bytes((source / name).read_bytes())
+
+
+def test_readme_table(root):
+    empty = report.render_readme_table(root / "ncl_pp").splitlines()
+    assert empty[0] == (
+        "| claim | published | here, paper scale | here, miniature, mean +/- std (seeds) | verdict | command | time |"
+    )
+    assert len(empty) == 2 + len(CLAIMS) and all("| not_run |" in line for line in empty[2:])
+    record(root)
+    rows = {
+        c["id"]: line
+        for c, line in zip(CLAIMS, report.render_readme_table(root / "ncl_pp").splitlines()[2:], strict=True)
+    }
+    assert "**new \\| beats old**" in rows["better"] and "| supported |" in rows["better"]
+    assert "(4) vs old " in rows["better"] and "| 4.0 min |" in rows["better"]  # 8 runs of 30 s
+    assert "58.2 % (memory, not compared)" in rows["worse"]
+    assert "| contradicted (exploratory) |" in rows["worse"] and "`make reproduce-ncl_pp`" in rows["worse"]
+    assert "new 470,004 +/- 0 (4)" in rows["size"]
+    assert "`make reproduce-ncl_pp SCALE=paper ONLY=paper`" in rows["paper"] and "| not_run |" in rows["paper"]
+    for other in ("paper", "gpu_cifar100"):
+        folder = root / "ncl_pp/results" / other
+        folder.mkdir()
+        (folder / "claims.json").write_bytes((root / "ncl_pp/results/mini/claims.json").read_bytes())
+    row = report.render_readme_table(root / "ncl_pp").splitlines()[2].split(" | ")
+    assert row[2].startswith("gpu_cifar100: new ") and "<br>paper: new " in row[2] and row[3].startswith("new ")
+    assert row[4] == "mini: supported<br>gpu_cifar100: supported<br>paper: supported"
+
+
+def test_readmes_round_trip(root, capsys):
+    argv = ["--readme", "--root", str(root)]
+    record(root)
+    assert report.main([*argv, "--check"]) == 1
+    assert "ncl_pp/README.md: stale" in capsys.readouterr().out
+    assert (root / "README.md").read_text().count("|") == 0  # check wrote nothing
+    assert report.main(argv) == 0
+    once = (root / "ncl_pp/README.md").read_text(), (root / "README.md").read_text()
+    assert report.main([*argv, "--check"]) == 0 and report.update_readmes(root, check=False) == []
+    assert ((root / "ncl_pp/README.md").read_text(), (root / "README.md").read_text()) == once
+    paper, top = once
+    assert paper.startswith("# NCL++ here\n\nbefore\n") and paper.endswith(f"{END}\nafter\n")
+    assert "| [`ncl_pp`](ncl_pp/README.md) | NCL++ here | code | C100-LT: top1 54.2 % (Table 1, code) |" in top
+    assert "mini: 4 supported, 1 contradicted, 1 not_run" in top
+    assert top.count("| not started |") == len(PAPERS) - 1
+    claims = root / "ncl_pp/claims.yaml"
+    claims.write_text(claims.read_text().replace("new is slower", "new is much slower"))
+    assert report.update_readmes(root, check=True) == [root / "ncl_pp/README.md"]
+
+
+def test_readme_errors_name_the_file_and_the_fix(root):
+    (root / "ncl_pp/README.md").write_text("# no markers\n")
+    with pytest.raises(ValueError, match=rf"ncl_pp/README.md.*{BEGIN}"):
+        readme.update_readmes(root, check=True)
+    (root / "ncl_pp/README.md").unlink()
+    with pytest.raises(FileNotFoundError, match=r"ncl_pp/README\.md"):
+        readme.update_readmes(root, check=True)
+    folder = root / "ncl_pp/results/mini"
+    folder.mkdir(parents=True)
+    (folder / "claims.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"results/mini/claims\.json"):
+        readme.render_readme_table(root / "ncl_pp")
+
+
+def test_numbers_as_text():
+    assert [tables.number(x) for x in (1814073344, 470004.0, 94.0617, 0.000123456, 0, None)] == [
+        "1,814,073,344",
+        "470,004",
+        "94.06",
+        "0.0001235",
+        "0",
+        "n/a",
+    ]
+    assert (
+        tables.p_text({"p": 0.01, "p_holm": 0.03}) == ".030" and tables.p_text({"p": 1e-5, "p_holm": None}) == "<.001"
+    )
