@@ -1,0 +1,213 @@
+"""COCO-json and Pascal-VOC detection folders with one kind of target.
+
+Item: (image, target). image: uint8 (3, H, W), RGB, a torchvision tv_tensor. target:
+boxes float32 (n, 4) xyxy in pixels of the image, 0-based, x1/y1 exclusive (a tv_tensor, so that
+torchvision.transforms.v2 moves boxes with the image); labels int64 (n,); image_id int; area float32 (n,) of
+the original annotation; iscrowd int64 (n,); difficult int64 (n,); size int64 (2,) original height and
+width. Boxes are clamped to the image; boxes without extent are dropped and counted in `dropped`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms.functional import pil_to_tensor
+
+from common.data.vision import data_root, open_image
+
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+
+
+class DetectionSet(torch.utils.data.Dataset):
+    """Images of a folder with the annotations of a COCO dict.
+
+    coco: {"images", "annotations", "categories"}; the evaluator of common.metrics takes `self.coco`.
+    labels: "ids", the category ids as they are (COCO's reach 90, with gaps: a model needs 91 classes), or
+    "contiguous", 0..C-1 in the order of the ids; `category_ids[label]` maps back, `classes[label]` names.
+    keep_crowd=False leaves out crowd regions (usual in training). transform: (image, target) -> (image,
+    target).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        coco: dict[str, Any],
+        *,
+        labels: str = "ids",
+        keep_crowd: bool = True,
+        transform: Callable | None = None,
+    ):
+        if labels not in ("ids", "contiguous"):
+            raise ValueError(f"labels must be 'ids' or 'contiguous', got {labels!r}")
+        self.folder, self.coco, self.transform = folder, coco, transform
+        categories = sorted(coco["categories"], key=lambda c: c["id"])
+        self.category_ids: list[int] = [c["id"] for c in categories]
+        self.classes: list[str] = [c["name"] for c in categories]
+        number = {c: i if labels == "contiguous" else c for i, c in enumerate(self.category_ids)}
+        self.infos: list[dict] = sorted(coco["images"], key=lambda i: i["id"])
+        if not self.infos:
+            raise ValueError(f"the annotations for {folder} name no image")
+        self.dropped = 0
+        sizes = {i["id"]: (i["width"], i["height"]) for i in self.infos}
+        rows: dict[int, list[tuple]] = {i["id"]: [] for i in self.infos}
+        for a in coco["annotations"]:
+            if a["image_id"] not in rows or a["category_id"] not in number:
+                raise ValueError(
+                    f"annotation {a.get('id')} names image {a['image_id']}, category {a['category_id']}: "
+                    "not in the file"
+                )
+            box = _clamped(a["bbox"], *sizes[a["image_id"]], where=f"annotation {a.get('id')}")
+            if box is None:
+                self.dropped += 1
+            elif keep_crowd or not a.get("iscrowd", 0):
+                area = float(a.get("area", a["bbox"][2] * a["bbox"][3]))
+                flags = int(a.get("iscrowd", 0)), int(a.get("difficult", 0))
+                rows[a["image_id"]].append((box, number[a["category_id"]], area, *flags))
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+    def __getitem__(self, index: int):
+        info = self.infos[index]
+        path = self.folder / info["file_name"]
+        image = tv_tensors.Image(pil_to_tensor(open_image(path)))
+        h, w = info["height"], info["width"]
+        if tuple(image.shape[-2:]) != (h, w):
+            raise ValueError(f"{path} is {image.shape[-2]}x{image.shape[-1]} (height x width), annotated as {h}x{w}")
+        rows = self._rows[info["id"]]
+        boxes, labels, area, iscrowd, difficult = zip(*rows, strict=True) if rows else ((), (), (), (), ())
+        canvas = tv_tensors.BoundingBoxes(  # type: ignore[call-overload]
+            torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), format="XYXY", canvas_size=(h, w)
+        )
+        target = {
+            "boxes": canvas,
+            "labels": torch.tensor(labels, dtype=torch.int64),
+            "image_id": info["id"],
+            "area": torch.tensor(area, dtype=torch.float32),
+            "iscrowd": torch.tensor(iscrowd, dtype=torch.int64),
+            "difficult": torch.tensor(difficult, dtype=torch.int64),
+            "size": torch.tensor([h, w]),
+        }
+        return (image, target) if self.transform is None else self.transform(image, target)
+
+
+def _clamped(bbox: Sequence[float], width: int, height: int, *, where: str) -> list[float] | None:
+    """xywh -> xyxy inside the image, or None when nothing of it is left."""
+    if len(bbox) != 4 or not all(math.isfinite(v) for v in bbox):
+        raise ValueError(f"{where}: bbox must be four finite numbers x, y, w, h, got {bbox}")
+    x, y, w, h = bbox
+    x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
+    return [x0, y0, x1, y1] if x1 > x0 and y1 > y0 else None
+
+
+def coco_detection(root: str | Path | None, split: str, **options) -> DetectionSet:
+    """root/annotations/instances_<split>.json with the images in root/<split>/ or root/images/<split>/.
+
+    options: those of DetectionSet. Raises FileNotFoundError with the layout, ValueError for a file that is
+    not COCO.
+    """
+    path = data_root(root)
+    file = path / "annotations" / f"instances_{split}.json"
+    layout = f"expected annotations/instances_{split}.json and {split}/*.jpg (or images/{split}/) under {path}"
+    if not file.is_file():
+        raise FileNotFoundError(f"no {file}; {layout}. COCO: https://cocodataset.org/#download")
+    # A subset file (instances_val2017_small.json) may share the folder of its full set.
+    stems = dict.fromkeys([split, split.rsplit("_", 1)[0]])
+    folders = [path / top / stem for stem in stems for top in ("", "images")]
+    folder = next((f for f in folders if f.is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(f"no image folder {folders[0]} or {folders[1]}; {layout}")
+    try:
+        content = json.loads(file.read_text())
+        return DetectionSet(folder, content, **options)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        if isinstance(error, TypeError) and "unexpected keyword" in str(error):
+            raise
+        raise ValueError(f"{file} is not a COCO instances file (images, annotations, categories): {error!r}") from error
+
+
+def voc_detection(
+    root: str | Path | None, split: str, *, classes: Sequence[str] = VOC_CLASSES, **options
+) -> DetectionSet:
+    """One VOC folder (VOCdevkit/VOC2007, or any with Annotations/, ImageSets/Main/<split>.txt, JPEGImages/).
+
+    Labels are 0..C-1 in the order of `classes`. VOC pixels are 1-based and inclusive: box = (xmin - 1, ymin
+    - 1, xmax, ymax). image_id counts the lines of the split from 1; an annotation keeps its `difficult`
+    flag, iscrowd is 0. A box with xmax <= xmin or ymax <= ymin is dropped and counted. VOC 07+12 is a
+    ConcatDataset of two of these.
+    Raises FileNotFoundError with the layout; ValueError naming the file for an unknown class or a broken XML.
+    """
+    path = data_root(root)
+    listed = path / "ImageSets" / "Main" / f"{split}.txt"
+    if not listed.is_file():
+        have = ", ".join(sorted(f.stem for f in listed.parent.glob("*.txt") if "_" not in f.stem)) or "none"
+        raise FileNotFoundError(
+            f"no {listed} (splits there: {have}); expected Annotations/*.xml, ImageSets/Main/{split}.txt and "
+            f"JPEGImages/*.jpg under {path}, for instance .../VOCdevkit/VOC2007"
+        )
+    number = {name: i for i, name in enumerate(classes)}
+    images, annotations, degenerate = [], [], 0
+    for image_id, stem in enumerate(listed.read_text().split(), 1):
+        xml = path / "Annotations" / f"{stem}.xml"
+        try:
+            info, objects = _read_voc(xml, number)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"no annotation {xml}, listed in {listed}") from None
+        except (ElementTree.ParseError, ValueError) as error:
+            raise ValueError(f"cannot read {xml}: {error}") from error
+        images.append({"id": image_id, "file_name": f"{stem}.jpg", **info})
+        for o in objects:
+            if min(o["bbox"][2:]) <= 1:  # inclusive corners: one pixel wide or less means xmax <= xmin
+                degenerate += 1
+                continue
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0, **o})
+    categories = [{"id": i, "name": name} for i, name in enumerate(classes)]
+    coco = {"images": images, "annotations": annotations, "categories": categories}
+    data = DetectionSet(path / "JPEGImages", coco, **options)
+    data.dropped += degenerate
+    return data
+
+
+def _read_voc(xml: Path, number: dict[str, int]) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    root = ElementTree.parse(xml).getroot()
+    info = {key: int(_text(root, f"size/{key}")) for key in ("width", "height")}
+    objects = []
+    for o in root.iter("object"):
+        name = _text(o, "name")
+        if name not in number:
+            raise ValueError(f"unknown class {name!r}; classes are {', '.join(number)}")
+        x0, y0, x1, y1 = (float(_text(o, f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax"))
+        w, h = x1 - x0 + 1, y1 - y0 + 1
+        objects.append(
+            {
+                "category_id": number[name],
+                "bbox": [x0 - 1, y0 - 1, w, h],
+                "area": w * h,
+                "difficult": int(o.findtext("difficult", "0")),
+            }
+        )
+    return info, objects
+
+
+def _text(node: ElementTree.Element, tag: str) -> str:
+    value = node.findtext(tag)
+    if value is None or not value.strip():
+        raise ValueError(f"no <{tag}>")
+    return value.strip()
+
+
+def collate(batch: Sequence[tuple[Any, dict]]) -> tuple[list, list[dict]]:
+    """Lists of images (sizes differ) and of targets, for DataLoader(collate_fn=collate)."""
+    images, targets = zip(*batch, strict=True)
+    return list(images), list(targets)

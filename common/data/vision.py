@@ -1,0 +1,270 @@
+"""Real image sets in the layouts in which people have them, with errors that say what to do.
+
+torchvision reads the files; what this adds is one error with the path looked for, the layout expected and
+the way to get it, and the path of an image that cannot be decoded.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import datasets
+from torchvision.transforms.functional import pil_to_tensor
+
+
+@dataclass(frozen=True)
+class Known:
+    """A set that torchvision reads: its class, the files under the root, its classes and image counts."""
+
+    reader: Callable[..., Any]
+    layout: tuple[str, ...]
+    classes: int
+    sizes: dict[str, int]
+
+
+_IDX = tuple(f"{s}-{k}-ubyte" for s in ("train", "t10k") for k in ("images-idx3", "labels-idx1"))
+KNOWN = {
+    "mnist": Known(datasets.MNIST, tuple(f"MNIST/raw/{f}" for f in _IDX), 10, {"train": 60000, "test": 10000}),
+    "fashion_mnist": Known(
+        datasets.FashionMNIST,
+        tuple(f"FashionMNIST/raw/{f}" for f in _IDX),
+        10,
+        {"train": 60000, "test": 10000},
+    ),
+    "cifar10": Known(
+        datasets.CIFAR10,
+        tuple(
+            f"cifar-10-batches-py/{f}"
+            for f in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
+        ),
+        10,
+        {"train": 50000, "test": 10000},
+    ),
+    "cifar100": Known(
+        datasets.CIFAR100,
+        tuple(f"cifar-100-python/{f}" for f in ("train", "test", "meta")),
+        100,
+        {"train": 50000, "test": 10000},
+    ),
+}
+
+
+def data_root(root: str | Path | None) -> Path:
+    """`root` with ~ expanded. Raises ValueError when not set, FileNotFoundError when it is no folder."""
+    if root is None or str(root).strip() == "":
+        raise ValueError("data.root is not set: give the folder that holds the data (data.root=/datasets/...)")
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"no folder {path} (data.root={root})")
+    return path
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Decodes one image as RGB. Raises FileNotFoundError or ValueError, both naming the path."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no image {path}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot decode image {path}: {error}") from error
+
+
+def torchvision_set(
+    name: str,
+    root: str | Path | None,
+    *,
+    train: bool = True,
+    download: bool = False,
+    transform: Callable | None = None,
+):
+    """MNIST, Fashion-MNIST, CIFAR-10 or CIFAR-100 (name: a key of KNOWN), as torchvision's data set.
+
+    Raises ValueError for an unknown name or a corrupt file, FileNotFoundError when files are missing (or
+    could not be downloaded), with the layout expected under `root`.
+    """
+    if name not in KNOWN:
+        raise ValueError(f"unknown data set {name!r}; choose from {', '.join(KNOWN)}")
+    known = KNOWN[name]
+    if download and root:
+        Path(root).expanduser().mkdir(parents=True, exist_ok=True)
+    path = data_root(root)
+    missing = [f for f in known.layout if not (path / f).is_file()]
+    if missing and not download:
+        raise FileNotFoundError(_missing_message(name, path, missing))
+    try:
+        return known.reader(str(path), train=train, download=download, transform=transform)
+    except Exception as error:  # torchvision raises RuntimeError, URLError, EOFError, pickle errors, ...
+        if missing:
+            raise FileNotFoundError(f"{_missing_message(name, path, missing)}\nThe download failed: {error}") from error
+        raise ValueError(
+            f"{name} under {path} is corrupt: {error}. Delete {path / Path(known.layout[0]).parts[0]} and get it again"
+        ) from error
+
+
+def _missing_message(name: str, path: Path, missing: list[str]) -> str:
+    zipped = [f for f in missing if (path / f"{f}.gz").is_file()]
+    hint = f"\nThe files are there as .gz: gunzip -k {path / zipped[0]}.gz and the others." if zipped else ""
+    return (
+        f"{name} not found: looked for {path / missing[0]}"
+        f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}.\n"
+        f"Expected under {path}: {', '.join(KNOWN[name].layout)}.{hint}\n"
+        f"To get it: data.download=true, or copy the files there; "
+        f"`python -m common.data.check {name} {path}` says what is missing."
+    )
+
+
+def image_folder(root: str | Path | None, split: str | None = None, *, transform: Callable | None = None):
+    """torchvision's ImageFolder on root/split/<class>/<image>; classes in sorted order.
+
+    Raises FileNotFoundError naming the folder looked for, or the class folders without an image.
+    """
+    path = data_root(root) / (split or "")
+    layout = f"Expected {path}/<class name>/<image>.jpg (jpeg, png, ...), one folder per class."
+    if not path.is_dir():
+        raise FileNotFoundError(f"no folder {path}. {layout}")
+    try:
+        return datasets.ImageFolder(str(path), transform=transform, loader=open_image)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no usable classes in {path}: {error}. {layout}") from error
+
+
+class ListedImages(torch.utils.data.Dataset):
+    """Images named by a list: items are (transform(PIL RGB image), label).
+
+    paths: list of Path; targets: list of int; num_classes: as stated in the list, else the largest label + 1.
+    """
+
+    def __init__(
+        self,
+        paths: list[Path],
+        targets: list[int],
+        *,
+        num_classes: int | None = None,
+        transform: Callable | None = None,
+    ):
+        self.paths, self.targets, self.transform = paths, targets, transform
+        self.num_classes = max(targets) + 1 if num_classes is None else num_classes
+        if not 0 <= min(targets) <= max(targets) < self.num_classes:
+            raise ValueError(f"labels span {min(targets)}..{max(targets)}, expected 0..{self.num_classes - 1}")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int):
+        image = open_image(self.paths[index])
+        return (image if self.transform is None else self.transform(image)), self.targets[index]
+
+
+def image_list(
+    list_file: str | Path,
+    root: str | Path | None,
+    *,
+    strip_prefix: str | None = None,
+    transform: Callable | None = None,
+) -> ListedImages:
+    """Images named in a list, found under `root`.
+
+    Formats, by suffix: .txt, "relative/path label" per line (ImageNet-LT, Places-LT, iNaturalist lists; a
+    path may contain blanks); .csv, "path,label" (a header row naming these two is skipped); .json,
+    {"annotations": [{"fpath", "category_id"}, ...], "num_classes"} (the format of the long-tailed CIFAR and
+    ImageNet lists). strip_prefix is removed from the front of every path, which re-roots lists written on
+    another machine.
+    Raises FileNotFoundError for a missing list or a missing first image, ValueError naming the bad line.
+    """
+    where, folder = Path(list_file).expanduser(), data_root(root)
+    if not where.is_file():
+        raise FileNotFoundError(
+            f"no list {where}; expected a .txt ('relative/path label' per line), .csv or .json file"
+        )
+    readers = {".txt": _read_txt, ".csv": _read_csv, ".json": _read_json}
+    if where.suffix not in readers:
+        raise ValueError(f"list {where}: suffix {where.suffix!r}, allowed are {', '.join(readers)}")
+    rows, num_classes = readers[where.suffix](where)
+    if not rows:
+        raise ValueError(f"list {where} names no image")
+    prefix = strip_prefix or ""
+    for name, _ in rows:
+        if not name.startswith(prefix):
+            raise ValueError(f"list {where}: path {name!r} does not start with strip_prefix={prefix!r}")
+    # An absolute path stays as it is unless a prefix says that it belongs under the root.
+    paths = [folder / (name[len(prefix) :].lstrip("/") if prefix else name) for name, _ in rows]
+    if not paths[0].is_file():
+        raise FileNotFoundError(
+            f"list {where}: its first image is not at {paths[0]} (listed as {rows[0][0]!r}, root {folder}). "
+            "Set data.root, or strip_prefix for a list written on another machine"
+        )
+    return ListedImages(paths, [label for _, label in rows], num_classes=num_classes, transform=transform)
+
+
+def _row(where: Path, number: int, name: str, label: Any) -> tuple[str, int]:
+    text = str(label).strip()
+    if not name or not text.isdecimal():
+        raise ValueError(f"list {where}, entry {number}: expected a path and a label >= 0, got {name!r}, {label!r}")
+    return name, int(text)
+
+
+def _read_txt(where: Path):
+    lines = enumerate(where.read_text().splitlines(), 1)
+    split = ((n, line.strip().rpartition(" ")) for n, line in lines if line.strip())
+    return [_row(where, n, name.strip(), label) for n, (name, _, label) in split], None
+
+
+def _read_csv(where: Path):
+    with where.open(newline="") as file:
+        rows = [(n, [c.strip() for c in row]) for n, row in enumerate(csv.reader(file), 1) if row]
+    if rows and rows[0][1][:2] == ["path", "label"]:
+        rows = rows[1:]
+    for n, row in rows:
+        if len(row) != 2:
+            raise ValueError(f"list {where}, entry {n}: expected two columns path,label, got {len(row)}")
+    return [_row(where, n, *row) for n, row in rows], None
+
+
+def _read_json(where: Path):
+    try:
+        content = json.loads(where.read_text())
+        entries, classes = content["annotations"], int(content["num_classes"])
+        return [_row(where, n, e["fpath"], e["category_id"]) for n, e in enumerate(entries)], classes
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"list {where}: expected "
+            '{"annotations": [{"fpath", "category_id"}, ...], "num_classes"}; '
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def in_memory(dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decodes a small set once: images uint8 (N, C, H, W) in 0..255, targets int64 (N,).
+
+    Takes a set without a transform (its items are PIL images): what the transform draws at random must be
+    drawn in every epoch. Raises ValueError when it has one, is empty, or when the images differ in size.
+    """
+    if getattr(dataset, "transform", None) is not None:
+        raise ValueError("in_memory takes a data set without a transform; apply it to the batches instead")
+    if len(dataset) == 0:
+        raise ValueError("the data set is empty")
+    data = getattr(dataset, "data", None)
+    if isinstance(data, torch.Tensor) and data.ndim == 3:  # MNIST family: (N, H, W)
+        return data.unsqueeze(1).clone(), torch.as_tensor(dataset.targets, dtype=torch.int64)
+    if isinstance(data, np.ndarray) and data.ndim == 4:  # CIFAR: (N, H, W, 3)
+        images = torch.from_numpy(data).permute(0, 3, 1, 2).contiguous()
+        return images, torch.as_tensor(dataset.targets, dtype=torch.int64)
+    images, targets = [], []
+    for i in range(len(dataset)):
+        image, target = dataset[i]
+        images.append(pil_to_tensor(image))
+        targets.append(int(target))
+        if images[-1].shape != images[0].shape:
+            raise ValueError(
+                f"image {i} is {tuple(images[-1].shape)}, image 0 {tuple(images[0].shape)}: in_memory needs equal sizes"
+            )
+    return torch.stack(images), torch.tensor(targets)
