@@ -19,11 +19,8 @@ CELL ?=
 WEIGHTS ?=
 ARGS ?=
 JOBS ?= 2
-
-export OMP_NUM_THREADS ?=
-ifeq ($(OMP_NUM_THREADS),)
-unexport OMP_NUM_THREADS
-endif
+# One torch thread per worker.
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint format reproduce bench faults clean
@@ -64,7 +61,7 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 
 # ------------------------------------------------------------------------------------------------------ test and lint
 test: $(STAMP)
-	$(PY) -m pytest -n $(JOBS) $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)ruff format --check .
@@ -78,14 +75,14 @@ format: $(STAMP)
 	$(BIN)ruff check --fix .
 
 faults: $(STAMP)
-	$(PY) -m pytest -n $(JOBS) -m faults $(ARGS)
+	$(PYTEST) -m faults ci/test_faults.py $(ARGS)
 
 # --------------------------------------------------------------------------------------------------------- one paper
 started = @test -f $*/train.py || { echo "error: $* is not started yet; papers here: $(STARTED)" >&2; exit 1; }
 
 $(addprefix test-,$(PAPERS)): test-%: $(STAMP)
 	$(started)
-	$(PY) -m pytest -n $(JOBS) $*/tests $(ARGS)
+	$(PYTEST) $*/tests $(ARGS)
 
 $(addprefix reproduce-,$(PAPERS)): reproduce-%: $(STAMP)
 	$(started)

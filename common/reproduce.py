@@ -135,11 +135,11 @@ def run(paper: Path, scale: str, *, extra: tuple[str, ...] = (), only: str | Non
         if not open_cells:
             continue
         env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        sweep = [sys.executable, f"{group[0].script}.py", f"+reproduce/{scale}={stage}", *extra]
         if only:
             for cell in open_cells:
-                subprocess.run([*sweep, *cell.overrides], cwd=paper, env=env)
+                subprocess.run([sys.executable, *_command(cell, scale, extra, per_run=1)[1:]], cwd=paper, env=env)
         else:
+            sweep = [sys.executable, f"{group[0].script}.py", f"+reproduce/{scale}={stage}", *extra]
             subprocess.run(sweep, cwd=paper, env=env)
     unfinished = [c for c in todo if c.status() != "finished"]
     for cell in unfinished:

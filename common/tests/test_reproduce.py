@@ -200,6 +200,16 @@ def test_only_takes_the_cells_of_one_claim_and_the_stages_before(toy, capsys):
         dry(toy, capsys, only="other")
 
 
+def test_only_at_a_small_scale_runs_single_cells(toy, monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(reproduce.Cell, "status", lambda self: "missing")
+    monkeypatch.setattr(reproduce.subprocess, "run", lambda command, **kwargs: started.append(command))
+    monkeypatch.setattr(reproduce.report, "main", lambda argv: 0)
+    assert reproduce.run(toy, "mini", only="better") == 7
+    assert len(started) == 7 and all("hydra.mode=RUN" in command for command in started)
+    assert "method=student" in started[-1] and "seed=102" in started[-1]
+
+
 def test_nothing_starts_at_paper_scale_unasked(toy):
     options = {"extra": (), "gpus": 1, "per_run": 1, "only": None, "dry": False}
     with pytest.raises(RunError, match="ONLY=<claim> or ALL=1"):
