@@ -27,6 +27,7 @@ def int_bounds(bits: int, signed: bool) -> tuple[int, int]:
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
+@torch.no_grad()
 def quantize_codes(x: Tensor, step: Tensor, zero_point: Tensor | None, qn: int, qp: int) -> Tensor:
     """q of (Q1) as a float tensor of integers in qn..qp; no gradient. step, zero_point broadcast against x."""
     return _codes(*_in_float(x, step, zero_point), qn, qp)[1]
@@ -44,19 +45,21 @@ def uniform_quantize(
     under autocast too. First order only."""
     if not qn < qp:
         raise ValueError(f"bounds qn={qn}, qp={qp}: qn must be smaller")
+    operands = _in_float(x, step, zero_point)
     if not torch.is_grad_enabled():
-        return _dequantize(*_in_float(x, step, zero_point), qn, qp).to(x.dtype)
-    return _UniformQuantize.apply(x, step, zero_point, qn, qp, grad_scale)  # pyright: ignore[reportReturnType]
+        return _dequantize(*operands, qn, qp).to(x.dtype)
+    return _UniformQuantize.apply(*operands, qn, qp, grad_scale).to(x.dtype)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 class _UniformQuantize(torch.autograd.Function):
     # The composition of division, clip, straight-through round and product has the same gradients, but keeps several
-    # tensors of the size of x for the backward pass where this node keeps x.
+    # tensors of the size of x for the backward pass where this node keeps x. Casts stay outside: an identity `.to` in
+    # the forward makes torch.compile of torch 2.11 lose the gradient of the step, silently.
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, zero_point: Tensor | None, qn: int, qp: int, grad_scale: float):
+    def forward(ctx: Any, x: Tensor, step: Tensor, zero_point: Tensor, qn: int, qp: int, grad_scale: float):
         ctx.save_for_backward(x, step, zero_point)
         ctx.bounds, ctx.grad_scale = (qn, qp), grad_scale
-        return _dequantize(*_in_float(x, step, zero_point), qn, qp).to(x.dtype)
+        return _dequantize(x, step, zero_point, qn, qp)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -64,26 +67,23 @@ class _UniformQuantize(torch.autograd.Function):
         x, step, zero_point = ctx.saved_tensors
         qn, qp = ctx.bounds
         need_x, need_step, need_zero = ctx.needs_input_grad[:3]
-        xf, sf, zf = _in_float(x, step, zero_point)
-        v, q = _codes(xf, sf, zf, qn, qp)
-        g = grad.to(v.dtype)
+        v, q = _codes(x, step, zero_point, qn, qp)
         inside = (v >= qn) & (v <= qp)
         dx = dstep = dzero = None
         if need_x:
-            dx = (g * inside).to(x.dtype)
+            dx = grad * inside
         if need_step:
-            dstep = g * torch.where(inside, q - v, q - zf.round())
-            dstep = (ctx.grad_scale * dstep.sum_to_size(step.shape)).to(step.dtype)
+            dstep = grad * torch.where(inside, q - v, q - zero_point.round())
+            dstep = ctx.grad_scale * dstep.sum_to_size(step.shape)
         if need_zero:
-            dzero = (-g * sf * ~inside).sum_to_size(zero_point.shape)
-            dzero = (ctx.grad_scale * dzero).to(zero_point.dtype)
+            dzero = ctx.grad_scale * (-grad * step * ~inside).sum_to_size(zero_point.shape)
         return dx, dstep, dzero, None, None, None
 
 
 def _in_float(x: Tensor, step: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    zero = torch.zeros((), dtype=dtype, device=x.device) if zero_point is None else zero_point.detach().to(dtype)
-    return x.detach().to(dtype), step.detach().to(dtype), zero
+    zero = torch.zeros((), dtype=dtype, device=x.device) if zero_point is None else zero_point.to(dtype)
+    return x.to(dtype), step.to(dtype), zero
 
 
 def _codes(x: Tensor, step: Tensor, zero_point: Tensor, qn: int, qp: int) -> tuple[Tensor, Tensor]:
