@@ -1,7 +1,7 @@
 """Batches that depend on (seed, epoch) alone: the same on one device or many, interrupted or not.
 
 The permutation of an epoch is cut into GLOBAL batches; each rank and micro-step takes its slice of them. Random numbers of
-augmentation are seeded by (seed, epoch, step) for images in memory and by (seed, epoch, index) for images in files.
+augmentation are seeded by (seed, epoch, step) for images in memory and by (seed, epoch, position in the epoch) for files.
 """
 
 import random
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -39,10 +40,21 @@ def seeded(*key: int) -> Iterator[None]:
 class Plan:
     """Which images form which batch: batch_size images per step over `world` ranks and `accumulation` micro-steps.
 
-    The last, smaller batch is dropped. ValueError if that leaves no batch at all, or if a batch does not divide.
+    The last, smaller batch is dropped. repeats: an image appears so many times in a row (repeated augmentation), and an
+    epoch keeps its number of steps. ValueError if there is no whole batch, or if a batch does not divide.
     """
 
-    def __init__(self, size: int, batch_size: int, *, seed: int, rank: int = 0, world: int = 1, accumulation: int = 1):
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulation: int = 1,
+        repeats: int = 1,
+    ):
         if size < batch_size:
             raise ValueError(
                 f"the training set has {size} images, fewer than train.batch_size={batch_size}: with the incomplete batch "
@@ -52,7 +64,9 @@ class Plan:
             raise ValueError(
                 f"batch_size={batch_size} is not a positive multiple of {world} ranks x {accumulation} micro-steps"
             )
-        self.size, self.batch_size, self.seed = size, batch_size, seed
+        if repeats < 1:
+            raise ValueError(f"repeats={repeats} must be at least 1")
+        self.size, self.batch_size, self.seed, self.repeats = size, batch_size, seed, repeats
         self.rank, self.world, self.accumulation = rank, world, accumulation
         self.steps = size // batch_size
 
@@ -63,6 +77,7 @@ class Plan:
     def epoch(self, epoch: int) -> Iterator[tuple[int, Tensor, slice]]:
         """(step, indices of the global batch (batch_size,), the slice of it for this rank and micro-step)."""
         order = torch.randperm(self.size, generator=torch.Generator().manual_seed(stream(self.seed, epoch)))
+        order = order.repeat_interleave(self.repeats)
         part = self.batch_size // (self.world * self.accumulation)
         for step in range(self.steps):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
@@ -142,28 +157,38 @@ class TensorBatches:
             yield [self.augment(images, *(d[part] for d in draw)) for draw in draws], self.targets[mine]
 
 
-class ImageBatches:
-    """Batches of a map-style data set of (image, target), transformed by `workers` processes.
+class Views(Dataset):
+    """Items ([transform(image) for every transform], target) of a data set of (image, target).
 
-    transforms: one function per view, image -> tensor; repeat a function for independent draws of it. indices: the subset
-    of the data set that the plan's positions count. `epoch` yields ([views of (b, ...)], labels (b,)) on `device`.
-    """
+    Repeat a function for independent draws of it. indices: the subset of the data set, in the order of the positions."""
+
+    def __init__(self, dataset: Dataset, transforms: Sequence[Callable], indices: Sequence[int] | None = None):
+        self.dataset, self.transforms = dataset, transforms
+        self.indices = range(len(dataset)) if indices is None else indices  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[list[Any], Any]:
+        image, target = self.dataset[self.indices[index]]
+        return [transform(image) for transform in self.transforms], target
+
+
+class SeededBatches:
+    """Batches of a map-style data set that draws its augmentation in `__getitem__`, loaded by `workers` processes.
+
+    `epoch` yields what `collate` (default: torch's) makes of the items, its tensors on `device`. Transforms may use the
+    global streams of torch, random and numpy: they are seeded for every item, and left as they were."""
 
     def __init__(
-        self,
-        dataset: Dataset,
-        plan: Plan,
-        *,
-        transforms: Sequence[Callable[[Any], Tensor]],
-        device: torch.device,
-        workers: int = 0,
-        indices: Sequence[int] | None = None,
+        self, dataset: Dataset, plan: Plan, *, device: torch.device, workers: int = 0, collate: Callable | None = None
     ):
         self.sampler, self.device = _PlanSampler(plan), device
         self.loader = DataLoader(
-            _Seeded(dataset, range(plan.size) if indices is None else indices, transforms, plan.seed),
+            _Seeded(dataset, plan.seed),
             batch_sampler=self.sampler,  # type: ignore[arg-type]
             num_workers=workers,
+            collate_fn=collate,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
         )
@@ -171,23 +196,22 @@ class ImageBatches:
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[list[Tensor], Tensor]]:
+    def epoch(self, epoch: int) -> Iterator[Any]:
         self.sampler.current = epoch
-        for views, labels in self.loader:
-            yield [v.to(self.device, non_blocking=True) for v in views], labels.to(self.device, non_blocking=True)
+        for batch in self.loader:
+            yield move_data_to_device(batch, self.device)
 
 
 class _Seeded(Dataset):
-    """Item (epoch, index): every view of an image, drawn from (seed, epoch, index)."""
+    """Item (epoch, position, index), drawn from (seed, epoch, position)."""
 
-    def __init__(self, dataset: Dataset, indices: Sequence[int], transforms: Sequence[Callable], seed: int):
-        self.dataset, self.indices, self.transforms, self.seed = dataset, indices, transforms, seed
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], int]:
-        epoch, index = key
-        image, target = self.dataset[self.indices[index]]
-        with seeded(self.seed, epoch, index):
-            return [transform(image) for transform in self.transforms], int(target)
+    def __getitem__(self, key: tuple[int, int, int]) -> Any:
+        epoch, position, index = key
+        with seeded(self.seed, epoch, position):
+            return self.dataset[index]
 
 
 class _PlanSampler:
@@ -197,9 +221,10 @@ class _PlanSampler:
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for _, batch, part in self.plan.epoch(self.current):
-            yield [(self.current, i) for i in batch[part].tolist()]
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        for step, batch, part in self.plan.epoch(self.current):
+            first = step * self.plan.batch_size + part.start
+            yield [(self.current, first + i, index) for i, index in enumerate(batch[part].tolist())]
 
 
 def to_float(images: Tensor) -> Tensor:

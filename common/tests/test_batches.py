@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.data.batches import CropFlip, ImageBatches, Plan, TensorBatches, eval_batches, seeded, stream
+from common.data.batches import CropFlip, Plan, SeededBatches, TensorBatches, Views, eval_batches, seeded, stream
 
 CPU = torch.device("cpu")
 IMAGES = torch.arange(24 * 1 * 6 * 6).reshape(24, 1, 6, 6).float()
@@ -27,10 +27,10 @@ def jitter(image):
     return image + torch.rand(()) + random.random() + np.random.rand()
 
 
-def make(kind, plan, **kwargs):
+def make(kind, plan, indices=None, **kwargs):
     if kind == "tensors":
         return TensorBatches(IMAGES, TARGETS, plan, augment=CropFlip(padding=2), views=2, device=CPU)
-    return ImageBatches(Files(), plan, transforms=[jitter, jitter], device=CPU, **kwargs)
+    return SeededBatches(Views(Files(), [jitter, jitter], indices), plan, device=CPU, **kwargs)
 
 
 @pytest.mark.parametrize("kind", ["tensors", "files"])
@@ -61,6 +61,15 @@ def test_workers_change_nothing_and_indices_choose_the_subset():
     assert {int(t) for _, y in alone for t in y} == {int(TARGETS[i]) for i in (0, 5, 10, 15, 20, 23)}
 
 
+def test_repeats_show_an_image_several_times_differently_augmented():
+    batches = SeededBatches(Views(Files(), [lambda x: x, jitter]), Plan(24, 6, seed=1, repeats=3), device=CPU)
+    for (plain, changed), _ in batches.epoch(1):
+        triples = plain.unflatten(0, (2, 3))
+        assert torch.equal(triples[:, 0], triples[:, 1]) and torch.equal(triples[:, 0], triples[:, 2])
+        assert len(changed[:3, 0, 0, 0].unique()) == 3
+    assert len(batches) == 4
+
+
 def test_images_stay_with_their_labels():
     batches = TensorBatches(IMAGES, TARGETS, Plan(24, 6, seed=2), device=CPU)
     for (images,), labels in batches.epoch(1):
@@ -75,6 +84,7 @@ def test_images_stay_with_their_labels():
     ("size", "batch", "error", "parallel"),
     [
         (30, 64, "30 images, fewer than train.batch_size=64", {}),
+        (30, 3, "repeats=0", {"repeats": 0}),
         (30, 9, "batch_size=9 is not a positive multiple of 2 ranks x 1", {"world": 2}),
     ],
 )
