@@ -1,11 +1,13 @@
 """Contracts of the whole repository that no single folder can test."""
 
 import ast
+import importlib
 import re
 import subprocess
 import tomllib
 from pathlib import Path
 
+import cloudpickle
 import pytest
 
 from common.metrics.readme import PAPERS
@@ -113,3 +115,20 @@ def test_a_paper_that_is_not_started_says_so():
     for paper in set(PAPERS) - set(STARTED):
         result = subprocess.run(["make", f"reproduce-{paper}", "PY=python3"], cwd=ROOT, capture_output=True, text=True)
         assert result.returncode != 0 and f"{paper} is not started yet" in result.stderr
+
+
+def sweep_scripts() -> list[tuple[str, str]]:
+    files = [(p, f.stem.split("_")[1]) for p in STARTED for f in (ROOT / p / "configs/reproduce").rglob("*_*.yaml")]
+    return sorted(set(files))
+
+
+@pytest.mark.parametrize(("paper", "script"), sweep_scripts())
+def test_the_joblib_launcher_can_send_a_script_to_its_workers(paper, script):
+    """A script's functions travel by value. One that reads an attribute named `classes` or `ops` drags torch.classes along,
+    which cannot be pickled (the pickler takes the name for the submodule)."""
+    module = importlib.import_module(f"{paper}.{script}")
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        cloudpickle.dumps(module.main)
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)

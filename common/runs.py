@@ -15,8 +15,10 @@ devices, precision, DDP and saving are Lightning Fabric's.
         run.finish({"top1": 91.2})
 """
 
+import copyreg
 import fcntl
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -40,6 +42,12 @@ NOT_IN_FINGERPRINT = (
     "fabric.accelerator", "fabric.devices", "fabric.strategy",
 )  # fmt: skip
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "lightning-fabric", "hydra-core")
+
+
+# Hydra's joblib launcher sends a script's functions by value, and its pickler takes every attribute named `classes` or
+# `ops` in them for the submodule of torch, which has no pickle of its own: send those two by name.
+for _module in ("torch.classes", "torch.ops"):
+    copyreg.pickle(type(sys.modules[_module]), lambda module: (importlib.import_module, (module.__name__,)))  # type: ignore[arg-type]
 
 
 class RunError(RuntimeError):
