@@ -1,0 +1,56 @@
+"""Batches by (seed, epoch), the augmentations, and learning rates by epoch."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.data.batches import Plan
+from rbonn.data import CIFAR, CropFlipNormalise, Images, Lighting, build_data
+from rbonn.schedule import lr_at
+
+
+def test_cifar_batches_are_cropped_flipped_and_normalised():
+    images = torch.full((4, 3, 8, 8), 128, dtype=torch.uint8)
+    data = Images(10, 3, 8, None, tensors=(images, torch.arange(4)), augment=CropFlipNormalise(padding=2))
+    (batch,), _ = next(data.batches(Plan(4, 4, seed=0), torch.device("cpu")).epoch(1))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in CIFAR)
+    expected = torch.stack([(128 / 255 - mean) / std, -mean / std]).flatten(
+        1
+    )  # a pixel of the image, or of the padding
+    for c in range(3):
+        torch.testing.assert_close(batch[:, c].unique(), expected[:, c].sort().values)
+
+
+def test_lighting_official_hardly_changes_a_grey_level_and_the_correct_one_does():
+    torch.manual_seed(0)
+    image = Image.fromarray(np.random.default_rng(0).integers(30, 220, (16, 16, 3), dtype=np.uint8))
+    change = {}
+    for official in (True, False):
+        shifts = [np.asarray(Lighting(official=official)(image)).astype(int) - np.asarray(image) for _ in range(20)]
+        change[official] = np.abs(shifts).max()
+    assert change[True] <= 1 < 3 < change[False]
+
+
+def test_digits_depend_on_the_seed_by_their_noise_only():
+    a, b = (build_data(name="digits", seed=s) for s in (0, 1))
+    assert len(a) == 1000 and len(a.test) == 797 and torch.equal(a.tensors[1], b.tensors[1])
+    assert not torch.equal(a.tensors[0], b.tensors[0]) and abs(a.tensors[0].mean()) < 1e-5
+    assert torch.equal(a.plain_train()[3][0], a.tensors[0][3])
+
+
+def test_unknown_data_and_missing_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match="data.lighting='pca', allowed"):
+        build_data(name="digits", seed=0, lighting="pca")
+    with pytest.raises(FileNotFoundError, match="cifar-10-batches-py"):
+        build_data(name="cifar10", seed=0, root=str(tmp_path))
+
+
+def test_learning_rates():
+    assert [lr_at(e, base_lr=1.0, epochs=4) for e in (1, 2, 4)] == [1.0, 0.75, 0.25]
+    assert lr_at(3, base_lr=1.0, epochs=4, kind="cosine") == pytest.approx(0.5)
+    assert [lr_at(e, base_lr=1.0, epochs=4, kind="step", milestones=[3]) for e in (2, 3)] == [1.0, 0.1]
+    with pytest.raises(ValueError, match=r"milestones=\[5\]"):
+        lr_at(1, base_lr=1.0, epochs=4, kind="step", milestones=[5])
+    with pytest.raises(ValueError, match="epoch=0, allowed: 1..4"):
+        lr_at(0, base_lr=1.0, epochs=4)
