@@ -1,0 +1,174 @@
+"""Really dropping tokens, a different number per image, at any batch size (sections 3.5 and 3.6).
+
+The tokens of a batch lie one image after the other in one matrix (T, d). Norms, projections and MLPs run on it once, with
+no waste; only attention must know where an image ends. How it learns that is the layout:
+
+packed    attention per image: a loop on CPU, a variable-length kernel on CUDA in half precision
+padded    (B, longest, d) with a key mask: simple, exports, as slow as the fullest image of the batch
+bucketed  images sorted by length, padded within groups of similar length; regrouped only where tokens are dropped
+
+All give equal results, and no image's result depends on the others of its batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adaptive_prune.class_attention_score import Score, class_attention, class_attention_packed, token_score
+
+Layout = Literal["packed", "padded", "bucketed"]
+
+
+@dataclass
+class Packed:
+    """Tokens of B images, one image after the other, prefix (class) tokens first in each.
+
+    x: (T, d); lengths: tokens of each image, on the host; image, origin: (T,) which image a token belongs to and where in
+    the full sequence it stood."""
+
+    x: Tensor
+    lengths: list[int]
+    image: Tensor
+    origin: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Packed":
+        """From a dense batch (B, N, d)."""
+        b, n, _ = x.shape
+        at = torch.arange(b * n, device=x.device)
+        return cls(x.flatten(0, 1), [n] * b, at // n, at % n)
+
+    def first(self) -> Tensor:
+        """(B,) where each image begins."""
+        lengths = torch.tensor(self.lengths, device=self.x.device)
+        return lengths.cumsum(0) - lengths
+
+    def keep(self, mask: Tensor, lengths: list[int] | None = None) -> "Packed":
+        """The tokens where mask (T,) is true, in order. One device synchronisation, none if the lengths are known."""
+        if lengths is None:
+            zeros = torch.zeros(len(self.lengths), dtype=torch.int64, device=mask.device)
+            lengths = zeros.index_add(0, self.image, mask.long()).tolist()
+        total = sum(lengths)
+        rank = mask.long().cumsum(0) - 1
+        index = torch.empty(total + 1, dtype=torch.int64, device=mask.device)  # the last place takes what is dropped
+        index.scatter_(0, torch.where(mask, rank, total), torch.arange(len(mask), device=mask.device))
+        index = index[:total]
+        return Packed(self.x[index], lengths, self.image[index], self.origin[index])
+
+
+def heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, K, V of a timm attention, each (..., H, d_h), from normed tokens (..., d)."""
+    q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(-3)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+def finish_block(block: Any, x: Tensor, context: Tensor) -> Tensor:
+    """The rest of a timm block after attention. x: (..., d) its input, context: (..., H, d_h)."""
+    attn = block.attn
+    out = attn.proj_drop(attn.proj(attn.norm(context.flatten(-2))))
+    x = x + block.drop_path1(block.ls1(out))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def run_blocks(
+    blocks: Sequence[Any], tokens: Packed, *, layout: Layout = "packed", score: Score | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Blocks on the tokens in a layout; returns x (T, d) and, for a `score`, S (T,) of the last block.
+
+    Where all images have the same number of tokens, every layout is one dense batch. ValueError for another layout."""
+    if layout not in ("packed", "padded", "bucketed"):
+        raise ValueError(f"layout={layout!r}, allowed: packed, padded, bucketed")
+    b, lengths = len(tokens.lengths), tokens.lengths
+    if min(lengths) == max(lengths):
+        x, s = run_dense(blocks, tokens.x.unflatten(0, (b, lengths[0])), score=score)
+        return x.flatten(0, 1), None if s is None else s.flatten()
+    if layout == "packed":
+        return _run_packed(blocks, tokens, score)
+    groups = [list(range(b))] if layout == "padded" else _buckets(lengths)
+    first = tokens.first()
+    order, xs, scores = [], [], []
+    for group in groups:
+        n = torch.tensor([lengths[i] for i in group], device=tokens.x.device)
+        at = torch.arange(max(lengths[i] for i in group), device=tokens.x.device)
+        valid = at < n[:, None]
+        index = torch.where(valid, first[group][:, None] + at, first[group][:, None])
+        x, s = run_dense(blocks, tokens.x[index], score=score, valid=valid)
+        index = index[valid]  # the number of valid tokens is known, yet indexing with a mask asks the device for it
+        order.append(index)
+        xs.append(x[valid])
+        if s is not None:
+            scores.append(s[valid])
+    back = torch.cat(order).argsort()
+    return torch.cat(xs)[back], torch.cat(scores)[back] if scores else None
+
+
+def _buckets(lengths: list[int]) -> list[list[int]]:
+    """Images sorted by length, cut where a group would waste more than an eighth of its longest image on its shortest."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and 8 * lengths[i] >= 7 * lengths[groups[-1][0]]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def run_dense(
+    blocks: Sequence[Any], x: Tensor, *, score: Score | None = None, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Blocks on (B, n, d) with fused attention; keys where valid (B, n) is false are not seen. S: (B, n) of the last."""
+    mask = None if valid is None else valid[:, None, None, :]
+    s = None
+    for i, block in enumerate(blocks):
+        q, k, v = (t.transpose(1, 2) for t in heads(block.attn, block.norm1(x)))
+        context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=block.attn.scale)
+        context = context.transpose(1, 2)
+        if score and i == len(blocks) - 1:
+            with torch.autocast(x.device.type, enabled=False):
+                row = class_attention(q[:, :, 0], k, scale=block.attn.scale, valid=valid)
+                s = token_score(row, context, kind=score)
+        x = finish_block(block, x, context)
+    return x, s
+
+
+def _run_packed(blocks: Sequence[Any], tokens: Packed, score: Score | None) -> tuple[Tensor, Tensor | None]:
+    x, s, first = tokens.x, None, tokens.first()
+    for i, block in enumerate(blocks):
+        q, k, v = heads(block.attn, block.norm1(x))
+        context = ragged_attention(q, k, v, tokens.lengths, scale=block.attn.scale)
+        if score and i == len(blocks) - 1:
+            with torch.autocast(x.device.type, enabled=False):
+                row = class_attention_packed(q[first], k, tokens.image, scale=block.attn.scale)
+                s = token_score(row, context, kind=score)
+        x = finish_block(block, x, context)
+    return x, s
+
+
+def ragged_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], *, scale: float) -> Tensor:
+    """Attention within each image of a packed batch. q, k, v: (T, H, d_h); lengths: tokens per image -> (T, H, d_h).
+
+    CPU: a loop over images (the fastest there). CUDA in half precision: the variable-length flash kernel; in float32,
+    which that kernel does not have, a key mask on padded Q, K, V."""
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        ends = torch.tensor([0, *lengths], device=q.device).cumsum(0).int()
+        out = varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths), scale=scale)
+        return cast(Tensor, out)
+    if q.is_cuda:
+        n = torch.tensor(lengths, device=q.device)
+        valid = torch.arange(max(lengths), device=q.device) < n[:, None]
+        padded = [t.new_zeros(*valid.shape, *t.shape[1:]).masked_scatter(valid[..., None, None], t) for t in (q, k, v)]
+        out = F.scaled_dot_product_attention(
+            *(t.transpose(1, 2) for t in padded), attn_mask=valid[:, None, None, :], scale=scale
+        )
+        return out.transpose(1, 2)[valid]
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
+    out = [F.scaled_dot_product_attention(*part, scale=scale) for part in parts]
+    return torch.cat(out, 2)[0].transpose(0, 1)
