@@ -99,7 +99,7 @@ $(addprefix verify-,$(PAPERS)): verify-%: $(STAMP)
 $(addprefix evaluate-,$(PAPERS)): evaluate-%: $(STAMP)
 	$(started)
 	@test -n "$(WEIGHTS)" || { echo "error: make $@ WEIGHTS=<checkpoint> [DATA=<folder>]" >&2; exit 1; }
-	@cd $* && $(abspath $(PY)) evaluate.py weights="$(abspath $(WEIGHTS))" $(if $(DATA),data.root="$(abspath $(DATA))") $(ARGS)
+	@cd $* && $(abspath $(PY)) evaluate.py 'weights="$(abspath $(WEIGHTS))"' $(if $(DATA),'data.root="$(abspath $(DATA))"') $(ARGS)
 
 $(addprefix bench-,$(PAPERS)): bench-%: $(STAMP)
 	$(started)
