@@ -1,0 +1,241 @@
+"""The script as people run it: every arm, resume, two ranks, errors, and what it leaves behind."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf
+from PIL import Image
+
+from common import runs
+from ncl_pp.data import build_data
+from ncl_pp.tests.layouts import CONFIGS, DIGITS, SHORT, folder_arm, short_config
+from ncl_pp.train import build, fit
+
+PAPER = CONFIGS.parent
+ARMS = sorted(p.stem for p in (CONFIGS / "method").glob("*.yaml"))
+
+
+def script(*args, **kwargs):
+    """train.py as people call it, from inside its folder."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*args], cwd=PAPER, env=environment, capture_output=True, text=True, **kwargs)
+
+
+@pytest.mark.parametrize("method", ARMS)
+def test_every_arm_trains_and_reports(method, fabric, tmp_path):
+    fit(short_config(f"method={method}", "train.epochs=2"), fabric, tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["status"] == "finished" and 0 <= result["metrics"]["top1"] <= 100
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in rows] == [1, 2] and rows[0]["lr"] == pytest.approx(0.1)
+    state = runs.load_checkpoint(tmp_path / "last.ckpt")
+    assert state["epoch"] == 2 and len(state["indices"]) == sum(state["counts"])
+
+
+def test_loss_falls_and_equal_seeds_give_equal_numbers(fabric, tmp_path):
+    overrides = ["method=bsce", "train.epochs=12"]
+    for name in ("a", "b"):
+        fit(short_config(*overrides), fabric, tmp_path / name)
+    rows = [json.loads(line)["ce"] for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1] < 0.7 * rows[0]
+    assert (tmp_path / "a/metrics.jsonl").read_text() == (tmp_path / "b/metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("method", ["nclpp", "ncl_moco"])  # ncl_moco: momentum encoders and queues, too
+def test_resumed_equals_uninterrupted_bit_for_bit(method, fabric, tmp_path, monkeypatch):
+    cfg = short_config(f"method={method}")
+    fit(cfg, fabric, tmp_path / "whole")
+    log = runs.Run.log
+
+    def killed(self, **row):
+        log(self, **row)
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt  # after the epoch, before its checkpoint
+
+    monkeypatch.setattr(runs.Run, "log", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fit(cfg, fabric, tmp_path / "parts")
+    assert json.loads((tmp_path / "parts/result.json").read_text())["status"] == "running"
+    monkeypatch.setattr(runs.Run, "log", log)
+    fit(cfg, fabric, tmp_path / "parts")
+    whole, parts = (runs.load_checkpoint(tmp_path / n / "last.ckpt") for n in ("whole", "parts"))
+    assert any("queue" in name for name in whole["model"]) is (method == "ncl_moco")
+    torch.testing.assert_close(parts["model"], whole["model"], rtol=0, atol=0)
+    assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
+
+
+def test_the_contrastive_branch_trains_its_heads_and_moves_its_keys(fabric, tmp_path):
+    cfg = short_config(
+        "method=ncl_moco", "train.epochs=1", "schedule.kind=step", "schedule.warmup=0", "method.w_con=0.5"
+    )
+    before = build(cfg, build_data(seed=0, **cfg.data))[0].state_dict()
+    fit(cfg, fabric, tmp_path)
+    after = runs.load_checkpoint(tmp_path / "last.ckpt")["model"]
+    for name in (
+        "contrast.heads.1.0.weight",
+        "contrast.key_heads.1.0.weight",
+        "contrast.key_backbones.2.blocks.0.weight",
+    ):
+        assert not torch.equal(before[name], after[name]), name
+    images = sum(build_data(seed=0, **cfg.data).counts)
+    assert after["contrast.pointer"] == images // 32 * 32 < 256, "one batch of keys enters the queue per step"
+    contrast = json.loads((tmp_path / "metrics.jsonl").read_text())["contrast"]
+    assert 0.4 < contrast / (0.5 * 3 * math.log(257)) < 1.2, "w_con times the sum over three experts"
+
+
+def test_a_queue_that_does_not_fit_is_refused_before_anything_is_written(fabric, tmp_path):
+    with pytest.raises(ValueError, match="queue=100 is no multiple of the global batch 32"):
+        fit(short_config("method=ncl_moco", "moco.queue=100"), fabric, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def images(root):
+    """A class folder of coloured squares, 12 training and 4 test images in three classes."""
+    for split, n in (("train", 4), ("test", 2)):
+        for c, name in enumerate(("red", "green", "blue")):
+            for i in range(n):
+                path = root / split / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (32, 32), tuple(60 * i + 50 if k == c else 20 for k in range(3))).save(path)
+    return root
+
+
+def test_accumulation_equals_the_whole_batch_without_batch_statistics(fabric, tmp_path):
+    base = [*folder_arm(images(tmp_path / "data")), "train.epochs=2"]
+    fit(short_config(*base), fabric, tmp_path / "one")
+    fit(short_config(*base, "train.accumulation=2"), fabric, tmp_path / "two")
+    a, b = (runs.load_checkpoint(tmp_path / n / "last.ckpt")["model"] for n in ("one", "two"))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert not (tmp_path / "one/best.ckpt").exists(), "without a validation split nothing is selected"
+
+
+def test_best_checkpoint_is_the_best_on_the_validation_split(fabric, tmp_path):
+    root = images(tmp_path / "data")
+    shutil.copytree(root / "test", root / "val")
+    fit(short_config(*folder_arm(root), "train.epochs=4", "method=bsce", "optim.lr=0.05"), fabric, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    scores = [r["val_top1_ensemble"] for r in rows]
+    best = runs.load_checkpoint(tmp_path / "run/best.ckpt")
+    assert best["epoch"] == 1 + scores.index(max(scores)) and best["best"] == max(scores)
+
+
+def test_two_ranks_equal_one_process_at_equal_global_batch(fabric, tmp_path):
+    """NCL++ with the MoCo branch on top, so that every term passes through DDP."""
+    extra = ["train.epochs=2", "method.w_con=1.0", "moco.queue=16", "moco.dim=8", "fabric.accelerator=cpu"]
+    args = [*SHORT, *folder_arm(images(tmp_path / "data")), *extra]
+    fit(short_config(*args), fabric, tmp_path / "one")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    two = script(*torchrun, *args, f"hydra.run.dir={tmp_path / 'two'}")
+    assert two.returncode == 0, two.stderr
+    assert "2 devices x 1 micro-steps x 4" in two.stdout
+    a, b = (runs.load_checkpoint(tmp_path / n / "last.ckpt")["model"] for n in ("one", "two"))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+    metrics = [json.loads((tmp_path / n / "result.json").read_text())["metrics"] for n in ("one", "two")]
+    assert metrics[0] == pytest.approx(metrics[1], abs=1e-3)
+
+
+def test_a_killed_run_goes_on_from_inside_its_folder(fabric, tmp_path, capsys):
+    args = [sys.executable, "train.py", *SHORT, *DIGITS, "method=bsce", "train.epochs=60", f"run_root={tmp_path}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(args, cwd=PAPER, env=environment, stdout=subprocess.DEVNULL)
+    checkpoint, deadline = None, time.monotonic() + 120
+    while checkpoint is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+        checkpoint = next(tmp_path.rglob("last.ckpt"), None)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint is not None, "no checkpoint within two minutes"
+    reached = runs.load_checkpoint(checkpoint)["epoch"]
+    assert 1 <= reached < 60
+    again = script(*args)
+    assert again.returncode == 0 and f"epochs {reached + 1}..60" in again.stdout, again.stdout + again.stderr
+    assert runs.load_checkpoint(checkpoint)["epoch"] == 60
+    fit(OmegaConf.load(checkpoint.parent / "config.yaml"), fabric, checkpoint.parent)
+    assert "finished already" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+def test_a_misspelt_arm_lists_the_choices():
+    with pytest.raises(MissingConfigException, match=r"(?s)nclp.*nclpp"):
+        short_config("method=nclp")
+
+
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [
+        ("+method.loss.lamda=1", "lamda"),
+        ("+data.imbalence=10", "imbalence"),
+        ("+model.widht=3", "widht"),
+        ("+schedule.warm=3", "warm"),
+        ("+optim.lrr=3", "lrr"),
+    ],
+)
+def test_a_misspelt_key_fails_with_its_name(override, error, fabric, tmp_path):
+    with pytest.raises(TypeError, match=error):
+        fit(short_config(override), fabric, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error"),
+    [
+        (["method.loss.norm=l2"], r"norm='l2', allowed: nclpp, ncl"),
+        (["schedule.kind=linear"], r"kind='linear', allowed: step, cosine"),
+        (["model.backbone=resnet33"], r"resnet33.*allowed"),
+        (["train.accumulation=3"], r"batch_size=32.*multiple of"),
+        (["train.batch_size=4096"], r"fewer than train\.batch_size=4096"),
+        (["evaluate.split=validation"], "no validation split"),
+        (["data.imbalance=1000"], "imbalance"),
+    ],
+)
+def test_a_wrong_value_names_what_is_allowed_and_writes_nothing(overrides, error, fabric, tmp_path):
+    with pytest.raises(ValueError, match=error):
+        fit(short_config(*overrides), fabric, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nan_loss_stops_the_run_and_names_the_term(fabric, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step \d+: .*(ce|norm)=(nan|inf)"):
+        fit(short_config("optim.lr=1e18", "method=bsce", "train.epochs=30"), fabric, tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text())["status"] == "failed"
+
+
+def test_preflight_writes_nothing(fabric, tmp_path, capsys):
+    fit(short_config("preflight=true"), fabric, tmp_path / "run")
+    assert "preflight: data found, 32 images x 4 copies" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+def test_missing_data_ends_the_script_and_leaves_nothing_behind(tmp_path):
+    root = tmp_path / "nowhere"
+    missing = script(sys.executable, "train.py", "data=folder", f"data.root={root}", f"run_root={tmp_path / 'runs'}")
+    assert missing.returncode != 0 and str(root) in missing.stderr and not (tmp_path / "runs").exists()
+
+
+def test_build_draws_the_same_weights_for_a_seed():
+    cfg = short_config()
+    data = build_data(seed=0, **cfg.data)
+    a, b = build(cfg, data)[0], build(cfg, data)[0]
+    torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(a.experts.heads[0].weight, a.experts.heads[1].weight), (
+        "experts must differ by their initialisation"
+    )
+
+
+def test_parity_switches_reach_the_modules():
+    cfg = short_config("method=ncl_moco", "parity.moco=true", "parity.eps=true")
+    model, criterion = build(cfg, build_data(seed=0, **cfg.data))
+    assert model.contrast.official_quirks and criterion.kl_options["official_eps"]
+    assert not torch.equal(
+        model.contrast.key_backbones[0].blocks[0].weight, model.experts.backbones[0].blocks[0].weight
+    )
+    with pytest.raises(ValueError, match="official_init apply to timm models"):
+        build(short_config("parity.init=true"), build_data(seed=0, **cfg.data))
