@@ -9,8 +9,10 @@ from pathlib import Path
 
 import cloudpickle
 import pytest
+import yaml
 
 from common.metrics.readme import PAPERS
+from common.reproduce import stages
 
 ROOT = Path(__file__).resolve().parents[1]
 STARTED = [p for p in PAPERS if (ROOT / p / "train.py").exists()]
@@ -132,3 +134,18 @@ def test_the_joblib_launcher_can_send_a_script_to_its_workers(paper, script):
         cloudpickle.dumps(module.main)
     finally:
         cloudpickle.unregister_pickle_by_value(module)
+
+
+@pytest.mark.parametrize("paper", STARTED)
+def test_sweeps_name_an_existing_script_their_scale_and_the_stages_that_they_read(paper):
+    for folder in (ROOT / paper / "configs/reproduce").iterdir():
+        names = [f.stem for f in stages(ROOT / paper, folder.name)]
+        for name in names:
+            text = (folder / f"{name}.yaml").read_text()
+            sweep = yaml.safe_load(text)
+            assert text.startswith("# @package _global_\n") and sweep["scale"] == folder.name, name
+            assert set(sweep.get("after", [])) <= {n for n in names if n < name}, name
+        excluded = (ROOT / paper / "configs/config.yaml").read_text()
+        assert f"reproduce/{folder.name}" in excluded, (
+            f"{paper}: override_dirname must leave out reproduce/{folder.name}"
+        )

@@ -1,7 +1,8 @@
 """Run, record and verify the evidence of one paper:  python -m common.reproduce {run,record,verify} <paper> [--scale mini]
 
 A scale is a folder of Hydra sweeps `<paper>/configs/reproduce/<scale>/<nn>_<script>[_<what>].yaml`. `run` carries them out in
-name order, skips finished cells and ends with the report. At `--scale paper` every cell is a process of its own (torchrun
+name order, skips finished cells and ends with the report; a sweep whose runs read those of earlier ones names them under
+`after: [10_train_teacher]`. At `--scale paper` every cell is a process of its own (torchrun
 for several devices), and `--dry` prints the commands instead, one line per cell. `record` copies the report to
 `<paper>/results/<scale>/`; `verify` runs one recorded cell again and compares its numbers.
 """
@@ -35,7 +36,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep: where it writes (`dir`), its arm as the report names it, and the fingerprint it will have."""
+    """One run of a sweep: where it writes (`dir`), its arm as the report names it, and the fingerprint it will have.
+
+    after: the stages whose runs it reads, from the key `after` of its sweep file."""
 
     stage: str
     script: str
@@ -45,6 +48,7 @@ class Cell:
     seed: int
     sha: str
     gpu_hours: float | None
+    after: tuple[str, ...]
 
     def status(self) -> str:
         """finished | running | failed | missing | other (finished or begun with another configuration)."""
@@ -95,6 +99,7 @@ def cells(paper: Path, scale: str, extra: tuple[str, ...] = ()) -> list[Cell]:
                     seed=task.seed,
                     sha=fingerprint(task),
                     gpu_hours=OmegaConf.select(task, "estimate.gpu_hours"),
+                    after=tuple(OmegaConf.select(task, "after", default=())),
                 )
             )
     return found
@@ -107,8 +112,8 @@ def _script(file: Path) -> str:
 def _choices(override: str) -> list[str]:
     parsed = OverridesParser.create().parse_override(override)
     key = override.split("=", 1)[0]
-    if not parsed.is_sweep_override():
-        return [override]
+    if not parsed.is_sweep_override():  # as Hydra writes it in directory names: false becomes False
+        return [f"{key}={parsed.get_value_element_as_str()}"]
     return [f"{key}={value}" for value in parsed.sweep_string_iterator()]
 
 
@@ -226,13 +231,18 @@ def _of_claim(paper: Path, scale: str, todo: list[Cell], claim_id: str) -> list[
         raise RunError(
             f"{paper.name} has no claim '{claim_id}' at scale {scale}; there are: {', '.join(claims) or 'none'}"
         )
-    arms = claims[claim_id]["arms"]
-    last = max((c.stage for c in todo if c.arm in arms), default="")
-    return [
-        c
-        for c in todo
-        if c.arm in arms or (c.stage < last and not any(o.stage == c.stage and o.arm in arms for o in todo))
-    ]
+    wanted = [c for c in todo if c.arm in claims[claim_id]["arms"]]
+    return [c for c in todo if c in wanted or any(c in _read_by(cell, todo) for cell in wanted)]
+
+
+def _read_by(cell: Cell, everything: list[Cell]) -> list[Cell]:
+    """The cells of earlier stages that a cell may read, directly or not: those with its seed, else all of a stage."""
+    needed: list[Cell] = []
+    for stage in cell.after:
+        members = [c for c in everything if c.stage == stage]
+        for c in [c for c in members if c.seed == cell.seed] or members:
+            needed += [*_read_by(c, everything), c]
+    return list(dict.fromkeys(needed))
 
 
 # ---------------------------------------------------------------------------------------------------- record, verify
@@ -293,9 +303,7 @@ def verify(paper: Path, scale: str, name: str | None = None, extra: tuple[str, .
         cell = next((c for c in again if c.name() == (name or evidence["cells"][0]["cell"])), None)
         if cell is None:
             raise RunError(f"the sweeps of {paper.name} at scale {scale} no longer have the cell {name}")
-        earlier = [c for c in again if c.stage < cell.stage]
-        same_seed = [c for c in earlier if c.seed == cell.seed] or earlier
-        for c in [*same_seed, cell]:
+        for c in [*_read_by(cell, again), cell]:
             env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
             command = _command(c, scale, (*extra, f"run_root={scratch}"), per_run=1)
             subprocess.run([sys.executable, *command[1:]], cwd=paper, env=env, check=True, stdout=subprocess.DEVNULL)

@@ -37,7 +37,7 @@ from omegaconf import DictConfig, OmegaConf
 
 # Where and on what a run computes is not what it computes: these keys do not enter the fingerprint.
 NOT_IN_FINGERPRINT = (
-    "run_root", "force", "preflight", "threads", "estimate", "logger", "train.log_every", "train.save_every",
+    "run_root", "force", "preflight", "threads", "estimate", "after", "logger", "train.log_every", "train.save_every",
     "data.root", "data.download", "data.workers",
     "fabric.accelerator", "fabric.devices", "fabric.strategy",
 )  # fmt: skip

@@ -37,7 +37,8 @@ def write_report(paper_dir: str | Path, scale: str, out: str | Path | None = Non
     measurements, cells = read_runs(runs)
     results = test_claims(document["claims"], measurements, scale, external=read_external(paper_dir))
     commit = _git(paper_dir, "rev-parse", "HEAD")
-    changes = _git(paper_dir, "status", "--porcelain")
+    # Results and READMEs are made from runs; what matters is whether the code, configs or claims were committed.
+    changes = _git(paper_dir, "status", "--porcelain", "-uno", "--", "*.py", "*.yaml")
     report = {
         "paper": paper_dir.resolve().name,
         "scale": scale,
@@ -48,12 +49,11 @@ def write_report(paper_dir: str | Path, scale: str, out: str | Path | None = Non
         "claims": results,
     }
     order = list(dict.fromkeys([a for r in results for a in r["arms"] if a in measurements] + sorted(measurements)))
-    named = list(dict.fromkeys(r["metric"] for r in results if r["kind"] != "released_weights"))
-    drawn = list(dict.fromkeys(r["metric"] for r in results if r["kind"] in (*TESTED, "value")))
+    named = list(dict.fromkeys(r["metric"] for r in results if r["kind"] in (*TESTED, "value")))
     out.mkdir(parents=True, exist_ok=True)
     plots = {
         "claims.png": figures.plot_claims(results, out / "claims.png"),
-        "arms.png": figures.plot_arms({a: measurements[a] for a in order}, drawn, out / "arms.png"),
+        "arms.png": figures.plot_arms({a: measurements[a] for a in order}, named, out / "arms.png"),
     }
     for name, written in plots.items():
         if not written:
@@ -80,10 +80,14 @@ def warnings(cells: Sequence[Cell]) -> list[str]:
             parts = [f"{value} in {len(group)} cells, e.g. {_name(group[0])}" for value, group in kinds.items()]
             found.append(f"cells differ in {key}: " + "; ".join(parts))
     for arm in dict.fromkeys(c["arm"] for c in cells):
-        # The config hash covers the seed, so compare the configs, less every value that is the seed.
-        configs = [_config(Path(c["path"]), c["seed"]) for c in cells if c["arm"] == arm]
-        names = sorted({key for config in configs for key in config})
-        differ = [key for key in names if len({config.get(key, "(absent)") for config in configs}) > 1]
+        # The config hash covers the seed, so compare the configs, less every key that is the seed in all of them.
+        configs = [(str(c["seed"]), _config(Path(c["path"]))) for c in cells if c["arm"] == arm]
+        names = sorted({key for _, config in configs for key in config})
+        differ = [
+            key for key in names
+            if len({config.get(key, "(absent)") for _, config in configs}) > 1
+            and any(config.get(key) != seed for seed, config in configs)
+        ]  # fmt: skip
         if differ:
             found.append(f"arm {arm}: seeds differ in config: {', '.join(differ)}")
     return found
@@ -187,13 +191,13 @@ def _inline(value: Any) -> str:
     return "unknown" if value is None else str(value)
 
 
-def _config(run_dir: Path, seed: int) -> dict[str, str]:
-    """config.yaml of a run as {dotted key: value}, without values equal to the seed; empty without the file."""
+def _config(run_dir: Path) -> dict[str, str]:
+    """config.yaml of a run as {dotted key: value}; empty without the file."""
 
     def flat(prefix: str, node: Any) -> dict[str, str]:
         if isinstance(node, dict):
             return {k: v for key, child in node.items() for k, v in flat(f"{prefix}.{key}", child).items()}
-        return {} if node == seed else {prefix[1:]: str(node)}
+        return {prefix[1:]: str(node)}
 
     file = run_dir / "config.yaml"
     return flat("", yaml.safe_load(file.read_text())) if file.is_file() else {}

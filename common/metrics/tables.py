@@ -126,10 +126,12 @@ def claims_markdown(results: list[Result]) -> str:
 
 
 def arms_markdown(cells: list[dict[str, Any]], metrics: list[str]) -> str:
-    """Every arm with the mean +/- std (n) of each metric over its finished runs, and seconds per run."""
+    """Every arm that has one of the metrics: mean +/- std (n) of each over its finished runs, and seconds per run."""
     rows = []
     for arm in dict.fromkeys(c["arm"] for c in cells):
         runs = [c for c in cells if c["arm"] == arm and c["status"] == "finished"]
+        if metrics and not any(m in c["metrics"] for c in runs for m in metrics):
+            continue
         columns = [[c["metrics"][m] for c in runs if m in c["metrics"]] for m in metrics]
         columns.append([c["seconds"] for c in runs])
         texts = []
@@ -146,6 +148,6 @@ def seeds_markdown(cells: list[dict[str, Any]], metrics: list[str]) -> str:
     rows = [
         [c["arm"], c["seed"], *(number(c["metrics"].get(m), 6) for m in metrics), number(c["seconds"], 3)]
         for c in cells
-        if c["status"] == "finished"
+        if c["status"] == "finished" and any(m in c["metrics"] for m in metrics)
     ]
     return markdown(["arm", "seed", *metrics, "seconds"], rows)

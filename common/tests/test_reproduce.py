@@ -88,7 +88,9 @@ def toy(tmp_path_factory):
             "{method: teacher, seed: 0}",
         )
         params = '{method: "plain,student", seed: "100,101,102"}'
-        files[f"configs/reproduce/{scale}/20_train_arms.yaml"] = SWEEP % ("joblib", scale, params)
+        files[f"configs/reproduce/{scale}/20_train_arms.yaml"] = (
+            SWEEP % ("joblib", scale, params) + "after: [10_train_teacher]\n"
+        )
     for name, text in files.items():
         path = paper / name
         path.parent.mkdir(parents=True, exist_ok=True)
