@@ -82,8 +82,7 @@ def render_root_table(root: str | Path) -> str:
         rows_usable = [r for r in document["published"] if r["value"] is not None and r["source"] in COMPARABLE]
         row = next(iter(rows_usable), None)
         headline = "unknown" if row is None else f"{row['setting']}: {row['metric']} {tables.published_text(row)}"
-        counts = {s: Counter(r["verdict"] for r in by_id.values()) for s, by_id in _recorded(folder).items()}
-        texts = [f"{s}: " + ", ".join(f"{c[v]} {v}" for v in VERDICTS if c[v]) for s, c in counts.items()]
+        texts = [f"{s}: {_tally(list(by_id.values()))}" for s, by_id in _recorded(folder).items()]
         name = headings[0][2:].strip() if headings else idea
         rows.append(
             [
@@ -95,6 +94,14 @@ def render_root_table(root: str | Path) -> str:
             ]
         )
     return tables.markdown(["paper", "idea", "basis", "headline published number", "recorded verdicts"], rows)
+
+
+def _tally(results: list[dict[str, Any]]) -> str:
+    """'2 supported, 1 contradicted; exact counts 9/9': exact claims would drown the tested ones."""
+    exact = [r["verdict"] == "supported" for r in results if r["kind"] == "exact"]
+    counts = Counter(r["verdict"] for r in results if r["kind"] != "exact")
+    text = ", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts[v]) or "no claim tested"
+    return f"{text}; exact counts {sum(exact)}/{len(exact)}" if exact else text
 
 
 def update_readmes(root: str | Path, check: bool) -> list[Path]:

@@ -191,16 +191,25 @@ def record(root):
 
 
 def test_readme_table(root):
-    empty = report.render_readme_table(root / "ncl_pp").splitlines()
-    assert empty[0] == (
+    def table():
+        return [x for x in report.render_readme_table(root / "ncl_pp").splitlines() if x.startswith("|")]
+
+    exact = [c for c in CLAIMS if c["kind"] == "exact"]
+    ordered = [
+        c for c in CLAIMS if c["kind"] != "exact"
+    ] + exact  # exact claims fold away below, in a table of their own
+    empty = table()
+    header = (
         "| claim | published | here, paper scale | here, miniature, mean +/- std (seeds) | verdict | command | time |"
     )
-    assert len(empty) == 2 + len(CLAIMS) and all("| not_run |" in line for line in empty[2:])
+    assert [i for i, line in enumerate(empty) if line == header] == [0, 2 + len(CLAIMS) - len(exact)]
+    assert f"0 of {len(exact)} measured as published" in report.render_readme_table(root / "ncl_pp")
+    body = [line for line in empty if line != header and not line.startswith("|---")]
+    assert len(body) == len(CLAIMS) and all("| not_run |" in line for line in body)
     record(root)
-    rows = {
-        c["id"]: line
-        for c, line in zip(CLAIMS, report.render_readme_table(root / "ncl_pp").splitlines()[2:], strict=True)
-    }
+    body = [line for line in table() if line != header and not line.startswith("|---")]
+    rows = {c["id"]: line for c, line in zip(ordered, body, strict=True)}
+    assert f"{len(exact)} of {len(exact)} measured as published" in report.render_readme_table(root / "ncl_pp")
     assert "**new \\| beats old**" in rows["better"] and "| supported |" in rows["better"]
     assert "(4) vs old " in rows["better"] and "| 4.0 min |" in rows["better"]  # 8 runs of 30 s
     assert "58.2 % (memory, not compared)" in rows["worse"]
@@ -211,7 +220,7 @@ def test_readme_table(root):
         folder = root / "ncl_pp/results" / other
         folder.mkdir()
         (folder / "claims.json").write_bytes((root / "ncl_pp/results/mini/claims.json").read_bytes())
-    row = report.render_readme_table(root / "ncl_pp").splitlines()[2].split(" | ")
+    row = table()[2].split(" | ")
     assert row[2].startswith("gpu_cifar100: new ") and "<br>paper: new " in row[2] and row[3].startswith("new ")
     assert row[4] == "mini: supported<br>gpu_cifar100: supported<br>paper: supported"
 
@@ -229,7 +238,7 @@ def test_readmes_round_trip(root, capsys):
     paper, top = once
     assert paper.startswith("# NCL++ here\n\nbefore\n") and paper.endswith(f"{END}\nafter\n")
     assert "| [`ncl_pp`](ncl_pp/README.md) | NCL++ here | code | C100-LT: top1 54.2 % (Table 1, code) |" in top
-    assert "mini: 4 supported, 1 contradicted, 1 not_run" in top
+    assert "mini: 3 supported, 1 contradicted, 1 not_run; exact counts 1/1" in top
     assert top.count("| not started |") == len(PAPERS) - 1
     claims = root / "ncl_pp/claims.yaml"
     claims.write_text(claims.read_text().replace("new is slower", "new is much slower"))
