@@ -44,6 +44,10 @@ def load(
     state = runs.load_checkpoint(path)
     arm = [f"method={method}"] if method else []
     if "config" in state:
+        if lacking := sorted({"model", "classes", "channels", "keep"} - state.keys()):
+            raise ValueError(f"{path} was not written by this train.py: it lacks {', '.join(lacking)}")
+        if ema and "ema" not in state:
+            raise ValueError(f"{path} holds no averaged weights (it was trained with train.ema=null): leave ema out")
         cfg = OmegaConf.create(state["config"])
         if arm:
             composed = compose("config", overrides=arm)
@@ -59,9 +63,11 @@ def load(
         weights = state.get("model", state.get("state_dict", state))
         weights = {k.removeprefix("module."): v for k, v in weights.items()}
         head = weights.get("head.weight")
-        if head is None:
-            raise ValueError(f"{path} holds no head.weight: no classification ViT")
-        stem = next(v for k, v in weights.items() if k.startswith("patch_embed.") and v.ndim == 4)
+        stem = next((v for k, v in weights.items() if k.startswith("patch_embed.") and v.ndim == 4), None)
+        if head is None or stem is None:
+            raise ValueError(
+                f"{path} holds no {'head' if head is None else 'patch_embed'} weights: no classification ViT"
+            )
         classes, channels, keep = len(head), stem.shape[1], None
     OmegaConf.set_struct(cfg, False)
     cfg.data = OmegaConf.merge(cfg.data, data or {})
@@ -71,8 +77,10 @@ def load(
         vit, rule=m.rule, locations=m.locations, budget=cfg.budget.target, score=m.score, mask=m.mask, inference=m.inference,
         temperature=m.temperature, thresholds=m.thresholds, keep=keep, cumulative=not cfg.parity.separate_masks,
     )  # fmt: skip
+    if m.rule != "threshold":
+        weights = {k: v for k, v in weights.items() if k != "theta"}
     missing, unexpected = pruned.load_state_dict(weights, strict=False)
-    if set(missing) - {"theta"} or set(unexpected) - {"theta"}:
+    if set(missing) - {"theta"} or unexpected:
         raise ValueError(
             f"{path} does not fit {cfg.model.vit.name}: missing {missing[:3]}, unexpected {unexpected[:3]}"
         )

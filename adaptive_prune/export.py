@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from adaptive_prune.class_attention_score import class_attention, token_score
 from adaptive_prune.evaluate import load
 from adaptive_prune.model import PrunedViT
-from adaptive_prune.removal import finish_block, heads
+from adaptive_prune.removal import finish_block, heads, run_dense
 
 
 class OneImage(nn.Module):
@@ -56,12 +56,18 @@ class Masked(nn.Module):
 
     def __init__(self, model: PrunedViT):
         super().__init__()
-        OneImage(model)  # the same restrictions
-        self.model = model
-        model.inference = "masked"
+        self.model = OneImage(model).model  # the same restrictions
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images)
+        m, p, valid = self.model, self.model.cost.prefix, None
+        x = m._embed(images)
+        for s, blocks in enumerate(m._stages()):
+            score = m.score if s < len(m.locations) else None
+            x, scores = run_dense(blocks, x, score=score, valid=valid)
+            if scores is not None:
+                keep = (scores > m.theta[s]) | (torch.arange(m.cost.patches + p) < p)
+                valid = keep if valid is None else keep & valid
+        return m.vit.forward_head(m.vit.norm(x)[:, :p])
 
 
 def export(model: PrunedViT, example: Tensor, path: str | Path, *, batch: bool = False) -> None:

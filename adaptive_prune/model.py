@@ -26,7 +26,7 @@ from adaptive_prune.backbones import check_vit, cost_of
 from adaptive_prune.budget import Form, budget_loss, check_budget, keep_counts
 from adaptive_prune.class_attention_score import Score, class_attention, token_score
 from adaptive_prune.masked_attention import RowMax, masked_softmax
-from adaptive_prune.removal import Packed, finish_block, heads, run_blocks, run_dense
+from adaptive_prune.removal import Packed, finish_block, heads, run_blocks, run_dense, upload
 from adaptive_prune.tome import merge, merge_counts, tome_cost
 from adaptive_prune.topk import keep_top
 
@@ -231,9 +231,14 @@ class PrunedViT(nn.Module):
         x = self.vit.norm(tokens.x)
         at = tokens.first()
         prefix = torch.stack([x[at + i] for i in range(self.cost.prefix)], 1)
-        patch = (tokens.origin >= self.cost.prefix) if hasattr(self.vit, "aux_head") else None
-        logits = self._read_out(prefix, *((x[patch], tokens.image[patch]) if patch is not None else (None, None)))
-        kept = torch.tensor(lengths, device=x.device).reshape(len(lengths), len(images)).T - self.cost.prefix
+        if hasattr(self.vit, "aux_head"):
+            tokens.x = x
+            patch = tokens.keep(tokens.origin >= self.cost.prefix, [n - self.cost.prefix for n in tokens.lengths])
+            logits = self._read_out(prefix, patch.x, patch.image)
+        else:
+            logits = self._read_out(prefix, None, None)
+        kept = upload([n for stage in lengths for n in stage], x.device).reshape(len(lengths), len(images)).T
+        kept = kept - self.cost.prefix
         macs = self.cost.staged(kept.double().unbind(1), self.locations)
         macs = (macs + torch.zeros(len(images), dtype=torch.double, device=x.device)).float()
         return logits, Details(macs, kept.float(), torch.stack(masks, 1) if masks else None)

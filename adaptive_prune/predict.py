@@ -2,7 +2,7 @@
 
 python predict.py weights=runs/default/as/seed0/last.ckpt                     test images of its data set
 python predict.py weights=my_as_deit.ckpt photos=true                         photographs of scikit-image and scikit-learn
-python predict.py weights=my_as_deit.ckpt images=[cat.jpg,dog.png] out=kept
+python predict.py weights=my_as_deit.ckpt images=[cat.jpg,holiday/] out=kept   files, and all images below a folder
 """
 
 from pathlib import Path
@@ -17,6 +17,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from adaptive_prune.data import build_data
 from adaptive_prune.evaluate import load, write_csv
@@ -35,6 +36,19 @@ def overlay(image: Tensor, mask: Tensor) -> np.ndarray:
     return out.permute(1, 2, 0).numpy()
 
 
+def find_images(where: str | list[str]) -> list[Path]:
+    """The images named, and those below the folders named, in sorted order. FileNotFoundError for a place without any."""
+    found: list[Path] = []
+    for place in [where] if isinstance(where, str) else where:
+        path = Path(place).expanduser()
+        below = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+        if not below:
+            what = f"no image in {path}" if path.is_dir() else f"no file or folder {path}"
+            raise FileNotFoundError(f"{what} (images={place}); expected {', '.join(IMG_EXTENSIONS)}")
+        found += below
+    return found
+
+
 @hydra.main(version_base="1.3", config_path="configs", config_name="predict")
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
@@ -50,12 +64,14 @@ def main(cfg: DictConfig) -> None:
             model.vit.patch_embed.img_size[0], is_training=False, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
             interpolation="bicubic", crop_pct=0.875,
         )  # fmt: skip
-        found = [(Path(p).stem, open_image(p)) for p in cfg.images or []]
+        found = [(p.stem, open_image(p)) for p in (find_images(cfg.images) if cfg.images else [])]
         if cfg.photos:
             found += [(n.split(".")[0], Image.fromarray(photographs()[PHOTOGRAPHS.index(n)])) for n in SHOWN]
         names, x = [n for n, _ in found], torch.stack([prepare(image) for _, image in found])
     else:
         data = build_data(seed=trained.seed, **trained.data)
+        if not 1 <= cfg.count <= len(data.test):  # type: ignore[arg-type]
+            raise ValueError(f"count={cfg.count}, allowed: 1..{len(data.test)}")  # type: ignore[arg-type]
         rows = [data.test[i] for i in range(cfg.count)]  # type: ignore[index]
         names, x, labels = (
             [f"test {i}" for i in range(cfg.count)],
@@ -74,7 +90,7 @@ def main(cfg: DictConfig) -> None:
     figure, axes = plt.subplots(len(x), stages + 1, figsize=(1.8 * (stages + 1), 1.9 * len(x)), squeeze=False)
     for row, image, masks, kept, z, name in zip(axes, x, info.masks, info.kept, logits, names, strict=True):
         everything = torch.ones(model.cost.patches)
-        label = "" if labels is None else f" ({labels[names.index(name)]})"
+        label = "" if labels is None else f" ({labels[names.index(name)]})"  # names of test images are unique
         titles = [f"{name}{label}: {int(z.argmax())}", *(f"{int(k)} of {model.cost.patches}" for k in kept)]
         for axis, mask, title in zip(row, [everything, *masks], titles, strict=True):
             axis.imshow(overlay(image, mask))

@@ -23,6 +23,12 @@ from adaptive_prune.class_attention_score import Score, class_attention, class_a
 Layout = Literal["packed", "padded", "bucketed"]
 
 
+def upload(values: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers of the host as an int64 tensor (n,) on the device. From pinned memory, so that the host does not wait."""
+    found = torch.tensor(values, dtype=torch.int64)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
+
+
 @dataclass
 class Packed:
     """Tokens of B images, one image after the other, prefix (class) tokens first in each.
@@ -44,7 +50,7 @@ class Packed:
 
     def first(self) -> Tensor:
         """(B,) where each image begins."""
-        lengths = torch.tensor(self.lengths, device=self.x.device)
+        lengths = upload(self.lengths, self.x.device)
         return lengths.cumsum(0) - lengths
 
     def keep(self, mask: Tensor, lengths: list[int] | None = None) -> "Packed":
@@ -89,20 +95,20 @@ def run_blocks(
     if layout == "packed":
         return _run_packed(blocks, tokens, score)
     groups = [list(range(b))] if layout == "padded" else _buckets(lengths)
-    first = tokens.first()
-    order, xs, scores = [], [], []
+    device, first = tokens.x.device, tokens.first()
+    begin, rows, xs, scores = [0] * b, 0, [], []  # begin: where an image stands among the padded rows of all groups
     for group in groups:
-        n = torch.tensor([lengths[i] for i in group], device=tokens.x.device)
-        at = torch.arange(max(lengths[i] for i in group), device=tokens.x.device)
-        valid = at < n[:, None]
-        index = torch.where(valid, first[group][:, None] + at, first[group][:, None])
-        x, s = run_dense(blocks, tokens.x[index], score=score, valid=valid)
-        index = index[valid]  # the number of valid tokens is known, yet indexing with a mask asks the device for it
-        order.append(index)
-        xs.append(x[valid])
+        longest = max(lengths[i] for i in group)
+        for i in group:
+            begin[i], rows = rows, rows + longest
+        at, start = torch.arange(longest, device=device), first[upload(group, device)][:, None]
+        valid = at < upload([lengths[i] for i in group], device)[:, None]
+        x, s = run_dense(blocks, tokens.x[torch.where(valid, start + at, start)], score=score, valid=valid)
+        xs.append(x.flatten(0, 1))
         if s is not None:
-            scores.append(s[valid])
-    back = torch.cat(order).argsort()
+            scores.append(s.flatten())
+    # Indices instead of the masks: indexing with a mask waits for the device to count it.
+    back = (upload(begin, device) - first)[tokens.image] + torch.arange(len(tokens.x), device=device)
     return torch.cat(xs)[back], torch.cat(scores)[back] if scores else None
 
 
@@ -157,18 +163,23 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], *, sca
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         from torch.nn.attention.varlen import varlen_attn
 
-        ends = torch.tensor([0, *lengths], device=q.device).cumsum(0).int()
+        ends = upload([0, *lengths], q.device).cumsum(0).int()
         out = varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths), scale=scale)
         return cast(Tensor, out)
     if q.is_cuda:
-        n = torch.tensor(lengths, device=q.device)
-        valid = torch.arange(max(lengths), device=q.device) < n[:, None]
-        padded = [t.new_zeros(*valid.shape, *t.shape[1:]).masked_scatter(valid[..., None, None], t) for t in (q, k, v)]
-        out = F.scaled_dot_product_attention(
-            *(t.transpose(1, 2) for t in padded), attn_mask=valid[:, None, None, :], scale=scale
-        )
-        return out.transpose(1, 2)[valid]
+        return padded_attention(q, k, v, lengths, scale=scale)
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
     out = [F.scaled_dot_product_attention(*part, scale=scale) for part in parts]
     return torch.cat(out, 2)[0].transpose(0, 1)
+
+
+def padded_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], *, scale: float) -> Tensor:
+    """The same as `ragged_attention` with a key mask on Q, K, V padded to the longest image."""
+    n = upload(lengths, q.device)
+    image = torch.arange(len(lengths), device=q.device).repeat_interleave(n, output_size=len(q))
+    at = torch.arange(len(q), device=q.device) - (n.cumsum(0) - n)[image]
+    valid = torch.arange(max(lengths), device=q.device) < n[:, None]
+    padded = [t.new_zeros(*valid.shape, *t.shape[1:]).index_put((image, at), t).transpose(1, 2) for t in (q, k, v)]
+    out = F.scaled_dot_product_attention(*padded, attn_mask=valid[:, None, None, :], scale=scale)
+    return out.transpose(1, 2)[image, at]

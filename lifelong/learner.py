@@ -1,8 +1,8 @@
-"""A learner of a stream of tasks: `observe_task(images, labels)`, `predict(images, mode=...)`, and the steps between.
+"""A learner of a stream of tasks: `observe_task(dataset)`, `predict(images, mode=...)`, and the steps between.
 
     learner = MetaLearner(build_model(...), Prepare(...), total_tasks=10)
     for images, labels in tasks:                 # labels 0..4, then 5..9, ...
-        learner.observe_task(images, labels)
+        learner.observe_task(dataset)
     classes = learner.predict(images, mode="class_il")
 
 A train loop of its own calls begin_task, epoch, step and end_task instead (train.py does). Images are raw: uint8 0..255 or
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from common.data.batches import stream as random_stream
 from lifelong.adaptive_fusion import step_size
@@ -168,13 +169,19 @@ class Learner:
         if self.replay == "all":
             self.past.append((images, labels))
 
-    def observe_task(self, images: Tensor, labels: Tensor) -> list[dict[str, float]]:
-        """Learn one task from raw images (n, C, H, W) and labels (n,): the next classes. Returns mean terms per epoch."""
+    def observe_task(self, data: Dataset | tuple[Tensor, Tensor]) -> list[dict[str, float]]:
+        """Learn one task: the next classes. Returns mean terms per epoch.
+
+        data: a map-style data set of (raw image tensor (C, H, W), label), or its images (n, C, H, W) and labels (n,)."""
+        if isinstance(data, Dataset):
+            items = [data[i] for i in range(len(data))]  # type: ignore[arg-type]
+            data = torch.stack([image for image, _ in items]), torch.tensor([int(label) for _, label in items])
+        images, labels = data
         self.begin_task(len(set(labels.tolist())))
         rows = []
-        data = self.training_set(images, labels)
+        training = self.training_set(images, labels)
         for epoch in range(1, self.epochs + 1):
-            terms = [self.step(*batch) for batch in self.epoch(*data, epoch)]
+            terms = [self.step(*batch) for batch in self.epoch(*training, epoch)]
             rows.append({k: torch.stack([t[k] for t in terms if k in t]).mean().item() for t in terms[:1] for k in t})
         self.end_task(images, labels)
         return rows

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptive_prune import lvvit
@@ -14,6 +15,7 @@ from adaptive_prune.backbones import build_vit, cost_of
 from adaptive_prune.calibrate import calibrate
 from adaptive_prune.distillation import teacher_outputs
 from adaptive_prune.model import PrunedViT, prune
+from adaptive_prune.removal import padded_attention, ragged_attention
 from common.metrics.ops import count_macs
 
 REMOVALS = ("packed", "padded", "bucketed")
@@ -126,15 +128,38 @@ def test_the_flop_counter_on_the_packed_run_equals_the_formula():
     assert counted == pytest.approx(float(info.macs.sum()), rel=0.01)
 
 
-def test_at_most_one_synchronisation_per_threshold(monkeypatch):
-    model, calls = pruned(), []
-    for name in ("tolist", "item", "nonzero", "__bool__"):
-        original = getattr(torch.Tensor, name)
-        monkeypatch.setattr(
-            torch.Tensor, name, lambda t, *a, f=original, n=name, **k: (calls.append(n), f(t, *a, **k))[1]
-        )
-    model(images())
-    assert calls == ["tolist"] * 3
+class Waits(TorchDispatchMode):
+    """Notes the operations for which a host waits for its device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indices = [t for t in args[1] if t is not None] if name in ("index", "index_put", "index_put_") else []
+        if name in ("nonzero", "masked_select", "_local_scalar_dense") or any(t.dtype == torch.bool for t in indices):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["timm", "lvvit"])
+@pytest.mark.parametrize("inference", [*REMOVALS, "batch_topk"])
+def test_one_synchronisation_per_threshold(inference, family, monkeypatch):
+    model, x = (pruned(), images()) if family == "timm" else (lv_with_different_counts(), images(4, 0, 3, 64))
+    model.inference = inference
+    waits, tolist = Waits(), torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: (waits.seen.append("tolist"), tolist(t))[1])
+    with waits:
+        _, info = model(x, details=True)
+    assert inference == "batch_topk" or info.kept.std(0).max() > 0
+    assert waits.seen == ["_local_scalar_dense" if inference == "batch_topk" else "tolist"] * len(model.locations)
+
+
+def test_attention_on_padded_queries_is_attention_per_image():
+    q, k, v = torch.randn(3, 9, 2, 4, generator=torch.Generator().manual_seed(0))
+    expected = ragged_attention(q, k, v, [2, 1, 6], scale=0.5)
+    torch.testing.assert_close(padded_attention(q, k, v, [2, 1, 6], scale=0.5), expected)
 
 
 # --------------------------------------------------------------------------------------------------------------- training
@@ -235,6 +260,15 @@ def small_lv():
     return model
 
 
+def lv_with_different_counts():
+    """A small LV-ViT that keeps nothing of two of the images(4, channels=3, size=64), in masked inference."""
+    model = prune(small_lv(), locations=(1, 2), budget=1.0).eval()
+    model.inference = "masked"
+    scores = model(images(4, channels=3, size=64), details=True)[1].scores[:, 0]
+    model.theta.data.copy_(torch.tensor([scores.amax(1).sort().values[1:3].mean(), -1.0]))
+    return model
+
+
 def test_lvvit_halves_residuals_and_adds_the_best_token():
     model, x = small_lv().eval(), images(2, channels=3, size=64)
     block, tokens = model.blocks[0], torch.randn(2, 17, 24)
@@ -255,11 +289,7 @@ def test_lvvit_halves_residuals_and_adds_the_best_token():
 
 @pytest.mark.parametrize("inference", REMOVALS)
 def test_lvvit_removal_equals_masking_and_an_image_without_survivors_has_class_logits(inference):
-    model = prune(small_lv(), locations=(1, 2), budget=1.0).eval()
-    x = images(4, channels=3, size=64)
-    model.inference = "masked"
-    scores = model(x, details=True)[1].scores[:, 0]
-    model.theta.data.copy_(torch.tensor([scores.amax(1).sort().values[1:3].mean(), -1.0]))  # two images keep nothing
+    model, x = lv_with_different_counts(), images(4, channels=3, size=64)
     masked = model(x)
     model.inference = inference
     logits, info = model(x, details=True)

@@ -41,7 +41,7 @@ def make(kind="meta", *, classes=8, lr=1.0, seed=0, options=None, **common):
 def test_every_learner_observes_unequal_tasks_and_predicts(kind, growing):
     learner = make(kind, classes=3 if growing else 8, lr=0.2)
     for task in TASKS:
-        rows = learner.observe_task(*blobs(task))
+        rows = learner.observe_task(blobs(task))
         assert len(rows) == 3 and all(v == v for row in rows for v in row.values())
     assert learner.seen == 8 and learner.model.head.out_features == 8
     images, labels = blobs(TASKS[1], seed=9)
@@ -52,10 +52,18 @@ def test_every_learner_observes_unequal_tasks_and_predicts(kind, growing):
     assert set(found.tolist()) <= {3, 4}
 
 
+def test_a_data_set_is_learned_as_its_tensors_are():
+    a, b = make("meta"), make("meta")
+    for task in TASKS[:2]:
+        a.observe_task(blobs(task))
+        b.observe_task(torch.utils.data.TensorDataset(*blobs(task)))
+    torch.testing.assert_close(a.model.state_dict(), b.model.state_dict(), rtol=0, atol=0)
+
+
 def test_ari_learns_the_classes_of_every_task():
     learner = make("meta", lr=1.0, epochs=20)
     for task in TASKS:
-        rows = learner.observe_task(*blobs(task))
+        rows = learner.observe_task(blobs(task))
     assert rows[-1]["clean"] < 0.7 * rows[0]["clean"]
     right = [(learner.predict(x, "task_il", task=k) == y).float().mean() for k, (x, y) in enumerate(map(blobs, TASKS))]
     assert min(right) > 0.9
@@ -71,7 +79,7 @@ def test_state_resumed_in_the_middle_of_a_task_goes_on_bit_for_bit(kind):
 
     first, second, third = map(blobs, TASKS)
     a = learners[0]
-    a.observe_task(*first)
+    a.observe_task(first)
     a.begin_task(2)
     epoch(a, second, 1)
     b = learners[1]
@@ -79,14 +87,14 @@ def test_state_resumed_in_the_middle_of_a_task_goes_on_bit_for_bit(kind):
     for learner in (a, b):
         epoch(learner, second, 2)
         learner.end_task(*second)
-        learner.observe_task(*third)
+        learner.observe_task(third)
     torch.testing.assert_close(b.model.state_dict(), a.model.state_dict(), rtol=0, atol=0)
     assert torch.equal(a.predict(third[0], "continuum"), b.predict(third[0], "continuum"))
 
 
 def test_batches_mix_new_and_old_and_depend_on_seed_task_and_epoch_alone():
     learner = make("ce")
-    learner.observe_task(*blobs(TASKS[0]))
+    learner.observe_task(blobs(TASKS[0]))
     learner.begin_task(2)
     data = learner.training_set(*blobs(TASKS[1]))
     assert len(data[0]) == 40 + 24
@@ -98,14 +106,14 @@ def test_batches_mix_new_and_old_and_depend_on_seed_task_and_epoch_alone():
 def test_joint_replays_everything_and_finetune_nothing():
     for replay, expected in (("all", 60 + 40), ("none", 40)):
         learner = make("ce", replay=replay)
-        learner.observe_task(*blobs(TASKS[0]))
+        learner.observe_task(blobs(TASKS[0]))
         learner.begin_task(2)
         assert len(learner.training_set(*blobs(TASKS[1]))[0]) == expected
 
 
 def test_cross_entropy_ignores_classes_not_seen_yet():
     learner = make("ce")
-    learner.observe_task(*blobs(TASKS[0]))
+    learner.observe_task(blobs(TASKS[0]))
     start = make("ce").model.head.weight
     assert torch.equal(learner.model.head.weight[3:], start[3:])
     assert int(learner.predict(blobs(TASKS[2])[0]).max()) < 3
@@ -114,7 +122,7 @@ def test_cross_entropy_ignores_classes_not_seen_yet():
 def test_the_continuum_votes_then_asks_the_adapted_copy():
     learner = make("meta", epochs=2)
     for task in TASKS:
-        learner.observe_task(*blobs(task))
+        learner.observe_task(blobs(task))
     images, _ = blobs(TASKS[1], seed=5)
     before = {n: v.clone() for n, v in learner.model.state_dict().items()}
     found = learner.predict(images, "continuum", p=7)
@@ -129,9 +137,9 @@ def test_the_continuum_votes_then_asks_the_adapted_copy():
 def test_without_adaptation_the_base_model_decides_and_the_first_task_is_never_adapted(monkeypatch):
     learner = make("meta")
     monkeypatch.setattr(type(learner), "adapted", lambda *_: pytest.fail("must not adapt"))
-    learner.observe_task(*blobs(TASKS[0]))
+    learner.observe_task(blobs(TASKS[0]))
     learner.predict(blobs(TASKS[0])[0], "continuum")
-    learner.observe_task(*blobs(TASKS[1]))
+    learner.observe_task(blobs(TASKS[1]))
     learner.predict_sets([blobs(TASKS[0])[0]], p=5, adapt=False)
 
 
@@ -143,7 +151,7 @@ def losses(learner, images, labels):
 
 def test_lwf_distils_the_old_logits():
     learner = make("lwf", options={"lwf": {"weight": 2.0, "temperature": 3.0}})
-    learner.observe_task(*blobs(TASKS[0]))
+    learner.observe_task(blobs(TASKS[0]))
     learner.begin_task(2)
     images, labels = blobs(TASKS[1])
     at_start = losses(learner, images, labels)
@@ -161,7 +169,7 @@ def test_lwf_distils_the_old_logits():
 def test_ewc_fisher_and_penalty_by_hand():
     learner = make("ewc", options={"ewc": {"weight": 10.0, "samples": 60}})
     images, labels = blobs(TASKS[0])
-    learner.observe_task(images, labels)
+    learner.observe_task((images, labels))
     fisher = torch.zeros_like(learner.model.head.weight)
     for x, y in zip(images.split(1), labels.split(1), strict=True):
         loss = F.cross_entropy(learner.model(x)[:, :3], y)
@@ -177,7 +185,7 @@ def test_ewc_fisher_and_penalty_by_hand():
 def test_icarl_targets_and_nearest_mean():
     learner = make("icarl")
     for task in TASKS[:2]:
-        learner.observe_task(*blobs(task))
+        learner.observe_task(blobs(task))
     images, labels = blobs(TASKS[1])
     logits, old = learner.model(images)[:, :5], learner.teacher(images)[:, :3].sigmoid()
     target = torch.cat([old, F.one_hot(labels - 3, 2).float()], 1)
@@ -235,9 +243,9 @@ def test_refused_tasks_and_predictions():
     with pytest.raises(ValueError, match="no task was observed"):
         learner.predict(torch.zeros(1, 1, 4, 4))
     with pytest.raises(ValueError, match=r"every one of 0\.\.1"):
-        learner.observe_task(*blobs([0, 2]))
+        learner.observe_task(blobs([0, 2]))
     learner = make("ce")
-    learner.observe_task(*blobs(TASKS[0]))
+    learner.observe_task(blobs(TASKS[0]))
     with pytest.raises(ValueError, match="mode='plain'"):
         learner.predict(torch.zeros(1, 1, 4, 4), "plain")
     with pytest.raises(ValueError, match="needs the task, task=None"):
@@ -247,11 +255,11 @@ def test_refused_tasks_and_predictions():
     with pytest.raises(ValueError, match="at least one class"):
         learner.begin_task(0)
     small = make("ce", budget=4)
-    small.observe_task(*blobs(TASKS[0]))
+    small.observe_task(blobs(TASKS[0]))
     with pytest.raises(ValueError, match="budget=4 is smaller than the 5 classes"):
         small.begin_task(2)
     one = make("ce", total_tasks=1)
-    one.observe_task(*blobs(TASKS[0]))
+    one.observe_task(blobs(TASKS[0]))
     with pytest.raises(ValueError, match="announced with 1"):
         one.begin_task(2)
 
