@@ -66,7 +66,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)ruff format --check .
 	$(BIN)ruff check .
-	$(BIN)pyright
+	$(BIN)pyright --pythonpath "$$($(PY) -c 'import sys; print(sys.executable)')"
 	$(BIN)lint-imports --config ci/importlinter.ini
 	$(PY) -m common.metrics.report --readme --check
 
