@@ -12,6 +12,13 @@ from common.quant.binary import RPReLU, RSign, binarize, binary_sign, clip_ste_w
 
 POINTS = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0], dtype=torch.float64)
 INTERIOR = torch.tensor([-1.5, -0.7, -0.2, 0.3, 0.9, 1.2], dtype=torch.float64)
+
+
+def name_of(estimator):
+    """A test id without a memory address, which would differ between the workers of pytest-xdist."""
+    return estimator if isinstance(estimator, str) else getattr(estimator, "__name__", "ede")
+
+
 EDE = partial(ede, t=0.8)  # k = 1 / 0.8
 FIRST = {
     "ste": lambda x: (x.abs() <= 1).double(),
@@ -53,7 +60,7 @@ def test_value_at_zero_is_chosen(zero, dtype):
     assert binarize(torch.zeros(2), zero=zero).tolist() == [zero, zero]
 
 
-@pytest.mark.parametrize("estimator", FIRST, ids=str)
+@pytest.mark.parametrize("estimator", FIRST, ids=name_of)
 def test_first_derivatives_at_and_around_the_kinks(estimator):
     x = POINTS.clone().requires_grad_()
     upstream = torch.arange(1.0, 8.0, dtype=x.dtype)
@@ -61,7 +68,7 @@ def test_first_derivatives_at_and_around_the_kinks(estimator):
     assert_close(g, upstream * FIRST[estimator](POINTS), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("estimator", SECOND, ids=str)
+@pytest.mark.parametrize("estimator", SECOND, ids=name_of)
 def test_second_derivatives_are_those_of_the_surrogate(estimator):
     x = INTERIOR.clone().requires_grad_()
     y = binarize(x, estimator=estimator)
@@ -73,7 +80,7 @@ def test_second_derivatives_are_those_of_the_surrogate(estimator):
     assert_close(h, d1**2 + y * SECOND[estimator](x.detach()), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("surrogate", [binary.hardtanh, binary.quadratic, EDE, binary.identity], ids=str)
+@pytest.mark.parametrize("surrogate", [binary.hardtanh, binary.quadratic, EDE, binary.identity], ids=name_of)
 def test_surrogates_pass_gradcheck_of_both_orders(surrogate):
     x = INTERIOR.clone().requires_grad_()
     assert torch.autograd.gradcheck(surrogate, x) and torch.autograd.gradgradcheck(surrogate, x)
@@ -96,7 +103,7 @@ def test_surrogates_run_from_minus_one_to_one():
     assert_close(binary.quadratic(x), pieces, rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("estimator", ["ste", "approx", EDE], ids=str)
+@pytest.mark.parametrize("estimator", ["ste", "approx", EDE], ids=name_of)
 def test_forward_mode_and_double_vjp_give_the_jacobian_of_the_surrogate(estimator):
     w, theta, v = torch.randn(5, 4).double(), torch.randn(4).double() / 2, torch.randn(4).double()
 
