@@ -15,6 +15,7 @@ devices, precision, DDP and saving are Lightning Fabric's.
         run.finish({"top1": 91.2})
 """
 
+import atexit
 import copyreg
 import fcntl
 import hashlib
@@ -106,7 +107,14 @@ def launch(fabric_cfg: Mapping, **kwargs: Any) -> Fabric:
             f"{fabric.world_size}: leave fabric.devices to its default, which follows the launcher"
         )
     fabric.launch()
+    atexit.register(_leave)
     return fabric
+
+
+def _leave() -> None:
+    """Without it, the threads of gloo may still run when the interpreter ends, and abort a process that has finished."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def per_device_batch(batch_size: int, world_size: int, accumulation: int = 1) -> int:

@@ -174,6 +174,8 @@ if world > 1:
 part = slice(rank * 4 // world, (rank + 1) * 4 // world)
 losses = [contrast(features[step][:, part], images[step][part]).item() for step in range(2)]
 torch.save({"losses": losses, "queue": contrast.queue}, f"{folder}/{world}_{rank}.pt")
+if world > 1:
+    dist.destroy_process_group()
 """
 
 

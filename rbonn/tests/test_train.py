@@ -152,6 +152,8 @@ for k in range(3):
     optimizer.zero_grad(set_to_none=True)
 if fabric.global_rank == 0:
     torch.save({"previous": net[0].previous, "model": net.state_dict(), **recurrence.counters()}, sys.argv[2])
+if dist.is_initialized():  # a process that ends with gloo's threads still running may abort
+    dist.destroy_process_group()
 """
 
 
