@@ -34,6 +34,7 @@ _FULL = {  # brow raise, outward slope of the brow, eye opening, corners up, mou
     "surprise": (0.17, 0.05, 1.50, 0.01, 0.190, 0.17, 0.0, 0.0),
     "neutral": (0.0, 0.05, 1.0, 0.0, 0.0, 0.26, 0.0, 0.0),
 }
+_TWO_BYTES = ((256**2 - 1) / 6) ** 0.5  # standard deviation of the sum of two uniform bytes
 _EYE_V, _BROW_V, _MOUTH_V = -0.12, -0.36, 0.48
 _LIGHT_SKIN, _DARK_SKIN = np.array([0.94, 0.76, 0.66]), np.array([0.36, 0.23, 0.17])
 _HAIR = np.array([[0.10, 0.08, 0.07], [0.25, 0.15, 0.09], [0.42, 0.27, 0.14], [0.78, 0.62, 0.36], [0.62, 0.60, 0.58]])
@@ -213,13 +214,19 @@ def render(p: Parameters, background: np.ndarray, rng: np.random.Generator) -> R
     head = np.maximum(face, behind)
     canvas[:, :3] *= q["tint"] * (1 + head[:, None] * (shade[:, None] - 1))
     canvas[:, 3] *= 1 + head * (infrared - 1)
-    depth = depth + head * (np.where(face > 0.5, 0.42 + 0.42 * ball + nose * face, np.float32(0.4)) - depth)
+    depth = depth + head * (np.where(face > 0.5, 0.40 + 0.40 * ball + 0.7 * nose, np.float32(0.38)) - depth)
     return Rendered(canvas, depth.astype(np.float32), face, x, y, ball, pixels)
 
 
 def sense(images: np.ndarray, rng: np.random.Generator, noise: float) -> np.ndarray:
-    """Add Gaussian sensor noise and clip to 0..1. images: (k, C, H, W)."""
-    return np.clip(images + np.float32(noise) * rng.standard_normal(images.shape, dtype=np.float32), 0, 1)
+    """Add sensor noise of standard deviation `noise` and clip to 0..1. images: (k, C, H, W).
+
+    The sum of two uniform bytes: a triangular density, several times cheaper than a Gaussian one."""
+    dice = np.frombuffer(rng.bytes(2 * images.size), np.uint8).reshape(2, *images.shape)
+    out = dice[0] * np.float32(noise / _TWO_BYTES)
+    out += dice[1] * np.float32(noise / _TWO_BYTES)
+    out += images - np.float32(255 * noise / _TWO_BYTES)
+    return np.clip(out, 0, 1, out=out)
 
 
 def _head_coordinates(q: Parameters, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:

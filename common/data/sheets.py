@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
-from common.data import digits, longtail, objects, scenes, shapes
+from common.data import digits, faces, longtail, objects, presentation_attacks, scenes, shapes
 from common.data.dataset import Dataset
 
 COUNT = 40
@@ -59,6 +59,16 @@ def _digits_lt() -> Tensor:
     return _sheet(train.subset(longtail.subsample(train.targets, counts, seed=0)[::10]))
 
 
+def _attacks() -> Tensor:
+    """A row of five live faces or attacks of one kind: colour, then depth, then infrared."""
+    made = presentation_attacks.spoof_faces(80, split="train", size=64)
+    rows = []
+    for kind in range(1 + len(presentation_attacks.ATTACKS)):
+        five = made.images[made.extra["attack"] == kind][:5]
+        rows += [five[:, part].expand(-1, 3, -1, -1) for part in presentation_attacks.CHANNELS.values()]
+    return (make_grid(torch.cat(rows), nrow=15, padding=2, pad_value=0.3) * 255).round().to(torch.uint8)
+
+
 _digits = partial(objects.digits_on_backgrounds, COUNT, split="train")
 _objects = partial(objects.objects_on_backgrounds, COUNT, split="train")
 SHEETS: dict[str, Callable[[], Tensor]] = {
@@ -73,6 +83,8 @@ SHEETS: dict[str, Callable[[], Tensor]] = {
     "objects_rho1": lambda: _sheet(_objects(rho=1.0)),
     "objects_colour": lambda: _sheet(_objects(size=32, channels=3), zoom=3),
     "objects_photos": lambda: _sheet(_objects(background="photos", size=32, channels=3), zoom=3),
+    "faces": lambda: _sheet(faces.expression_faces(COUNT, split="train", size=64, occluded=0.5), zoom=2),
+    "presentation_attacks": _attacks,
     "shapes": lambda: _boxes("noise"),
     "shapes_photos": lambda: _boxes("photos"),
 }
