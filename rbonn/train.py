@@ -153,7 +153,7 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     teacher = build_teacher(
         path=stage_path(cfg, cfg.teacher), timm_name=cfg.teacher.timm, classes=data.classes, channels=data.channels
     )
-    if fabric.world_size > 1 and cfg.train.sync_norm:
+    if fabric.world_size > 1 and cfg.train.sync_norm and fabric.device.type == "cuda":  # torch has it for GPUs only
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     network, torch_optimizer = model, build_optimizer(model, cfg)
     model, optimizer = fabric.setup(model, torch_optimizer)

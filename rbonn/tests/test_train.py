@@ -174,6 +174,24 @@ def test_two_ranks_snapshot_the_averaged_gradient(tmp_path, monkeypatch):
     assert one["active_share"] == two["active_share"] == 1.0 and one["previous"].abs().sum() > 0
 
 
+def test_the_script_trains_on_two_ranks_with_the_recurrence_on(tmp_path):
+    """Norms see one rank's images on CPU, so the numbers differ from one process; weights must be the same on both."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    extra = [
+        "method=all",
+        "init.arm=null",
+        "train.epochs=2",
+        "fabric.accelerator=cpu",
+        f"hydra.run.dir={tmp_path / 'two'}",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, *SHORT, *extra], cwd=PAPER, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 devices x 1 micro-steps x" in done.stdout
+    metrics = result(tmp_path / "two")["metrics"]
+    assert metrics["active_share"] == 1.0 and metrics["lookahead_flips"] > 0
+
+
 def test_the_script_runs_from_inside_its_folder(tmp_path):
     command = [sys.executable, "train.py", *SHORT, "method=bilinear", "train.epochs=1", f"run_root={tmp_path}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
