@@ -16,6 +16,7 @@ devices, precision, DDP and saving are Lightning Fabric's.
 """
 
 import atexit
+import contextlib
 import copyreg
 import fcntl
 import hashlib
@@ -276,9 +277,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 def remove_if_empty(path: str | Path, root: str | Path) -> None:
     """Remove `path` and its parents up to `root` as long as they are empty (Hydra makes the directory first)."""
     path, root = Path(path).absolute(), Path(root).absolute()
-    while path != root.parent and path.is_dir() and not any(path.iterdir()):
-        path.rmdir()
-        path = path.parent
+    with contextlib.suppress(FileNotFoundError):  # another rank was faster
+        while path != root.parent and path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+            path = path.parent
 
 
 def read_json(path: str | Path) -> Any:
