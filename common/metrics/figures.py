@@ -22,6 +22,11 @@ COLOURS = {
 }
 
 
+def _fill(name: str, width: int) -> str:
+    """A name on lines of at most `width`, broken after underscores where it can be."""
+    return textwrap.fill(name.replace("_", "_ "), width + name.count("_")).replace("_ ", "_")
+
+
 def plot_claims(results: list[dict[str, Any]], path: str | Path) -> bool:
     """Forest plot of the ordering, ratio and property claims: estimate (diamond: primary), interval, one small
     dot per seed; a panel per unit. Writes `path` (PNG); returns False, and writes nothing, without any effect."""
@@ -65,7 +70,7 @@ def _forest_panel(ax: Axes, unit: str, rows: list[dict[str, Any]]) -> None:
             va="center",
             fontsize=8,
         )
-    ax.set_yticks(range(len(rows)), [textwrap.fill(r["id"], 26) for r in rows], fontsize=9)
+    ax.set_yticks(range(len(rows)), [_fill(r["id"], 26) for r in rows], fontsize=9)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     if unit == "x":
         ax.set_xscale("log")
@@ -92,10 +97,10 @@ def plot_arms(measurements: Measurements, metrics: list[str], path: str | Path) 
     lines = [max(map(len, arms[i : i + columns])) for i in range(0, len(metrics), columns)]
     heights = [n + 1.2 for n in lines]
     figure = Figure(figsize=(5.5 * columns + 1, 0.48 * sum(heights) + 0.4), layout="constrained")
-    axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights).flat
+    axes = [*figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights).flat]
     for ax, metric, names in zip(axes, metrics, arms, strict=False):
         _arms_panel(ax, metric, {a: {s: r[metric] for s, r in measurements[a].items() if metric in r} for a in names})
-    for ax in [*axes][len(metrics) :]:
+    for ax in axes[len(metrics) :]:
         ax.remove()
     figure.savefig(path, dpi=130)
     return True
@@ -111,7 +116,7 @@ def _arms_panel(ax: Axes, metric: str, values: dict[str, dict[int, float]]) -> N
         ax.plot(x.mean(), y + 0.28, "D", color="black", markersize=4)
         if len(x) > 1:
             ax.plot(stats.t_interval(x), [y + 0.28] * 2, color="black", linewidth=1.3)
-    ax.set_yticks(range(len(values)), [textwrap.fill(arm, 24) for arm in values], fontsize=8)
+    ax.set_yticks(range(len(values)), [_fill(arm, 24) for arm in values], fontsize=8)
     ax.set_ylim(len(values) - 0.4, -0.5)
     ax.set_xlabel(metric, fontsize=9)
     ax.tick_params(axis="x", labelsize=8)

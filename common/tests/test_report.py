@@ -10,7 +10,7 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
-from common.metrics import readme, report, tables
+from common.metrics import figures, readme, report, tables
 from common.metrics.readme import BEGIN, END, PAPERS
 
 PUBLISHED = [
@@ -271,3 +271,14 @@ def test_numbers_as_text():
     assert (
         tables.p_text({"p": 0.01, "p_holm": 0.03}) == ".030" and tables.p_text({"p": 1e-5, "p_holm": None}) == "<.001"
     )
+
+
+def test_an_odd_number_of_metrics_leaves_no_empty_axes_and_long_names_break_at_underscores(tmp_path):
+    values = {arm: {seed: dict.fromkeys("abc", seed + 0.5) for seed in range(3)} for arm in ("one", "two")}
+    assert figures.plot_arms(values, ["a", "b", "c"], tmp_path / "arms.png")
+    pixels = 255 * imread(tmp_path / "arms.png")[..., 0]
+    height, width = pixels.shape
+    assert (pixels[height // 2 + 20 :, width // 2 + 20 :] == 255).all() and (
+        pixels[: height // 2, width // 2 :] < 255
+    ).any()
+    assert figures._fill("irm_beats_baseline_stressed", 22) == "irm_beats_baseline_\nstressed"
