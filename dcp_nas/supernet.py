@@ -23,14 +23,11 @@ class MixedEdge(nn.Module):
     def __init__(self, channels: int, stride: int, order: str, bits: Bits):
         super().__init__()
         self.ops = nn.ModuleList(make_operation(name, channels, stride, bits) for name in operations(order))
-        for k, name in enumerate(operations(order)):
-            if name == "skip_connect" and stride == 1:
-                self.ops[k] = nn.Identity()
 
     def forward(self, x: Tensor, weights: Tensor | int) -> Tensor:
         if isinstance(weights, int):
             return self.ops[weights](x)
-        return torch.stack([op(x) for op in self.ops], dim=-1) @ weights
+        return sum(w * op(x) for w, op in zip(weights, self.ops, strict=True))  # type: ignore[return-value]
 
 
 class SearchCell(nn.Module):
