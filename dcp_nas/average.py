@@ -1,0 +1,44 @@
+"""The mean of several runs of one seed as an arm of its own: the random genotypes, of which one would be an accident.
+
+python average.py scale=mini seed=100 arm=random_mean 'of=[random/genotype.draw=0, random/genotype.draw=1]'
+"""
+
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from common import runs
+
+
+def mean_of(folders: list[Path]) -> dict[str, float]:
+    """Mean of every metric that all results have. FileNotFoundError or ValueError names a run that is missing or unfinished."""
+    results = []
+    for folder in folders:
+        result = runs.read_json(folder / "result.json")
+        if result is None:
+            raise FileNotFoundError(f"no run in {folder}: carry out the arms to average first")
+        if result["status"] != "finished":
+            raise ValueError(f"{folder} holds a {result['status']} run")
+        results.append(result["metrics"])
+    if not results:
+        raise ValueError("of=[]: name at least one arm")
+    names = set.intersection(*(set(r) for r in results))
+    return {name: sum(r[name] for r in results) / len(results) for name in sorted(names)}
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="average")
+def main(cfg: DictConfig) -> None:
+    out = HydraConfig.get().runtime.output_dir
+    metrics = mean_of([Path(cfg.run_root) / cfg.scale / arm / f"seed{cfg.seed}" for arm in cfg.of])
+    run = runs.Run.open(Path(out), cfg, runs.launch(cfg.fabric))
+    if run is None:
+        return
+    with run:
+        run.finish(metrics)
+        print("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+
+
+if __name__ == "__main__":
+    main()
