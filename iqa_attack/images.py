@@ -1,0 +1,90 @@
+"""Images in and out: RGB in 0..1 on the 8-bit lattice, PNG files, and one clear error for everything else."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+EXTENSIONS = (".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".ppm")
+MAX_PIXELS = 40_000_000  # an attack of a larger image would not fit any card
+
+
+def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """An image file as float (3, H, W) in 0..1 on the 8-bit lattice; grey ones repeated over the channels.
+
+    Raises FileNotFoundError, or ValueError naming the file: corrupt, too large, 16 bit, CMYK, or with transparent pixels
+    (an opaque alpha channel is dropped). These are refused, as every conversion would change the scores silently."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no image {path}")
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > max_pixels:
+                raise ValueError(
+                    f"{path} has {image.width} x {image.height} pixels, allowed are {max_pixels:,}: reduce it first"
+                )
+            image.load()
+            mode = image.mode
+            if mode == "CMYK":
+                raise ValueError(f"{path} is CMYK: convert it to 8-bit RGB first, the result depends on the colour profile")
+            if mode.startswith(("I", "F")):
+                raise ValueError(f"{path} is no 8-bit image (mode {mode}): convert it to 8-bit RGB first")
+            if mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                rgba = image.convert("RGBA")
+                if np.asarray(rgba)[..., 3].min() < 255:
+                    raise ValueError(f"{path} has transparent pixels: put it on a background and save it as RGB first")
+                image = rgba
+            pixels = np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot decode image {path}: {error}") from error
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+
+
+def write_png(path: str | Path, image: Tensor) -> None:
+    """image (3, H, W) in 0..1. Raises ValueError for a name that does not end in .png: a lossy file loses the attack."""
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path}: an attacked image is written as .png; a lossy format destroys the perturbation")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(to_bytes(image).permute(1, 2, 0).numpy()).save(path)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """(..., 3, H, W) in 0..1 -> uint8."""
+    return (images.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def from_bytes(images: Tensor) -> Tensor:
+    """uint8 -> float in 0..1."""
+    return images.float() / 255
+
+
+def find_images(where: str | Path) -> list[Path]:
+    """The image itself, or every image below a folder in sorted order. FileNotFoundError if there is none."""
+    path = Path(where).expanduser()
+    if path.is_file():
+        return [path]
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS)
+    if not found:
+        what = f"no image in {path}" if path.is_dir() else f"no file or folder {path}"
+        raise FileNotFoundError(f"{what}; expected {', '.join(EXTENSIONS)}")
+    return found
+
+
+def check_images(x: Tensor, minimum: int, who: str) -> None:
+    """Raises ValueError unless x is (B, 3, H, W), floating, at least `minimum` on each side and not constant."""
+    if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
+        raise ValueError(f"{who} takes RGB images (B, 3, H, W) in 0..1, got {tuple(x.shape)} of {x.dtype}")
+    if min(x.shape[2:]) < minimum:
+        raise ValueError(f"{who} needs images of at least {minimum} x {minimum} pixels, got {x.shape[2]} x {x.shape[3]}")
+    flat = (x.detach().flatten(1).amax(1) == x.detach().flatten(1).amin(1)).nonzero()
+    if len(flat):
+        raise ValueError(f"image {int(flat[0])} of the batch is constant: {who} is not defined for it (0/0 in its statistics)")
+
+
+def luma(x: Tensor) -> Tensor:
+    """(B, 3, H, W) in 0..1 -> (B, 1, H, W) in 0..255, not rounded: rounding has no gradient."""
+    weights = x.new_tensor([0.2989, 0.5870, 0.1140]).view(1, 3, 1, 1)
+    return 255 * (x * weights).sum(1, keepdim=True)

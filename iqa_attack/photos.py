@@ -1,0 +1,181 @@
+"""Reference photographs with graded distortions: the embedded stand-in for LIVE, or the same made of a person's own photographs.
+
+It exercises what the attack needs: models of quality that are competent on JPEG, JPEG 2000, white noise and blur of real photographs,
+and test images of known order. It cannot show agreement with human opinion: the pseudo-MOS is a three-scale SSIM against the
+undistorted crop, so that models learn to imitate a full-reference measure.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+from common.data.backgrounds import PHOTOGRAPHS, photographs
+from iqa_attack.fidelity import grey, ssim
+from iqa_attack.images import find_images, from_bytes, read_image, to_bytes
+
+# Scenes are split between training and test; textures (grey) only enlarge the training set.
+SCENES = ("astronaut", "chelsea", "coffee", "rocket", "camera", "china.jpg", "flower.jpg")
+TEXTURES = ("coins", "brick", "grass", "gravel")
+LEVELS = {  # mildest first (section 6)
+    "jpeg": (60, 30, 15, 8, 4), "jp2k": (8, 16, 32, 64, 110), "wn": (5, 10, 20, 35, 60), "gblur": (0.6, 1.0, 1.6, 2.5, 4.0),
+}  # fmt: skip
+TYPES = tuple(LEVELS)
+MIN_CONTRAST = 25.0
+ANNOTATORS = ("psnr", "ssim_1", "ssim_2", "ssim_4")
+
+
+@dataclass(frozen=True)
+class QualitySet:
+    """N images with quality. images: list of uint8 (3, H, W); mos (N,) in 0..10, larger = better; std (N,) of the opinions.
+
+    group: index of the content, or of the data set that an image belongs to (pairs are formed within a set);
+    fr: (N, 4) full-reference values (ANNOTATORS) where the undistorted image is known, else None."""
+
+    images: list[Tensor]
+    mos: Tensor
+    names: list[str]
+    std: Tensor
+    group: Tensor
+    fr: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def stack(self) -> Tensor:
+        """All images (N, 3, H, W) in 0..1. ValueError if they differ in size."""
+        if len({tuple(i.shape) for i in self.images}) > 1:
+            raise ValueError("the images differ in size; use data.crop to take crops of one size")
+        return from_bytes(torch.stack(self.images))
+
+
+def distort(image: np.ndarray, kind: str, level: float, rng: np.random.Generator) -> np.ndarray:
+    """image uint8 (H, W, 3) -> the same, distorted. level: JPEG quality, JPEG 2000 rate, noise or blur deviation in pixels."""
+    if kind == "jpeg" or kind == "jp2k":
+        buffer = io.BytesIO()
+        if kind == "jpeg":
+            Image.fromarray(image).save(buffer, "JPEG", quality=int(level))
+        else:
+            Image.fromarray(image).save(buffer, "JPEG2000", quality_mode="rates", quality_layers=[level])
+        return np.asarray(Image.open(buffer).convert("RGB"))
+    if kind == "wn":
+        noisy = image + rng.normal(0, level, image.shape)
+        return np.clip(np.round(noisy), 0, 255).astype(np.uint8)
+    if kind == "gblur":
+        return np.round(gaussian_filter(image.astype(np.float64), (level, level, 0), mode="reflect")).astype(np.uint8)
+    raise ValueError(f"distortion {kind!r}, allowed: {', '.join(TYPES)}")
+
+
+@torch.no_grad()
+def full_reference(x: Tensor, x0: Tensor) -> Tensor:
+    """(B, 4): PSNR and grey SSIM at scales 1, 1/2, 1/4 of x against x0 (B, 3, H, W) in 0..1."""
+    psnr = -10 * ((x - x0) ** 2).mean((1, 2, 3)).clamp(min=1e-10).log10()
+    a, b, values = grey(x), grey(x0), [psnr]
+    for _ in range(3):
+        values.append(ssim(a, b))
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return torch.stack(values, 1)
+
+
+def pseudo_mos(fr: Tensor) -> Tensor:
+    """10 (SSIM_1 SSIM_2 SSIM_4)^(1/3) of `full_reference` rows."""
+    return 10 * fr[:, 1:].clamp(min=0).prod(1) ** (1 / 3)
+
+
+def places(photo: np.ndarray, n: int, size: int, rng: np.random.Generator) -> list[tuple[slice, slice]]:
+    """At most n crops of a photograph (H, W, 3) that do not overlap, from a grid at a random offset.
+
+    Crops of a grey deviation below MIN_CONTRAST (sky, out of focus) are left out. ValueError if none remains."""
+    h, w = photo.shape[:2]
+    y0, x0 = (int(rng.integers(0, side % size + 1)) for side in (h, w))
+    grid = [(slice(y, y + size), slice(x, x + size)) for y in range(y0, h - size + 1, size) for x in range(x0, w - size + 1, size)]
+    grid = [g for g in grid if photo[g].mean(2).std() > MIN_CONTRAST]
+    if not grid:
+        raise ValueError(f"a photograph of {h} x {w} pixels holds no crop of {size} pixels with enough contrast: use others")
+    return [grid[i] for i in rng.permutation(len(grid))[:n]]
+
+
+def scenes(root: str | Path | None, seed: int, *, test: int, reduce: int, size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(training, test) photographs uint8 (H, W, 3); which are tested depends on the seed.
+
+    Photographs are reduced by `reduce` where two crops of `size` remain on the short side: it removes the traces of their compression.
+
+    root: a folder of pristine photographs; null: those that ship inside scikit-image and scikit-learn."""
+    if root is None:
+        photos = photographs()
+        base = [photos[PHOTOGRAPHS.index(n)] for n in SCENES]
+        extra = [photos[PHOTOGRAPHS.index(n)] for n in TEXTURES]
+    else:
+        base = [to_bytes(read_image(p)).permute(1, 2, 0).numpy() for p in find_images(root)]
+        extra = []
+    if not 0 < test < len(base):
+        raise ValueError(f"data.test_photos={test}, allowed with {len(base)} photographs: 1..{len(base) - 1}")
+    order = np.random.default_rng([seed, 1]).permutation(len(base))
+
+    def smaller(photo: np.ndarray) -> np.ndarray:
+        smaller_size = (photo.shape[1] // reduce, photo.shape[0] // reduce)
+        return photo if min(photo.shape[:2]) < 2 * size * reduce else np.asarray(Image.fromarray(photo).resize(smaller_size, Image.Resampling.LANCZOS))
+
+    tested = [smaller(base[i]) for i in order[:test]]
+    return [smaller(base[i]) for i in order[test:]] + [smaller(p) for p in extra], tested
+
+
+def graded(photos: Sequence[np.ndarray], *, per_photo: int, size: int, rng: np.random.Generator, label: str) -> QualitySet:
+    """All types and levels of `per_photo` crops of every photograph, in the order photograph, crop, type, level.
+
+    The whole photograph is distorted and then cut, as a codec needs more than a crop to work on."""
+    images, clean, names, group = [], [], [], []
+    for g, photo in enumerate(photos):
+        cuts = places(photo, per_photo, size, rng)
+        versions = {f"{kind}{i + 1}": distort(photo, kind, level, rng) for kind in TYPES for i, level in enumerate(LEVELS[kind])}
+        for c, cut in enumerate(cuts):
+            for name, version in versions.items():
+                images.append(torch.from_numpy(version[cut].copy()).permute(2, 0, 1))
+                clean.append(torch.from_numpy(photo[cut].copy()).permute(2, 0, 1))
+                names.append(f"{label}{g}_{c}_{name}")
+                group.append(g)
+    parts = zip(torch.stack(images).split(64), torch.stack(clean).split(64), strict=True)
+    fr = torch.cat([full_reference(from_bytes(a), from_bytes(b)) for a, b in parts])
+    mos = pseudo_mos(fr)
+    return QualitySet(images, mos, names, torch.full_like(mos, 0.5), torch.tensor(group), fr)
+
+
+def subset(data: QualitySet, index: Sequence[int]) -> QualitySet:
+    """The images with these indices."""
+    i = torch.tensor(list(index))
+    fr = None if data.fr is None else data.fr[i]
+    images, names = [data.images[k] for k in i], [data.names[k] for k in i]
+    return QualitySet(images, data.mos[i], names, data.std[i], data.group[i], fr)
+
+
+def graded_photos(
+    *, seed: int, root: str | None = None, size: int = 96, reduce: int = 1, test_photos: int = 3, crops_per_photo: int = 8,
+    test_images: int = 12,
+) -> dict[str, QualitySet]:  # fmt: skip
+    """{"train", "test", "attack"}: all types and levels of the training and of the test crops, and the test images that are attacked.
+
+    "attack" holds one distorted image of each of `test_images` test crops, types in turn, levels spread over the five. The photographs of
+    test and attack are not in train."""
+    rng = np.random.default_rng([seed, 2])
+    train, test = scenes(root, seed, test=test_photos, reduce=reduce, size=size)
+    sets = {
+        "train": graded(train, per_photo=crops_per_photo, size=size, rng=rng, label="train"),
+        "test": graded(test, per_photo=crops_per_photo, size=size, rng=rng, label="test"),
+    }
+    versions = sum(len(levels) for levels in LEVELS.values())
+    available = len(sets["test"]) // versions
+    if available < test_images:
+        raise ValueError(f"{available} test crops, data.test_images={test_images}: more photographs or smaller crops")
+    level = np.concatenate([rng.permutation(5) for _ in range(-(-test_images // 5))])
+    chosen = [
+        int(crop) * versions + 5 * (i % len(TYPES)) + int(level[i])
+        for i, crop in enumerate(rng.permutation(available)[:test_images])
+    ]
+    return sets | {"attack": subset(sets["test"], chosen)}
