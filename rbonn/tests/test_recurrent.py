@@ -152,8 +152,12 @@ def test_paper_writes_back_and_keeps_u_positive():
     torch.testing.assert_close(conv.u.grad, (conv.weight.grad * chosen).sum((1, 2, 3), keepdim=True))
     with torch.no_grad():
         conv.u.grad.fill_(100.0)  # would make u = 0.3 - 10
+    w, u = conv.weight.detach().clone(), conv.u.detach().clone()
+    again = density_relu(w, 1 / (0.02 * conv.scale_factor.detach().abs().flatten()))
+    stepped = w - 0.1 * conv.weight.grad
     optimizer.step()
-    assert (conv.u > 0).all()
+    torch.testing.assert_close(conv.weight.detach(), stepped + u * again)  # with U^t, not with U^{t+1}
+    torch.testing.assert_close(conv.u.detach(), (u - 10).abs())
 
 
 def test_the_papers_rule_keeps_signs_where_nothing_else_moves_them():
