@@ -1,0 +1,69 @@
+"""Which tokens stay: counts, the best k in raster order, and the gather. Shared by both poolings; imports torch alone."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+When = Literal["both", "train", "test"]
+WHEN = ("both", "train", "test")
+
+
+def keep_count(n: int, rate: float) -> int:
+    """max(floor(n * rate), 1). The guard of 1e-9 makes 29 of 100 * 0.29, which is 28.999... in binary."""
+    return max(int(n * rate + 1e-9), 1)
+
+
+def check_rates(rates: Sequence[float], depth: int) -> tuple[float, ...]:
+    """The keep rates r_l of `depth` blocks. Raises ValueError for another number of them or a rate outside (0, 1]."""
+    found = tuple(float(r) for r in rates)
+    if len(found) != depth:
+        raise ValueError(f"rates={list(found)} are {len(found)} keep rates for {depth} blocks; give one per block")
+    if bad := [r for r in found if not 0 < r <= 1]:
+        raise ValueError(f"keep rates {bad} are not in (0, 1]; 1 drops nothing")
+    return found
+
+
+def check_keep(keep: int, n: int) -> int:
+    """The number k of patches to keep of n. Raises ValueError unless 1 <= k <= n."""
+    if not 1 <= keep <= n:
+        raise ValueError(f"keep={keep} of {n} patches; allowed are 1..{n} (or null, which keeps all)")
+    return int(keep)
+
+
+def check_when(when: str) -> When:
+    if when not in WHEN:
+        raise ValueError(f"when={when!r}; use one of {', '.join(WHEN)}")
+    return when  # type: ignore[return-value]
+
+
+def active(when: When, training: bool) -> bool:
+    """Whether a pooling works in this mode of the model."""
+    return when == "both" or (when == "train") == training
+
+
+def select(scores: Tensor, k: int, *, lowest: bool = False) -> Tensor:
+    """Indices (B, k) of the k largest (lowest: smallest) scores (B, N) of every image, ascending, i.e. in raster order.
+
+    Exactly k different indices, whatever the ties; float32, because half precision makes ties."""
+    order = scores.detach().float().topk(k, dim=1, largest=not lowest, sorted=False).indices
+    return order.sort(dim=1).values
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, N, d), index (B, k) -> (B, k, d): for every image its tokens `index`."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def token_schedule(n: int, keep: int | None, rates: Sequence[float]) -> list[int]:
+    """Patch tokens (without CLS) entering block 1, then leaving every block: n' = max(floor(n r_l), 1)."""
+    counts = [n if keep is None else check_keep(keep, n)]
+    for rate in rates:
+        counts.append(keep_count(counts[-1], rate))
+    return counts
+
+
+def to_mask(index: Tensor, n: int) -> Tensor:
+    """index (B, k) -> (B, n) bool, true where kept."""
+    return torch.zeros(len(index), n, dtype=torch.bool, device=index.device).scatter_(1, index, True)
