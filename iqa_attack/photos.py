@@ -21,9 +21,7 @@ from common.data.backgrounds import PHOTOGRAPHS, photographs
 from iqa_attack.fidelity import grey, ssim
 from iqa_attack.images import find_images, from_bytes, read_image, to_bytes
 
-# Scenes are split between training and test; textures (grey) only enlarge the training set.
 SCENES = ("astronaut", "chelsea", "coffee", "rocket", "camera", "china.jpg", "flower.jpg")
-TEXTURES = ("coins", "brick", "grass", "gravel")
 LEVELS = {  # mildest first (section 6)
     "jpeg": (60, 30, 15, 8, 4), "jp2k": (8, 16, 32, 64, 110), "wn": (5, 10, 20, 35, 60), "gblur": (0.6, 1.0, 1.6, 2.5, 4.0),
 }  # fmt: skip
@@ -34,26 +32,45 @@ ANNOTATORS = ("psnr", "ssim_1", "ssim_2", "ssim_4")
 
 @dataclass(frozen=True)
 class QualitySet:
-    """N images with quality. images: list of uint8 (3, H, W); mos (N,) in 0..10, larger = better; std (N,) of the opinions.
+    """N images with quality. images: uint8 (3, H, W) or the path of a file; mos (N,) in 0..10, larger = better (NaN: unknown).
 
-    group: index of the content, or of the data set that an image belongs to (pairs are formed within a set);
-    fr: (N, 4) full-reference values (ANNOTATORS) where the undistorted image is known, else None."""
+    std (N,): of the opinions; group (N,): index of the content; source (N,): index of the data set, pairs are formed within one;
+    fr (N, 4): full-reference values (ANNOTATORS) where the undistorted image is known."""
 
-    images: list[Tensor]
+    images: list[Tensor | Path]
     mos: Tensor
     names: list[str]
     std: Tensor
     group: Tensor
     fr: Tensor | None = None
+    source: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def image(self, i: int) -> Tensor:
+        """Image i, uint8 (3, H, W)."""
+        image = self.images[i]
+        return to_bytes(read_image(image)) if isinstance(image, Path) else image
+
     def stack(self) -> Tensor:
         """All images (N, 3, H, W) in 0..1. ValueError if they differ in size."""
-        if len({tuple(i.shape) for i in self.images}) > 1:
-            raise ValueError("the images differ in size; use data.crop to take crops of one size")
-        return from_bytes(torch.stack(self.images))
+        images = [self.image(i) for i in range(len(self))]
+        if len({tuple(i.shape) for i in images}) > 1:
+            raise ValueError("the images differ in size, they cannot form one batch")
+        return from_bytes(torch.stack(images))
+
+    def sources(self) -> Tensor:
+        """(N,), zeros for a single data set."""
+        return torch.zeros(len(self), dtype=torch.long) if self.source is None else self.source
+
+
+def subset(data: QualitySet, index: Sequence[int] | Tensor) -> QualitySet:
+    """The images with these indices."""
+    i = torch.as_tensor(index, dtype=torch.long)
+    images, names = [data.images[k] for k in i], [data.names[k] for k in i]
+    fr, source = (None if t is None else t[i] for t in (data.fr, data.source))
+    return QualitySet(images, data.mos[i], names, data.std[i], data.group[i], fr, source)
 
 
 def distort(image: np.ndarray, kind: str, level: float, rng: np.random.Generator) -> np.ndarray:
@@ -85,8 +102,11 @@ def full_reference(x: Tensor, x0: Tensor) -> Tensor:
 
 
 def pseudo_mos(fr: Tensor) -> Tensor:
-    """10 (SSIM_1 SSIM_2 SSIM_4)^(1/3) of `full_reference` rows."""
-    return 10 * fr[:, 1:].clamp(min=0).prod(1) ** (1 / 3)
+    """10 (1 - sqrt(1 - S)) of `full_reference` rows, S = (SSIM_1 SSIM_2 SSIM_4)^(1/3).
+
+    The root spreads the upper end, where S itself puts most images between 0.9 and 1; the order is that of S."""
+    s = fr[:, 1:].clamp(min=0).prod(1) ** (1 / 3)
+    return 10 * (1 - (1 - s).clamp(min=0).sqrt())
 
 
 def places(photo: np.ndarray, n: int, size: int, rng: np.random.Generator) -> list[tuple[slice, slice]]:
@@ -111,10 +131,8 @@ def scenes(root: str | Path | None, seed: int, *, test: int, reduce: int, size: 
     if root is None:
         photos = photographs()
         base = [photos[PHOTOGRAPHS.index(n)] for n in SCENES]
-        extra = [photos[PHOTOGRAPHS.index(n)] for n in TEXTURES]
     else:
         base = [to_bytes(read_image(p)).permute(1, 2, 0).numpy() for p in find_images(root)]
-        extra = []
     if not 0 < test < len(base):
         raise ValueError(f"data.test_photos={test}, allowed with {len(base)} photographs: 1..{len(base) - 1}")
     order = np.random.default_rng([seed, 1]).permutation(len(base))
@@ -124,7 +142,7 @@ def scenes(root: str | Path | None, seed: int, *, test: int, reduce: int, size: 
         return photo if min(photo.shape[:2]) < 2 * size * reduce else np.asarray(Image.fromarray(photo).resize(smaller_size, Image.Resampling.LANCZOS))
 
     tested = [smaller(base[i]) for i in order[:test]]
-    return [smaller(base[i]) for i in order[test:]] + [smaller(p) for p in extra], tested
+    return [smaller(base[i]) for i in order[test:]], tested
 
 
 def graded(photos: Sequence[np.ndarray], *, per_photo: int, size: int, rng: np.random.Generator, label: str) -> QualitySet:
@@ -147,16 +165,8 @@ def graded(photos: Sequence[np.ndarray], *, per_photo: int, size: int, rng: np.r
     return QualitySet(images, mos, names, torch.full_like(mos, 0.5), torch.tensor(group), fr)
 
 
-def subset(data: QualitySet, index: Sequence[int]) -> QualitySet:
-    """The images with these indices."""
-    i = torch.tensor(list(index))
-    fr = None if data.fr is None else data.fr[i]
-    images, names = [data.images[k] for k in i], [data.names[k] for k in i]
-    return QualitySet(images, data.mos[i], names, data.std[i], data.group[i], fr)
-
-
 def graded_photos(
-    *, seed: int, root: str | None = None, size: int = 96, reduce: int = 1, test_photos: int = 3, crops_per_photo: int = 8,
+    *, seed: int, root: str | None = None, size: int = 96, reduce: int = 1, test_photos: int = 3, crops_per_photo: int = 12,
     test_images: int = 12,
 ) -> dict[str, QualitySet]:  # fmt: skip
     """{"train", "test", "attack"}: all types and levels of the training and of the test crops, and the test images that are attacked.

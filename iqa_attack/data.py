@@ -1,0 +1,130 @@
+"""What train.py and attack.py read: embedded photographs, a folder of pristine photographs, or image quality data sets."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from common.data.batches import stream
+from iqa_attack.images import find_images, from_bytes
+from iqa_attack.iqa_sets import read_set, unrated
+from iqa_attack.photos import QualitySet, graded_photos, subset
+
+KINDS = ("photos", "sets", "folder")
+
+
+def build_data(*, kind: str, seed: int, **options) -> dict[str, QualitySet]:
+    """{"train", "test", "attack"} or a part of them.
+
+    photos: graded distortions of photographs, see `graded_photos`; sets: published data sets, see `quality_sets`; folder: images
+    without opinions, to be attacked only. ValueError for another kind."""
+    if kind not in KINDS:
+        raise ValueError(f"data.kind={kind!r}, allowed: {', '.join(KINDS)}")
+    options.pop("workers", None)
+    if kind == "photos":
+        return graded_photos(seed=seed, **options)
+    return quality_sets(seed=seed, **options) if kind == "sets" else {"attack": folder(**options)}
+
+
+def folder(*, root: str | Path) -> QualitySet:
+    """Every image below a folder (or the one image), without opinions."""
+    return unrated(find_images(root))
+
+
+def quality_sets(
+    *, root: str | None, seed: int, names: list[str], test_share: float = 0.2, test_images: int = 12, listed: list[str] | None = None,
+    higher_is_better: bool = True,
+) -> dict[str, QualitySet]:  # fmt: skip
+    """Published sets split by content: one under `root` itself, several in folders of their names.
+
+    attack: the images whose paths end in the names `listed` (they and their contents' other images are not trained on), else
+    `test_images` of the test part, spread evenly over its MOS."""
+    sets = [read_set(n, Path(str(root)) / n if len(names) > 1 else root, higher_is_better=higher_is_better) for n in names]
+    base, train, test = 0, [], []
+    images, out = [], {"mos": [], "std": [], "group": [], "source": []}
+    for i, data in enumerate(sets):
+        images += data.images
+        out["mos"].append(data.mos), out["std"].append(data.std)
+        out["group"].append(data.group + base), out["source"].append(torch.full_like(data.group, i))
+        base += int(data.group.max()) + 1
+    columns = {k: torch.cat(v) for k, v in out.items()}
+    labels = [Path(p).as_posix() for p in images]
+    every = QualitySet(
+        images, columns["mos"], labels, columns["std"], columns["group"], None, columns["source"]
+    )
+    order = torch.randperm(base, generator=torch.Generator().manual_seed(stream(seed, 11)))
+    held = set(order[: max(1, round(test_share * base))].tolist())
+    chosen: list[int] = []
+    if listed:
+        for name in listed:
+            found = [i for i, label in enumerate(labels) if label.endswith(f"/{name}")]
+            if len(found) != 1:
+                raise ValueError(f"{len(found)} images end in {name!r}: data.listed names one image of the sets each")
+            chosen += found
+        held |= {int(every.group[i]) for i in chosen}
+    for i in range(len(every)):
+        (test if int(every.group[i]) in held else train).append(i)
+    if not train or not test:
+        raise ValueError(f"{len(train)} training and {len(test)} test images: data.test_share={test_share} leaves one part empty")
+    if not chosen:
+        ranked = sorted(test, key=lambda i: float(every.mos[i]))
+        step = max(1, (len(ranked) - 1) // max(1, test_images - 1))
+        chosen = ranked[::step][:test_images]
+    return {"train": subset(every, train), "test": subset(every, test), "attack": subset(every, chosen)}
+
+
+class TrainingCrops(Dataset):
+    """Items ((3, size, size) in 0..1, index): a random crop and flip, drawn from (seed, epoch, index) alone.
+
+    resize: short side to reduce an image to before (null: as it is); size null: the whole image, without a flip."""
+
+    def __init__(self, data: QualitySet, *, seed: int, epoch: int, size: int | None, resize: int | None = None):
+        self.data, self.seed, self.epoch, self.size, self.resize = data, seed, epoch, size, resize
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        x = from_bytes(self.data.image(index))
+        if self.resize:
+            x = resized(x, self.resize)
+        if self.size:
+            h, w = x.shape[1:]
+            if min(h, w) < self.size:
+                raise ValueError(f"{self.data.names[index]} is {h} x {w}, the training crop is {self.size}: lower its size")
+            g = torch.Generator().manual_seed(stream(self.seed, self.epoch, index))
+            y, z = (int(torch.randint(0, side - self.size + 1, (), generator=g)) for side in (h, w))
+            x = x[:, y : y + self.size, z : z + self.size]
+            if torch.rand((), generator=g) < 0.5:
+                x = x.flip(2)
+        return x.contiguous(), index
+
+
+def resized(x: Tensor, short: int) -> Tensor:
+    """(3, H, W) with the short side brought to `short` pixels, bilinear and antialiased."""
+    scale = short / min(x.shape[1:])
+    size = [max(short, round(side * scale)) for side in x.shape[1:]]
+    return F.interpolate(x[None], size=size, mode="bilinear", antialias=True)[0].clamp(0, 1)
+
+
+@torch.no_grad()
+def score_all(model, data: QualitySet, *, device: torch.device, resize: int | None = None, batch: int = 50) -> Tensor:
+    """Scores (N,) of every image on the CPU, images of one size together."""
+    out, waiting = torch.zeros(len(data), dtype=torch.float64), []
+
+    def flush() -> None:
+        if waiting:
+            x = torch.stack([x for _, x in waiting]).to(device)
+            out[[i for i, _ in waiting]] = model(x).double().cpu()
+            waiting.clear()
+
+    for i in range(len(data)):
+        x = from_bytes(data.image(i))
+        x = resized(x, resize) if resize else x
+        if waiting and (x.shape != waiting[0][1].shape or len(waiting) == batch):
+            flush()
+        waiting.append((i, x))
+    flush()
+    return out
