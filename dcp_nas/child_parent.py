@@ -108,6 +108,7 @@ class ChildParentSearch:
             self.arch[name] = Architecture(net, leaves, decoupled=decoupled, w_lr=w["lr"], **alpha)  # type: ignore[arg-type]
             options = {"momentum": w["momentum"], "weight_decay": w["weight_decay"]}
             self.optimizers[name] = torch.optim.SGD(net.parameters(), lr=w["lr"], **options)
+        self.moving = "parent"  # the network whose alpha moved last
         self.t: Tensor | None = None
         self.collected: list[Tensor] = []
 
@@ -122,8 +123,8 @@ class ChildParentSearch:
 
     def begin(self, phase: int) -> None:
         """To be called once before the first step of a phase."""
-        name, r = self._where(phase)
-        if name == "parent":
+        self.moving, r = self._where(phase)
+        if self.moving == "parent":
             self.collected = []
             return
         self.t = None
@@ -202,8 +203,8 @@ class ChildParentSearch:
 
     # ------------------------------------------------------------------------------------------------------- state
     def alphas(self) -> tuple[Tensor, Tensor]:
-        """alpha of the network that moved last: after a round, Parent and Child have the same."""
-        return self.arch["child" if "child" in self.nets else "parent"].alphas
+        """alpha of the network that moved last: the Child's after a round."""
+        return self.arch[self.moving].alphas
 
     def genotype(self) -> Genotype:
         return discretise(*self.alphas(), order=self.nets["parent"].order)
@@ -213,7 +214,7 @@ class ChildParentSearch:
             "nets": {k: v.state_dict() for k, v in self.nets.items()},
             "arch": {k: v.state_dict() for k, v in self.arch.items()},
             "optimizers": {k: v.state_dict() for k, v in self.optimizers.items()},
-            "t": self.t, "collected": list(self.collected),
+            "t": self.t, "collected": list(self.collected), "moving": self.moving,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -221,5 +222,6 @@ class ChildParentSearch:
         for part in ("nets", "arch", "optimizers"):
             for k, v in getattr(self, part).items():
                 v.load_state_dict(state[part][k])
+        self.moving = state["moving"]
         self.t = None if state["t"] is None else state["t"].to(device)
         self.collected = [t.to(device) for t in state["collected"]]

@@ -76,10 +76,13 @@ def examine(
         terms["random"] = torch.randn(len(g), generator=generator).to(g)
         before = discrepancy(g, t).item()
         for rule in STEPPED:
-            for k, length in enumerate(lengths):
-                after = discrepancy(likelihood_gradient(net, images, target, moved(alphas, -terms[rule], length)), t).item()
-                add(f"success_{rule}_{k}", float(after < before))
-                add(f"change_{rule}_{k}", math.log(after / before))
+            # The control goes along a random direction and against it, which halves its noise.
+            for direction in (-terms[rule],) if rule != "random" else (-terms[rule], terms[rule]):
+                for k, length in enumerate(lengths):
+                    g_after = likelihood_gradient(net, images, target, moved(alphas, direction, length))
+                    after = discrepancy(g_after, t).item()
+                    add(f"success_{rule}_{k}", float(after < before))
+                    add(f"change_{rule}_{k}", math.log(after / before))
         for rule in COMPARED:
             add(f"cosine_{rule}", torch.cosine_similarity(terms[rule], terms["exact"], dim=0).item())
         for rule in ("exact", "ggn"):
