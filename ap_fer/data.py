@@ -1,0 +1,149 @@
+"""Parametric faces in memory, and the facial-expression sets; batches that depend on (seed, epoch) alone."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+from ap_fer.expressions import EXPRESSIONS, imbalanced_counts, repeat_factors, repeated_indices
+from ap_fer.layouts import READERS, Labelled, read_split
+from ap_fer.transforms import MEAN, STD, build_transforms, check_image
+from common.data.batches import CropFlip, Plan, SeededBatches, TensorBatches, Views, stream
+from common.data.faces import expression_faces
+from common.data.vision import open_image
+
+SETS = ("faces", *READERS)
+STRIDE = 8  # pixels by which face sizes of models in use are divisible
+
+
+@dataclass(frozen=True)
+class Data:
+    """names: class names in our order; counts: training images per class; indices: those of an epoch, with repeats.
+
+    test: yields (image (3, S, S) normalised, label). parts: named slices of it that are also reported alone. truth: for
+    parametric faces {"face", "background", "occluder"} masks (N, S, S) of the test images."""
+
+    names: tuple[str, ...]
+    counts: list[int]
+    indices: list[int]
+    test: Dataset
+    make: Callable[[Plan, torch.device], TensorBatches | SeededBatches]
+    parts: Mapping[str, slice] = field(default_factory=dict)
+    truth: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class FaceFiles(Dataset):
+    """Items (transform(PIL RGB image), label); images are cropped to their box where there is one.
+
+    An image that cannot be read, or is too small, raises ValueError with its path."""
+
+    def __init__(self, labelled: Labelled, transform: Callable | None = None):
+        self.found, self.transform = labelled, transform
+
+    def __len__(self) -> int:
+        return len(self.found.paths)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path = self.found.paths[index]
+        image = open_image(path)
+        if self.found.boxes:
+            image = image.crop(self.found.boxes[index])
+        try:
+            check_image(image)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return (image if self.transform is None else self.transform(image)), self.found.targets[index]
+
+
+def build_data(
+    *,
+    name: str,
+    seed: int,
+    root: str | None = None,
+    workers: int = 0,
+    size: int = 112,
+    num_classes: int = 7,
+    balance: bool = True,
+    augment: str = "raf",
+    train_images: int = 1500,
+    test_images: int = 1000,
+    occluded: float = 0.5,
+    images: str = "aligned_224",
+    test_share: float = 0.25,
+    every: int = 1,
+) -> Data:
+    """A data set by name.
+
+    faces: embedded; train_images in RAF-DB's proportions, `occluded` of them with occluders; test_images without and as many
+        with occluders, balanced. seed: of both, so that an interval over seeds covers the
+        draw of the faces.
+    raf_db (images: aligned | aligned_224), ferplus, affectnet, expw (test_share), affwild2 (every), folder, csv: see `layouts`.
+    size: pixels; num_classes: 7, or 8 with contempt; balance: repeat rare classes as RAF-DB's recipe does; augment: see
+        `transforms.build_transforms` (faces: flip | none).
+    Raises ValueError for an unknown name, a wrong label or an empty class, FileNotFoundError for missing files."""
+    if name not in SETS:
+        raise ValueError(f"data.name={name!r}, allowed: {', '.join(SETS)}")
+    if num_classes not in (7, 8):
+        raise ValueError(f"data.num_classes={num_classes}, allowed: 7, or 8 with contempt")
+    if size % STRIDE:
+        raise ValueError(f"data.size={size} is not divisible by {STRIDE}")
+    names = EXPRESSIONS[:num_classes]
+    if name == "faces":
+        if num_classes != 7 or augment not in ("flip", "none"):
+            raise ValueError("data.name=faces has 7 classes and data.augment=flip or none")
+        return _faces(names, seed, size, train_images, test_images, occluded, balance=balance, augment=augment)
+    options = {"num_classes": num_classes, "images": images, "test_share": test_share, "every": every}
+    train, test = (read_split(name, root, split, **options) for split in ("train", "test"))
+    for split, found in (("train", train), ("test", test)):
+        if (largest := max(found.targets)) >= num_classes:
+            raise ValueError(f"{name}: the {split} split has {EXPRESSIONS[largest]}: data.num_classes={largest + 1} is needed")
+    transform, testing = build_transforms(augment, size=size)
+    counts = torch.tensor(train.targets).bincount(minlength=num_classes).tolist()
+    if empty := [names[c] for c, n in enumerate(counts) if n == 0]:
+        raise ValueError(f"{name} under {root}: no training image for {', '.join(empty)}")
+    indices = repeated_indices(train.targets, repeat_factors(counts) if balance else [1] * num_classes)
+
+    def make(plan: Plan, device: torch.device) -> SeededBatches:
+        return SeededBatches(Views(FaceFiles(train), [transform], indices), plan, device=device, workers=workers)
+
+    return Data(names, counts, indices, FaceFiles(test, testing), make)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """(N, 3, H, W) in 0..1, by ImageNet's mean and standard deviation."""
+    return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+@lru_cache(maxsize=2)  # cells of a sweep that share a seed run one after the other in one process
+def _rendered(n: int, split: str, seed: int, size: int, occluded: float, counts: tuple[int, ...] | None):
+    return expression_faces(n, split=split, seed=seed, size=size, occluded=occluded, counts=counts)
+
+
+@lru_cache(maxsize=2)
+def _test_faces(n: int, size: int, seed: int) -> tuple[TensorDataset, dict[str, Tensor]]:
+    clean, hidden = (
+        expression_faces(n, split="test", seed=stream(seed, share), size=size, occluded=share) for share in (0, 1)
+    )
+    truth = {"face": torch.cat([clean.masks, hidden.masks])}  # type: ignore[list-item]
+    truth |= {k: torch.cat([clean.extra[k], hidden.extra[k]]) for k in ("background", "occluder")}
+    images = normalise(torch.cat([clean.images, hidden.images]))
+    return TensorDataset(images, torch.cat([clean.targets, hidden.targets])), truth
+
+
+def _faces(
+    names: tuple[str, ...], seed: int, size: int, train: int, test: int, occluded: float, *, balance: bool, augment: str
+) -> Data:
+    counts = imbalanced_counts(train)
+    data = _rendered(train, "train", seed, size, occluded, tuple(counts))
+    indices = repeated_indices(data.targets.tolist(), repeat_factors(counts) if balance else [1] * len(counts))
+    held, truth = _test_faces(test, size, seed)
+    shift = CropFlip(padding=2) if augment == "flip" else None
+
+    def make(plan: Plan, device: torch.device) -> TensorBatches:
+        return TensorBatches(normalise(data.images[indices]), data.targets[indices], plan, device=device, augment=shift)
+
+    return Data(names, counts, indices, held, make, {"clean": slice(0, test), "occluded": slice(test, 2 * test)}, truth)
