@@ -1,6 +1,8 @@
-"""Attack one quality model under one fidelity measure, judge the candidates, and score the counterexamples with every model.
+"""Attack one quality model under one fidelity measure, judge the candidates, and score the counterexamples with every
+model.
 
-python attack.py                                            BRISQUE, projected Chebyshev, the models of `python train.py`
+python attack.py                                            BRISQUE, projected Chebyshev, the models of `python
+train.py`
 python attack.py nr=cornia fr=ssim attack=random            the control at the distance of the attack (run that first)
 python attack.py data=folder data.root=photos/              your own images: pictures and a CSV in the run directory
 python attack.py data=folder data.root=photos/ official.brisque.path=svm_model.mat nr=brisque
@@ -15,16 +17,15 @@ import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning_fabric import Fabric
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
 from common import runs
-from common.data.batches import stream
 from iqa_attack.counterexamples import Judged, describe, judge, measure, refine
 from iqa_attack.data import build_data
 from iqa_attack.fr_models import build_fr
-from iqa_attack.images import find_images, from_bytes, read_image, to_bytes, write_png
+from iqa_attack.images import from_bytes, read_image, write_png
 from iqa_attack.jnd import build_observer
 from iqa_attack.nr_models import Scored, load_official, load_trained, pyiqa_metric
 from iqa_attack.perceptual_attack import PRESETS, check_gradient, perceptual_attack, spsa_gradient, square_attack
@@ -42,16 +43,22 @@ def load_models(cfg: DictConfig) -> dict[str, Scored]:
     if cfg.weights == "auto":
         auto = Path(cfg.run_root) / cfg.scale / cfg.train_arm / f"seed{cfg.seed}" / "last.ckpt"
         if not auto.is_file() and not cfg.official and not cfg.pyiqa:
-            raise FileNotFoundError(f"no trained models in {auto}: run `python train.py method={cfg.train_arm} seed={cfg.seed}` first")
+            raise FileNotFoundError(
+                f"no trained models in {auto}: run `python train.py method={cfg.train_arm} seed={cfg.seed}` first"
+            )
         models |= load_trained(auto) if auto.is_file() else {}
     elif cfg.weights:
         models |= load_trained(cfg.weights)
     for name, options in (cfg.official or {}).items():
-        models[str(name)] = load_official(str(options.get("kind", name)), **{k: v for k, v in options.items() if k != "kind"})
+        models[str(name)] = load_official(
+            str(options.get("kind", name)), **{k: v for k, v in options.items() if k != "kind"}
+        )
     if cfg.pyiqa:
         reference = build_data(seed=0, kind="photos")["test"]
         images, mos = torch.stack([reference.image(i) for i in range(0, len(reference), 3)]), reference.mos[::3]
-        for name in cfg.pyiqa:  # no logistic is published: one is fitted to graded distortions of the embedded photographs
+        for (
+            name
+        ) in cfg.pyiqa:  # no logistic is published: one is fitted to graded distortions of the embedded photographs
             metric = pyiqa_metric(name)
             with torch.no_grad():
                 raw = torch.cat([metric(from_bytes(x)) for x in images.split(20)])
@@ -69,15 +76,25 @@ def strengths_of(cfg: DictConfig) -> Tensor:
     return values / 255 if cfg.projected else values
 
 
-def candidates(cfg: DictConfig, models: dict[str, Scored], distance, x0: Tensor, names: list[str], mos: Tensor) -> Judged:
+def candidates(
+    cfg: DictConfig, models: dict[str, Scored], distance, x0: Tensor, names: list[str], mos: Tensor
+) -> Judged:
     """Make and judge the candidates of a few images (S, 3, H, W), as cfg.method says."""
     score, seeds = models[cfg.nr], draw_seeds(cfg.seed, names, 0)
-    observer = build_observer(**{"seed": cfg.seed, **cfg.observer} if cfg.observer.kind == "simulated" else cfg.observer) if cfg.observer else None
-    judge_all = partial(judge, score, observer, x0, prefixes=[f"{cfg.nr}/{cfg.fr.kind}/{n}" for n in names], chunk=cfg.chunk)
+    observer = (
+        build_observer(**{"seed": cfg.seed, **cfg.observer} if cfg.observer.kind == "simulated" else cfg.observer)
+        if cfg.observer
+        else None
+    )
+    judge_all = partial(
+        judge, score, observer, x0, prefixes=[f"{cfg.nr}/{cfg.fr.kind}/{n}" for n in names], chunk=cfg.chunk
+    )
     strengths = strengths_of(cfg)
     table = strengths[:, None].expand(-1, len(x0))
     if cfg.reuse:  # candidates that were saved for people to judge
-        saved = [[read_image(Path(cfg.reuse) / "candidates" / n / f"{k}.png") for n in names] for k in range(len(strengths))]
+        saved = [
+            [read_image(Path(cfg.reuse) / "candidates" / n / f"{k}.png") for n in names] for k in range(len(strengths))
+        ]
         return judge_all(torch.stack([torch.stack(row) for row in saved]).to(x0), table)
     if cfg.method == "random_jnd":
         made = [random_signs(x0, s.expand(len(x0)).to(x0), seeds) for s in strengths]
@@ -89,9 +106,10 @@ def candidates(cfg: DictConfig, models: dict[str, Scored], distance, x0: Tensor,
     if cfg.method == "spsa":
         recipe["gradient"] = spsa_gradient(seed=cfg.seed, **cfg.spsa)
     inner = getattr(score.model, "redraw", None) if cfg.redraw else None
+    bar = partial(tqdm, leave=False, disable=None)
     run = partial(
         perceptual_attack, score, distance, x0, seeds=seeds, projected=cfg.projected, direction=cfg.direction, chunk=cfg.chunk,
-        target=mos.to(x0) if cfg.target == "mos" else None, each_step=inner, progress=partial(tqdm, leave=False, disable=None), **recipe,
+        target=mos.to(x0) if cfg.target == "mos" else None, each_step=inner, progress=bar, **recipe,
     )  # fmt: skip
     judged = judge_all(run(strengths), table)
     if cfg.bisect:
@@ -106,17 +124,23 @@ def _visible_end(cfg: DictConfig, recipe: dict) -> str:
 
 
 def control(cfg: DictConfig, distance, x0: Tensor, names: list[str]) -> list[Tensor]:
-    """cfg.random.draws random sets (S, 3, H, W) at the distances of the counterexamples of the attack that cfg.random.source names."""
+    """cfg.random.draws random sets (S, 3, H, W) at the distances of the counterexamples of the attack that
+    cfg.random.source names."""
     source = Path(cfg.run_root) / cfg.scale / f"{cfg.nr}_{cfg.fr_name}_perceptual" / f"seed{cfg.seed}"
     source = source if cfg.random.source == "auto" else Path(cfg.random.source)
     if not (source / "last.ckpt").is_file():
-        raise FileNotFoundError(f"no attack in {source}: the control takes its distances, run `python attack.py nr={cfg.nr} fr={cfg.fr_name}` first")
+        raise FileNotFoundError(
+            f"no attack in {source}: the control takes its distances, run `python attack.py nr={cfg.nr} fr={cfg.fr_name}` first"
+        )
     rows = {row["image"]: row for row in runs.load_checkpoint(source / "last.ckpt")["rows"]}
     if missing := [n for n in names if n not in rows]:
         raise ValueError(f"{source} attacked other images: it lacks {missing[0]}")
     target = torch.tensor([rows[n]["distance"] for n in names]).to(x0)
     exact = cfg.fr.kind == "chebyshev"
-    return [random_at_distance(distance, x0, target, draw_seeds(cfg.seed, names, 1 + d), chebyshev=exact) for d in range(cfg.random.draws)]
+    return [
+        random_at_distance(distance, x0, target, draw_seeds(cfg.seed, names, 1 + d), chebyshev=exact)
+        for d in range(cfg.random.draws)
+    ]
 
 
 def check_data(data: QualitySet, models: dict[str, Scored], distance) -> None:
@@ -126,7 +150,9 @@ def check_data(data: QualitySet, models: dict[str, Scored], distance) -> None:
     for i in range(len(data)):
         image = data.image(i)
         if min(image.shape[1:]) < needs[who]:
-            raise ValueError(f"{data.names[i]} has {image.shape[2]} x {image.shape[1]} pixels, {who} needs {needs[who]} on each side")
+            raise ValueError(
+                f"{data.names[i]} has {image.shape[2]} x {image.shape[1]} pixels, {who} needs {needs[who]} on each side"
+            )
         if int(image.amin()) == int(image.amax()):
             raise ValueError(f"{data.names[i]} is constant: natural scene statistics are not defined for it")
 
@@ -145,15 +171,17 @@ def table_row(models: dict[str, Scored], x: Tensor, x0: Tensor) -> list[dict[str
     """Scores of every model before and after, per image."""
     found = {n: (m(x0).tolist(), m(x).tolist()) for n, m in models.items()}
     return [
-        {f"{when}_{n}": pair[k][i] for n, pair in found.items() for k, when in enumerate(("before", "after"))} for i in range(len(x))
+        {f"{when}_{n}": pair[k][i] for n, pair in found.items() for k, when in enumerate(("before", "after"))}
+        for i in range(len(x))
     ]
 
 
 def attack_group(cfg: DictConfig, models, distance, data: QualitySet, part: list[int], out: Path, device) -> list[dict]:
-    """The rows of a few images: every draw of a control, or the one counterexample, scored as read back from its PNG."""
+    """The rows of a few images: every draw of a control, or the one counterexample, scored as read back from its
+    PNG."""
     x0 = from_bytes(torch.stack([data.image(i) for i in part])).to(device)
     names, mos = [data.names[i].replace("/", "_") for i in part], data.mos[part]
-    judged, base = None, table_row(models, x0, x0)
+    judged, _base = None, table_row(models, x0, x0)
     if cfg.method == "random":
         sets = control(cfg, distance, x0, names)
     else:
@@ -178,11 +206,15 @@ def attack_group(cfg: DictConfig, models, distance, data: QualitySet, part: list
                 row |= {"success": k >= 0, "candidate": k, "strength": float(judged.strengths[max(k, 0), s]) if k >= 0 else 0.0,
                         "below": int(judged.below[:, s].sum()), "candidates": len(judged.below)}  # fmt: skip
             rows.append(row | scored[s])
-        if draw == 0 and cfg.pictures:
+        if draw == 0:
             for s, name in enumerate(names):
+                if cfg.pictures is not None and part[s] >= cfg.pictures:
+                    continue
                 before, after = ({n: scored[s][f"{w}_{n}"] for n in models} for w in ("before", "after"))
                 title = f"{name}: {cfg.nr} under {cfg.fr.kind}, {cfg.method}"
-                panel(x0[s].cpu(), x[s].cpu(), out / "pictures" / f"{name}.png", title=title, before=before, after=after)
+                panel(
+                    x0[s].cpu(), x[s].cpu(), out / "pictures" / f"{name}.png", title=title, before=before, after=after
+                )
     return rows
 
 
@@ -203,7 +235,9 @@ def metrics_of(rows: list[dict], models, attacked: str) -> dict[str, float]:
 def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     """Attack every image; resumes after the last group of images that is in out/last.ckpt."""
     if cfg.method not in METHODS or (cfg.preset and cfg.preset not in PRESETS):
-        raise ValueError(f"method={cfg.method!r}, preset={cfg.preset!r}, allowed: {', '.join(METHODS)}; {', '.join(PRESETS)}")
+        raise ValueError(
+            f"method={cfg.method!r}, preset={cfg.preset!r}, allowed: {', '.join(METHODS)}; {', '.join(PRESETS)}"
+        )
     strengths_of(cfg)
     distance = build_fr(**cfg.fr).to(fabric.device)
     models = {n: m.to(fabric.device) for n, m in load_models(cfg).items()}
@@ -222,7 +256,9 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
         return
     with run:
         state = run.load_checkpoint() or {"rows": [], "done": 0}
-        fabric.print(f"{cfg.arm}: {len(data)} images from {state['done']}, {len(cfg.strengths)} strengths, preset {cfg.preset}, seed {cfg.seed}")
+        fabric.print(
+            f"{cfg.arm}: {len(data)} images from {state['done']}, {len(cfg.strengths)} strengths, preset {cfg.preset}"
+        )
         parts = groups(data, state["done"], cfg.images_per_batch)
         for part in tqdm(parts, desc=cfg.arm, leave=False, disable=None):
             rows = attack_group(cfg, models, distance, data, part, out, fabric.device)
@@ -231,10 +267,9 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
                 run.log(**{k: v for k, v in row.items() if v == v})
             run.save_checkpoint(state)
             for row in [r for r in rows if r["draw"] == 0]:
-                fabric.print(
-                    f"{row['image']:24s} {cfg.nr} {row[f'before_{cfg.nr}']:5.2f} -> {row[f'after_{cfg.nr}']:5.2f}  distance {row['distance']:.4g}  "
-                    f"largest change {row['max_change']:.0f}/255  visibility {row['visibility']:.2f}"
-                )
+                score = f"{cfg.nr} {row[f'before_{cfg.nr}']:5.2f} -> {row[f'after_{cfg.nr}']:5.2f}"
+                size = f"largest change {row['max_change']:.0f}/255  visibility {row['visibility']:.2f}"
+                fabric.print(f"{row['image']:24s} {score}  distance {row['distance']:.4g}  {size}")
         with (out / "counterexamples.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(state["rows"][0]), lineterminator="\n")
             writer.writeheader()
@@ -242,9 +277,15 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
         metrics = metrics_of(state["rows"], models, cfg.nr)
         run.finish(metrics)
         for name in models:
-            srcc = f"SRCC {metrics[f'srcc_clean_{name}']:.3f} -> {metrics[f'srcc24_{name}']:.3f} (24 points), " if f"srcc24_{name}" in metrics else ""
+            srcc = (
+                f"SRCC {metrics[f'srcc_clean_{name}']:.3f} -> {metrics[f'srcc24_{name}']:.3f} (24 points), "
+                if f"srcc24_{name}" in metrics
+                else ""
+            )
             competent = "" if metrics.get(f"srcc_clean_{name}", 1) >= 0.8 else "  (not competent: clean SRCC below 0.8)"
-            fabric.print(f"{name:10s} R {metrics[f'r_{name}']:.3f}  {srcc}mean change {metrics[f'change_{name}']:.3f}{competent}")
+            fabric.print(
+                f"{name:10s} R {metrics[f'r_{name}']:.3f}  {srcc}mean change {metrics[f'change_{name}']:.3f}{competent}"
+            )
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="attack")

@@ -1,6 +1,7 @@
 """BRISQUE: 36 natural scene statistics and a support vector regression with an RBF kernel (section 4.1).
 
-`fit_brisque` trains one, `load_brisque` reads the published formats. Larger = better, always: a model trained on DMOS is flipped.
+`fit_brisque` trains one, `load_brisque` reads the published formats. Larger = better, always: a model trained on DMOS
+is flipped.
 """
 
 from pathlib import Path
@@ -21,13 +22,25 @@ RANGE_HINT = "(36, 2) or (2, 36) numbers: minimum and maximum of every feature"
 class Brisque(nn.Module):
     """forward: images (B, 3, H, W) in 0..1 -> quality (B,), larger = better.
 
-    quality = sign * (sum_i c_i exp(-gamma |f - v_i|^2) - rho), f the features scaled to [-1, 1]. Computed in float64: the
+    quality = sign * (sum_i c_i exp(-gamma |f - v_i|^2) - rho), f the features scaled to [-1, 1]. Computed in float64:
+    the
     terms are up to a thousand times larger than their sum."""
 
     minimum = 32
+    vectors: Tensor
+    coefficients: Tensor
+    rho: Tensor
+    low: Tensor
+    high: Tensor
 
     def __init__(
-        self, *, support: int, gamma: float = 0.05, sign: int = 1, shape_gradient: ShapeGradient = "none", resize="torch_aligned"
+        self,
+        *,
+        support: int,
+        gamma: float = 0.05,
+        sign: int = 1,
+        shape_gradient: ShapeGradient = "none",
+        resize="torch_aligned",
     ):
         super().__init__()
         if sign not in (1, -1):
@@ -65,27 +78,42 @@ def fit_brisque(
     f = features.double().numpy()
     low, high = f.min(0), f.max(0)
     scaled = 2 * (f - low) / np.maximum(high - low, 1e-12) - 1
-    svr = SVR(kernel="rbf", C=c, gamma=gamma, epsilon=epsilon, cache_size=500).fit(scaled, 10 * mos.double().numpy())
+    svr = SVR(kernel="rbf", C=c, gamma=gamma, epsilon=epsilon, cache_size=500)  # type: ignore[arg-type]
+    svr.fit(scaled, 10 * mos.double().numpy())
     return _filled(svr.support_vectors_, svr.dual_coef_[0], -svr.intercept_[0], low, high, gamma=gamma, **options)
 
 
 def _filled(vectors, coefficients, rho, low, high, **options) -> Brisque:
     vectors = np.asarray(vectors, dtype=np.float64)
     if vectors.ndim != 2 or vectors.shape[1] != 36:
-        raise ValueError(f"BRISQUE has 36 features, these support vectors are {vectors.shape}: weights of another model?")
+        raise ValueError(
+            f"BRISQUE has 36 features, these support vectors are {vectors.shape}: weights of another model?"
+        )
     model = Brisque(support=len(vectors), **options)
-    state = {"vectors": vectors, "coefficients": np.ravel(coefficients), "rho": np.float64(rho), "low": low, "high": high}
+    state = {
+        "vectors": vectors,
+        "coefficients": np.ravel(coefficients),
+        "rho": np.float64(rho),
+        "low": low,
+        "high": high,
+    }
     model.load_state_dict({k: torch.as_tensor(np.asarray(v, dtype=np.float64)) for k, v in state.items()})
     return model.eval()
 
 
-# ------------------------------------------------------------------------------------------------------ published formats
-def load_brisque(path: str | Path, *, range_path: str | Path | None = None, higher_is_better: bool = False, **options) -> Brisque:
-    """A published regression:  .npz (support_vectors, alpha, rho, gamma, feature_range),  .yml (OpenCV's model and range
+# ------------------------------------------------------------------------------------------------------ published
+# formats
+def load_brisque(
+    path: str | Path, *, range_path: str | Path | None = None, higher_is_better: bool = False, **options
+) -> Brisque:
+    """A published regression:  .npz (support_vectors, alpha, rho, gamma, feature_range),  .yml (OpenCV's model and
+    range
     files),  .mat (SVs, sv_coef, rho; the range in a second .mat).
 
-    range_path: file of the feature ranges; null looks for `range` in place of `model` in the name (.yml) or scale.mat beside.
-    higher_is_better: whether the raw score is; the published models predict DMOS (false), the paper's own is flipped (true).
+    range_path: file of the feature ranges; null looks for `range` in place of `model` in the name (.yml) or scale.mat
+    beside.
+    higher_is_better: whether the raw score is; the published models predict DMOS (false), the paper's own is flipped
+    (true).
     Raises FileNotFoundError or ValueError naming the file and what it lacks."""
     path = Path(path).expanduser()
     if not path.is_file():
@@ -151,7 +179,7 @@ _OpenCV.add_constructor("tag:yaml.org,2002:opencv-matrix", _matrix)
 def _opencv(path: Path) -> dict:
     text = path.read_text().split("\n", 1)  # its first line "%YAML:1.0" is no YAML
     try:
-        return yaml.load(text[1] if text[0].startswith("%YAML:") else "\n".join(text), Loader=_OpenCV)  # noqa: S506
+        return yaml.load(text[1] if text[0].startswith("%YAML:") else "\n".join(text), Loader=_OpenCV)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not an OpenCV YAML file: {error}") from error
 

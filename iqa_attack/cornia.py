@@ -19,15 +19,23 @@ SIDE = 7
 class Cornia(nn.Module):
     """forward: images (B, 3, H, W) in 0..1 -> quality (B,), larger = better.
 
-    patches: "all" 7 x 7 patches of an image, or so many at random places. `seed` fixes the places; with `draws` > 1 the score is the
+    patches: "all" 7 x 7 patches of an image, or so many at random places. `seed` fixes the places; with `draws` > 1
+    the score is the
     mean over so many sets of places (the authors' code: 4000 patches, 10 draws). `redraw()` moves to other places.
     order: pixels of a patch in rows, or in columns as MATLAB's codebooks have them."""
 
     minimum = 8
+    codebook: Tensor
+    mean: Tensor
+    whiten: Tensor
+    scale: Tensor
+    offset: Tensor
+    weight: Tensor
+    bias: Tensor
 
     def __init__(
         self, *, words: int, patches: int | Literal["all"] = "all", draws: int = 1, seed: int = 0, sign: int = 1,
-        order: Literal["rows", "columns"] = "rows",
+        order: str = "rows",
     ):  # fmt: skip
         super().__init__()
         if (patches != "all" and not (isinstance(patches, int) and patches > 0)) or draws < 1:
@@ -57,11 +65,12 @@ class Cornia(nn.Module):
             return nn.functional.unfold(grey, SIDE).transpose(1, 2)
         h, w = grey.shape[2] - SIDE + 1, grey.shape[3] - SIDE + 1
         generator = torch.Generator().manual_seed(stream(self.seed, self.round, draw))
-        y = torch.randint(0, h, (self.patches,), generator=generator)
-        z = torch.randint(0, w, (self.patches,), generator=generator)
+        n = int(self.patches)
+        y = torch.randint(0, h, (n,), generator=generator)
+        z = torch.randint(0, w, (n,), generator=generator)
         inside = (torch.arange(SIDE)[:, None] * grey.shape[3] + torch.arange(SIDE)).flatten()
         index = ((y * grey.shape[3] + z)[:, None] + inside).flatten().to(x.device)
-        return grey.flatten(1).index_select(1, index).view(len(x), self.patches, SIDE * SIDE)
+        return grey.flatten(1).index_select(1, index).view(len(x), n, SIDE * SIDE)
 
     def encode(self, patches: Tensor) -> Tensor:
         """(B, P, 49) -> (B, 2K): the largest positive and the largest negative response of every word."""
@@ -81,7 +90,8 @@ class Cornia(nn.Module):
 
 
 def normalise(patches: Tensor) -> Tensor:
-    """(p - mean) / sqrt(var + 10) of every patch (..., 49), the variance unbiased: gain is removed except for the + 10."""
+    """(p - mean) / sqrt(var + 10) of every patch (..., 49), the variance unbiased: gain is removed except for the +
+    10."""
     centred = patches - patches.mean(-1, keepdim=True)
     return centred / (centred.pow(2).sum(-1, keepdim=True) / (patches.shape[-1] - 1) + 10).sqrt()
 
@@ -93,7 +103,8 @@ def learn_codebook(patches: Tensor, *, words: int, seed: int) -> dict[str, Tenso
     values, vectors = torch.linalg.eigh(torch.cov(p.T))
     whiten = vectors @ torch.diag((values + 0.1).rsqrt()) @ vectors.T
     white = ((p - mean) @ whiten).numpy()
-    found = MiniBatchKMeans(words, random_state=seed, n_init=1, batch_size=2048, max_iter=30).fit(white).cluster_centers_
+    kmeans = MiniBatchKMeans(words, random_state=seed, n_init=1, batch_size=2048, max_iter=30)  # type: ignore[arg-type]
+    found = kmeans.fit(white).cluster_centers_
     codebook = torch.nn.functional.normalize(torch.from_numpy(found), dim=1)
     return {"codebook": codebook, "mean": mean, "whiten": whiten}
 
@@ -115,7 +126,8 @@ def fit_cornia(
     model.scale.copy_(2 / (high - low).clamp(min=1e-6))
     model.offset.copy_(-low * model.scale - 1)
     scaled = (codes * model.scale + model.offset).double().numpy()
-    svr = LinearSVR(C=c, epsilon=0.0, loss="squared_epsilon_insensitive", dual=False, max_iter=10000, random_state=seed)
+    options = {"loss": "squared_epsilon_insensitive", "dual": False, "max_iter": 10000, "random_state": seed}
+    svr = LinearSVR(C=c, epsilon=0.0, **options)  # type: ignore[arg-type]
     svr.fit(scaled, mos.double().numpy())
     model.weight.copy_(torch.from_numpy(svr.coef_))
     model.bias.fill_(float(np.ravel(svr.intercept_)[0]))
@@ -125,12 +137,15 @@ def fit_cornia(
 def load_cornia(folder: str | Path, *, patches: int | Literal["all"] = 4000, draws: int = 10, seed: int = 0) -> Cornia:
     """The authors' four .mat files in a folder: codebook0; M and P; soft_scale_param; SVs, sv_coef and rho.
 
-    Variables are found by name in whichever file has them. The raw score is a DMOS on 0..114.4147 (flipped), the order of pixels
+    Variables are found by name in whichever file has them. The raw score is a DMOS on 0..114.4147 (flipped), the
+    order of pixels
     MATLAB's. Raises FileNotFoundError or ValueError naming what is missing."""
     where = Path(folder).expanduser()
     files = sorted(where.glob("*.mat"))
     if not files:
-        raise FileNotFoundError(f"no .mat file in {where}: expected the codebook, whitening, scale and regression of CORNIA")
+        raise FileNotFoundError(
+            f"no .mat file in {where}: expected the codebook, whitening, scale and regression of CORNIA"
+        )
     found = {}
     for file in files:
         found |= {k: v for k, v in scipy.io.loadmat(file).items() if not k.startswith("__")}

@@ -14,7 +14,8 @@ from iqa_attack.quality_metrics import correlations, srcc24, stability
 
 @dataclass(frozen=True)
 class Judged:
-    """Candidates of S images. images (K, S, 3, H, W) on the 8-bit lattice; strengths, change, below: (K, S); chosen (S,), -1: none."""
+    """Candidates of S images. images (K, S, 3, H, W) on the 8-bit lattice; strengths, change, below: (K, S); chosen
+    (S,), -1: none."""
 
     images: Tensor
     strengths: Tensor
@@ -44,9 +45,15 @@ def judge(
 
 
 def refine(
-    attack: Callable[[Tensor], Tensor], judge_all: Callable[[Tensor, Tensor], Judged], judged: Judged, *, rounds: int, visible_end: str
+    attack: Callable[[Tensor], Tensor],
+    judge_all: Callable[[Tensor, Tensor], Judged],
+    judged: Judged,
+    *,
+    rounds: int,
+    visible_end: str,
 ) -> Judged:
-    """`rounds` more candidates per image, by bisection of the strength around the JND. attack: strengths (1, S) -> candidates."""
+    """`rounds` more candidates per image, by bisection of the strength around the JND. attack: strengths (1, S) ->
+    candidates."""
     for _ in range(rounds):
         new = straddle(judged.strengths, judged.below, visible_end=visible_end)[None]
         images, strengths = torch.cat([judged.images, attack(new)]), torch.cat([judged.strengths, new])
@@ -56,7 +63,8 @@ def refine(
 
 @torch.no_grad()
 def describe(x: Tensor, x0: Tensor, distance) -> dict[str, list[float]]:
-    """Of every counterexample: distance, visibility in JNDs, largest change in gray levels, share of values that change by 4 or more."""
+    """Of every counterexample: distance, visibility in JNDs, largest change in gray levels, share of values that
+    change by 4 or more."""
     levels = (x - x0).abs().flatten(1) * 255
     return {
         "distance": distance(x, x0).tolist(), "visibility": visibility(x, x0).tolist(), "max_change": levels.amax(1).tolist(),
@@ -64,8 +72,11 @@ def describe(x: Tensor, x0: Tensor, distance) -> dict[str, list[float]]:
     }  # fmt: skip
 
 
-def measure(before: dict[str, np.ndarray], after: dict[str, np.ndarray], mos: np.ndarray | None, attacked: str) -> dict[str, float]:
-    """Metrics of one set of counterexamples from scores (S,) per model: R, how many did not move, mean change, and with MOS the correlations.
+def measure(
+    before: dict[str, np.ndarray], after: dict[str, np.ndarray], mos: np.ndarray | None, attacked: str
+) -> dict[str, float]:
+    """Metrics of one set of counterexamples from scores (S,) per model: R, how many did not move, mean change, and
+    with MOS the correlations.
 
     r_intra and r_transfer: R of the attacked model, and the mean R of the others (only with others)."""
     found: dict[str, float] = {}

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from common import runs
 from common.metrics.claims import load_document
 from common.metrics.ops import count_parameters
+from iqa_attack.deep_fidelity import vgg16_trunk
 from iqa_attack.ma19 import Ma19
 from iqa_attack.perceptual_attack import CODE_LAMBDAS
 from iqa_attack.quality_metrics import clean_lattice, doubled_lattice, on_lattice, srcc24, stability
@@ -39,7 +40,7 @@ def count() -> dict[str, float]:
         unused = count_parameters(torchvision.models.resnet34(weights=None).fc)["total"]
         found["params_unique"] = count_parameters(Unique())["total"]
         found["params_unique_with_unused_fc"] = found["params_unique"] + unused
-        found["params_vgg16_features"] = count_parameters(torchvision.models.vgg16(weights=None).features[:30])["total"]
+        found["params_vgg16_features"] = count_parameters(vgg16_trunk())["total"]
     found["lambdas_nonzero"] = sum(v > 0 for v in CODE_LAMBDAS)
 
     # 12 untied points: SRCC = 1 - sum d^2 / 286
@@ -56,7 +57,9 @@ def count() -> dict[str, float]:
 
     # the qualitative claims, read from the table itself
     def where(metric: str, diagonal: bool) -> list[float]:
-        return [v for (m, attacked, _, evaluated), v in table.items() if m == metric and (attacked == evaluated) is diagonal]
+        return [
+            v for (m, attacked, _, evaluated), v in table.items() if m == metric and (attacked == evaluated) is diagonal
+        ]
 
     found["table_srcc_diagonal_max"], found["table_srcc_off_min"] = max(where("srcc", True)), min(where("srcc", False))
     found["table_r_diagonal_max"], found["table_r_off_min"] = max(where("r", True)), min(where("r", False))

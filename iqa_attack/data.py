@@ -1,4 +1,5 @@
-"""What train.py and attack.py read: embedded photographs, a folder of pristine photographs, or image quality data sets."""
+"""What train.py and attack.py read: embedded photographs, a folder of pristine photographs, or image quality data
+sets."""
 
 from pathlib import Path
 
@@ -18,7 +19,8 @@ KINDS = ("photos", "sets", "folder")
 def build_data(*, kind: str, seed: int, **options) -> dict[str, QualitySet]:
     """{"train", "test", "attack"} or a part of them.
 
-    photos: graded distortions of photographs, see `graded_photos`; sets: published data sets, see `quality_sets`; folder: images
+    photos: graded distortions of photographs, see `graded_photos`; sets: published data sets, see `quality_sets`;
+    folder: images
     without opinions, to be attacked only. ValueError for another kind."""
     if kind not in KINDS:
         raise ValueError(f"data.kind={kind!r}, allowed: {', '.join(KINDS)}")
@@ -34,14 +36,23 @@ def folder(*, root: str | Path) -> QualitySet:
 
 
 def quality_sets(
-    *, root: str | None, seed: int, names: list[str], test_share: float = 0.2, test_images: int = 12, listed: list[str] | None = None,
+    *,
+    root: str | None,
+    seed: int,
+    names: list[str],
+    test_share: float = 0.2,
+    test_images: int = 12,
+    listed: list[str] | None = None,
     higher_is_better: bool = True,
-) -> dict[str, QualitySet]:  # fmt: skip
+) -> dict[str, QualitySet]:
     """Published sets split by content: one under `root` itself, several in folders of their names.
 
-    attack: the images whose paths end in the names `listed` (they and their contents' other images are not trained on), else
+    attack: the images whose paths end in the names `listed` (they and their contents' other images are not trained
+    on), else
     `test_images` of the test part, spread evenly over its MOS."""
-    sets = [read_set(n, Path(str(root)) / n if len(names) > 1 else root, higher_is_better=higher_is_better) for n in names]
+    sets = [
+        read_set(n, Path(str(root)) / n if len(names) > 1 else root, higher_is_better=higher_is_better) for n in names
+    ]
     base, train, test = 0, [], []
     images, out = [], {"mos": [], "std": [], "group": [], "source": []}
     for i, data in enumerate(sets):
@@ -51,9 +62,7 @@ def quality_sets(
         base += int(data.group.max()) + 1
     columns = {k: torch.cat(v) for k, v in out.items()}
     labels = [Path(p).as_posix() for p in images]
-    every = QualitySet(
-        images, columns["mos"], labels, columns["std"], columns["group"], None, columns["source"]
-    )
+    every = QualitySet(images, columns["mos"], labels, columns["std"], columns["group"], None, columns["source"])
     order = torch.randperm(base, generator=torch.Generator().manual_seed(stream(seed, 11)))
     held = set(order[: max(1, round(test_share * base))].tolist())
     chosen: list[int] = []
@@ -67,7 +76,9 @@ def quality_sets(
     for i in range(len(every)):
         (test if int(every.group[i]) in held else train).append(i)
     if not train or not test:
-        raise ValueError(f"{len(train)} training and {len(test)} test images: data.test_share={test_share} leaves one part empty")
+        raise ValueError(
+            f"{len(train)} training and {len(test)} test images: data.test_share={test_share} leaves one part empty"
+        )
     if not chosen:
         ranked = sorted(test, key=lambda i: float(every.mos[i]))
         step = max(1, (len(ranked) - 1) // max(1, test_images - 1))
@@ -93,7 +104,9 @@ class TrainingCrops(Dataset):
         if self.size:
             h, w = x.shape[1:]
             if min(h, w) < self.size:
-                raise ValueError(f"{self.data.names[index]} is {h} x {w}, the training crop is {self.size}: lower its size")
+                raise ValueError(
+                    f"{self.data.names[index]} is {h} x {w}, the training crop is {self.size}: lower its size"
+                )
             g = torch.Generator().manual_seed(stream(self.seed, self.epoch, index))
             y, z = (int(torch.randint(0, side - self.size + 1, (), generator=g)) for side in (h, w))
             x = x[:, y : y + self.size, z : z + self.size]

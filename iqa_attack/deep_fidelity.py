@@ -1,4 +1,5 @@
-"""LPIPS and DISTS (section 4.5). Both need the ImageNet weights of VGG-16, a file of the user; without it they are refused.
+"""LPIPS and DISTS (section 4.5). Both need the ImageNet weights of VGG-16, a file of the user; without it they are
+refused.
 
 The linear weights of LPIPS and DISTS ship inside torchmetrics.
 """
@@ -13,15 +14,27 @@ from torch import Tensor, nn
 
 from common import runs
 
-STAGES = (slice(0, 4), slice(4, 9), slice(9, 16), slice(16, 23), slice(23, 30))  # of VGG-16's features, each ends in a ReLU
+STAGES = (
+    slice(0, 4),
+    slice(4, 9),
+    slice(9, 16),
+    slice(16, 23),
+    slice(23, 30),
+)  # of VGG-16's features, each ends in a ReLU
 CHANNELS = (64, 128, 256, 512, 512)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def vgg16_trunk() -> nn.Sequential:
+    """The layers of VGG-16 up to relu5_3, without weights of anyone."""
+    return torchvision.models.vgg16(weights=None).features[:30]  # type: ignore[index]
 
 
 def vgg16_features(weights_path: str | Path | None) -> nn.Sequential:
     """The convolutional part of VGG-16 with the weights of a file: torchvision's state dict, in evaluation mode.
 
-    Raises ValueError without a file (random features are no distance that anyone means), or for weights of another model."""
+    Raises ValueError without a file (random features are no distance that anyone means), or for weights of another
+    model."""
     if not weights_path:
         raise ValueError(
             "LPIPS and DISTS need the ImageNet weights of VGG-16: fr.weights_path=<vgg16-397923af.pth of torchvision>. "
@@ -29,16 +42,20 @@ def vgg16_features(weights_path: str | Path | None) -> nn.Sequential:
         )
     state = runs.load_checkpoint(weights_path)
     features = {k.removeprefix("features."): v for k, v in state.items() if not k.startswith("classifier.")}
-    vgg = torchvision.models.vgg16(weights=None).features[:30]
+    vgg = vgg16_trunk()
     try:
         vgg.load_state_dict(features)
     except RuntimeError as error:
-        raise ValueError(f"{weights_path} holds no weights of torchvision's vgg16: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{weights_path} holds no weights of torchvision's vgg16: {str(error).splitlines()[0]}"
+        ) from error
     return vgg.eval().requires_grad_(False)
 
 
 class _VGGDistance(nn.Module):
     minimum = 32
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, weights_path: str | Path | None):
         super().__init__()
@@ -49,7 +66,7 @@ class _VGGDistance(nn.Module):
     def stages(self, x: Tensor) -> list[Tensor]:
         if min(x.shape[2:]) < self.minimum:
             raise ValueError(f"{type(self).__name__} needs sides of at least {self.minimum}, got {tuple(x.shape[2:])}")
-        x, out = (x - self.mean) / self.std, []  # type: ignore[operator]
+        x, out = (x - self.mean) / self.std, []
         for stage in STAGES:
             for layer in self.vgg[stage]:
                 x = self.pool(x) if isinstance(layer, nn.MaxPool2d) else layer(x)
@@ -78,7 +95,12 @@ class LPIPS(_VGGDistance):
 
 
 class DISTS(_VGGDistance):
-    """Deep image structure and texture similarity. The gradient flows through all six stages (in the released attack it does not)."""
+    """Deep image structure and texture similarity. The gradient flows through all six stages (in the released attack
+    it does not)."""
+
+    window: Tensor
+    alpha: Tensor
+    beta: Tensor
 
     def __init__(self, *, weights_path: str | Path | None = None):
         super().__init__(weights_path)
@@ -92,13 +114,13 @@ class DISTS(_VGGDistance):
 
     def pool(self, x: Tensor) -> Tensor:
         """L2 pooling with a Hann window, stride 2."""
-        weight = self.window.expand(x.shape[1], 1, 3, 3)  # type: ignore[operator,union-attr]
+        weight = self.window.expand(x.shape[1], 1, 3, 3)
         return (F.conv2d(x**2, weight, stride=2, padding=1, groups=x.shape[1]) + 1e-12).sqrt()
 
     def forward(self, x: Tensor, x0: Tensor) -> Tensor:
         total, start = x.new_zeros(len(x)), 0
         for a, b in zip([x, *self.stages(x)], [x0, *self.stages(x0)], strict=True):
-            alpha, beta = (w[start : start + a.shape[1]] for w in (self.alpha, self.beta))  # type: ignore[index]
+            alpha, beta = (w[start : start + a.shape[1]] for w in (self.alpha, self.beta))
             start += a.shape[1]
             a, b = a.flatten(2), b.flatten(2)
             ma, mb = a.mean(2), b.mean(2)

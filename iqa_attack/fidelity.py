@@ -21,7 +21,8 @@ def grey(x: Tensor) -> Tensor:
 def ssim_maps(x: Tensor, y: Tensor, *, padding: str = "valid") -> tuple[Tensor, Tensor]:
     """(SSIM, contrast-structure) maps of x, y (B, C, H, W) in 0..1: 11 x 11 Gaussian windows of sigma 1.5.
 
-    padding: valid (MATLAB's convention: whole windows only) or replicate (a map as large as the image). Population covariances."""
+    padding: valid (MATLAB's convention: whole windows only) or replicate (a map as large as the image). Population
+    covariances."""
     if padding not in ("valid", "replicate"):
         raise ValueError(f"padding={padding!r}, allowed: valid, replicate")
     if min(x.shape[2:]) < 11:
@@ -35,7 +36,8 @@ def ssim_maps(x: Tensor, y: Tensor, *, padding: str = "valid") -> tuple[Tensor, 
 def ssim(x: Tensor, y: Tensor, *, padding: str = "valid", downsample: bool = False) -> Tensor:
     """Mean SSIM (B,) of x, y (B, C, H, W) in 0..1, over channels and places.
 
-    downsample: first average over f x f blocks, f = max(1, round(min(H, W) / 256)), as the authors' MATLAB function does."""
+    downsample: first average over f x f blocks, f = max(1, round(min(H, W) / 256)), as the authors' MATLAB function
+    does."""
     if downsample and (f := max(1, round(min(x.shape[2:]) / 256))) > 1:
         x, y = F.avg_pool2d(x, f), F.avg_pool2d(y, f)
     return ssim_maps(x, y, padding=padding)[0].mean((1, 2, 3))
@@ -51,7 +53,8 @@ class Chebyshev(nn.Module):
 
 
 class SSIM(nn.Module):
-    """1 - SSIM. color: grey (the paper's text) or rgb (its code); padding "valid" leaves pixels at the border nearly free."""
+    """1 - SSIM. color: grey (the paper's text) or rgb (its code); padding "valid" leaves pixels at the border nearly
+    free."""
 
     minimum = 11
 

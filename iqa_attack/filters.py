@@ -1,4 +1,5 @@
-"""Separable filtering as two matrix products: several times faster on a CPU than one-channel convolutions, backward above all."""
+"""Separable filtering as two matrix products: several times faster on a CPU than one-channel convolutions, backward
+above all."""
 
 from functools import lru_cache
 
@@ -30,7 +31,8 @@ def _matrix(n: int, size: int, sigma: float, padding: str, dtype: torch.dtype, d
 
 
 def gaussian_filter(x: Tensor, *, size: int, sigma: float, padding: str) -> Tensor:
-    """(..., H, W) filtered with a size x size Gaussian. padding: constant (zeros), replicate, or valid (whole windows only)."""
+    """(..., H, W) filtered with a size x size Gaussian. padding: constant (zeros), replicate, or valid (whole windows
+    only)."""
     if padding not in PADDINGS:
         raise ValueError(f"padding={padding!r}, allowed: {', '.join(PADDINGS)}")
     rows, columns = (_matrix(n, size, sigma, padding, x.dtype, x.device) for n in x.shape[-2:])

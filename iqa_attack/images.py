@@ -14,7 +14,8 @@ MAX_PIXELS = 40_000_000  # an attack of a larger image would not fit any card
 def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """An image file as float (3, H, W) in 0..1 on the 8-bit lattice; grey ones repeated over the channels.
 
-    Raises FileNotFoundError, or ValueError naming the file: corrupt, too large, 16 bit, CMYK, or with transparent pixels
+    Raises FileNotFoundError, or ValueError naming the file: corrupt, too large, 16 bit, CMYK, or with transparent
+    pixels
     (an opaque alpha channel is dropped). These are refused, as every conversion would change the scores silently."""
     path = Path(path).expanduser()
     if not path.is_file():
@@ -28,7 +29,9 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
             image.load()
             mode = image.mode
             if mode == "CMYK":
-                raise ValueError(f"{path} is CMYK: convert it to 8-bit RGB first, the result depends on the colour profile")
+                raise ValueError(
+                    f"{path} is CMYK: convert it to 8-bit RGB first, the result depends on the colour profile"
+                )
             if mode.startswith(("I", "F")):
                 raise ValueError(f"{path} is no 8-bit image (mode {mode}): convert it to 8-bit RGB first")
             if mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -43,7 +46,8 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 
 def write_png(path: str | Path, image: Tensor) -> None:
-    """image (3, H, W) in 0..1. Raises ValueError for a name that does not end in .png: a lossy file loses the attack."""
+    """image (3, H, W) in 0..1. Raises ValueError for a name that does not end in .png: a lossy file loses the
+    attack."""
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path}: an attacked image is written as .png; a lossy format destroys the perturbation")
@@ -78,10 +82,14 @@ def check_images(x: Tensor, minimum: int, who: str) -> None:
     if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
         raise ValueError(f"{who} takes RGB images (B, 3, H, W) in 0..1, got {tuple(x.shape)} of {x.dtype}")
     if min(x.shape[2:]) < minimum:
-        raise ValueError(f"{who} needs images of at least {minimum} x {minimum} pixels, got {x.shape[2]} x {x.shape[3]}")
+        raise ValueError(
+            f"{who} needs images of at least {minimum} x {minimum} pixels, got {x.shape[2]} x {x.shape[3]}"
+        )
     flat = (x.detach().flatten(1).amax(1) == x.detach().flatten(1).amin(1)).nonzero()
     if len(flat):
-        raise ValueError(f"image {int(flat[0])} of the batch is constant: {who} is not defined for it (0/0 in its statistics)")
+        raise ValueError(
+            f"image {int(flat[0])} of the batch is constant: {who} is not defined for it (0/0 in its statistics)"
+        )
 
 
 def luma(x: Tensor) -> Tensor:

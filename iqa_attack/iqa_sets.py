@@ -1,6 +1,8 @@
-"""Image quality data sets in the layouts in which people have them: LIVE, CSIQ, KADID-10k, TID2013, KonIQ-10k, or a csv.
+"""Image quality data sets in the layouts in which people have them: LIVE, CSIQ, KADID-10k, TID2013, KonIQ-10k, or a
+csv.
 
-MOS are mapped to 0..10, larger = better. Sets are found by their files; an error names the path and the layout expected.
+MOS are mapped to 0..10, larger = better. Sets are found by their files; an error names the path and the layout
+expected.
 """
 
 import csv
@@ -19,7 +21,8 @@ LIVE_LARGEST = 114.4147  # the code's scale of LIVE: larger = better, 0..114.414
 LIVE_TYPES = (("jp2k", 227), ("jpeg", 233), ("wn", 174), ("gblur", 174), ("fastfading", 174))
 CSIQ_NAMES = {  # type in the list: (folder, name in the file)
     "noise": ("awgn", "AWGN"), "awgn": ("awgn", "AWGN"), "blur": ("blur", "BLUR"), "contrast": ("contrast", "contrast"),
-    "fnoise": ("fnoise", "fnoise"), "jpeg": ("jpeg", "JPEG"), "jpeg 2000": ("jpeg2000", "jpeg2000"), "jpeg2000": ("jpeg2000", "jpeg2000"),
+    "fnoise": ("fnoise", "fnoise"), "jpeg": ("jpeg", "JPEG"),
+    "jpeg 2000": ("jpeg2000", "jpeg2000"), "jpeg2000": ("jpeg2000", "jpeg2000"),
 }  # fmt: skip
 
 
@@ -43,7 +46,8 @@ def _csv(path: Path, needed: tuple[str, ...]) -> Iterator[dict[str, str]]:
 
 
 def _live(root: Path) -> list[Row]:
-    """databaserelease2/: dmos.mat (dmos, orgs), refnames_all.mat, <type>/img<i>.bmp. The undistorted copies are left out."""
+    """databaserelease2/: dmos.mat (dmos, orgs), refnames_all.mat, <type>/img<i>.bmp. The undistorted copies are left
+    out."""
     base = root / "databaserelease2" if (root / "databaserelease2").is_dir() else root
     data, names = scipy.io.loadmat(base / "dmos.mat"), scipy.io.loadmat(base / "refnames_all.mat")
     dmos, originals = np.ravel(data["dmos"]), np.ravel(data["orgs"]).astype(bool)
@@ -60,7 +64,9 @@ def _csiq(root: Path) -> list[Row]:
     rows = []
     for row in _csv(root / "csiq.DMOS.csv", ("image", "dst_type", "dst_lev", "dmos")):
         if row["dst_type"].lower() not in CSIQ_NAMES:
-            raise ValueError(f"{root / 'csiq.DMOS.csv'}: distortion {row['dst_type']!r}, allowed: {', '.join(CSIQ_NAMES)}")
+            raise ValueError(
+                f"{root / 'csiq.DMOS.csv'}: distortion {row['dst_type']!r}, allowed: {', '.join(CSIQ_NAMES)}"
+            )
         folder, name = CSIQ_NAMES[row["dst_type"].lower()]
         path = root / "dst_imgs" / folder / f"{row['image']}.{name}.{row['dst_lev']}.png"
         rows.append(Row(path, 1 - float(row["dmos"]), float(row.get("dmos_std") or 0.1), row["image"]))
@@ -74,19 +80,24 @@ def _kadid(root: Path) -> list[Row]:
 
 
 def _tid(root: Path) -> list[Row]:
-    """mos_with_names.txt ("mos name" per line), mos_std.txt, distorted_images/. The first part of a name is its content."""
+    """mos_with_names.txt ("mos name" per line), mos_std.txt, distorted_images/. The first part of a name is its
+    content."""
     lines = [line.split() for line in (root / "mos_with_names.txt").read_text().splitlines() if line.strip()]
     std = root / "mos_std.txt"
     deviations = [float(v) for v in std.read_text().split()] if std.is_file() else [0.1] * len(lines)
-    names = {p.name.lower(): p for p in (root / "distorted_images").iterdir()}  # the case of names differs between systems
+    names = {
+        p.name.lower(): p for p in (root / "distorted_images").iterdir()
+    }  # the case of names differs between systems
     rows = zip(lines, deviations, strict=True)
     return [
-        Row(names.get(n.lower(), root / "distorted_images" / n), float(m), s, n.split("_")[0].lower()) for (m, n), s in rows
+        Row(names.get(n.lower(), root / "distorted_images" / n), float(m), s, n.split("_")[0].lower())
+        for (m, n), s in rows
     ]
 
 
 def _koniq(root: Path) -> list[Row]:
-    """koniq10k_scores_and_distributions.csv (image_name, MOS, SD), images in 512x384/ or 1024x768/; every image its own content."""
+    """koniq10k_scores_and_distributions.csv (image_name, MOS, SD), images in 512x384/ or 1024x768/; every image its
+    own content."""
     folder = next((root / d for d in ("512x384", "1024x768") if (root / d).is_dir()), root / "1024x768")
     rows = _csv(root / "koniq10k_scores_and_distributions.csv", ("image_name", "MOS", "SD"))
     return [Row(folder / r["image_name"], float(r["MOS"]), float(r["SD"]), r["image_name"]) for r in rows]
@@ -95,7 +106,9 @@ def _koniq(root: Path) -> list[Row]:
 def _list(root: Path) -> list[Row]:
     """labels.csv (path, mos, optionally std and content), images below the folder."""
     rows = _csv(root / "labels.csv", ("path", "mos"))
-    return [Row(root / r["path"], float(r["mos"]), float(r.get("std") or 0.5), r.get("content") or r["path"]) for r in rows]
+    return [
+        Row(root / r["path"], float(r["mos"]), float(r.get("std") or 0.5), r.get("content") or r["path"]) for r in rows
+    ]
 
 
 @dataclass(frozen=True)
@@ -128,7 +141,8 @@ def detect_set(root: str | Path | None) -> str:
 def read_set(name: str, root: str | Path | None, *, higher_is_better: bool = True) -> QualitySet:
     """A set by name ("auto": detected), as paths: images are read when used.
 
-    higher_is_better: of the column mos of a `list`; the other sets know their direction. Raises FileNotFoundError, ValueError."""
+    higher_is_better: of the column mos of a `list`; the other sets know their direction. Raises FileNotFoundError,
+    ValueError."""
     name = detect_set(root) if name == "auto" else name
     if name not in SETS:
         raise ValueError(f"no image quality set {name!r}, allowed: auto, {', '.join(SETS)}")

@@ -1,4 +1,5 @@
-"""The just-noticeable difference: the map of Chou and Li, a simulated observer with it, and other observers (sections 3.7, 3.8).
+"""The just-noticeable difference: the map of Chou and Li, a simulated observer with it, and other observers (sections
+3.7, 3.8).
 
 An observer answers `detect(x, x0, names)` -> (times "different", trials), both (B,). A candidate is below the JND where
 "different" is answered in at most a quarter of the trials.
@@ -28,7 +29,8 @@ GRADIENTS = (
 def jnd_map(x: Tensor) -> Tensor:
     """(B, 3, H, W) in 0..1 -> (B, 1, H, W): gray levels that are just noticeable at each pixel, at least 3.
 
-    f1 = mg (0.0001 bg + 0.115) + (0.5 - 0.01 bg), f2 = 17 (1 - sqrt(bg/127)) + 3 or 3/128 (bg - 127) + 3; the larger. bg: mean of
+    f1 = mg (0.0001 bg + 0.115) + (0.5 - 0.01 bg), f2 = 17 (1 - sqrt(bg/127)) + 3 or 3/128 (bg - 127) + 3; the larger.
+    bg: mean of
     the surroundings, mg: largest directional gradient; borders replicated."""
     grey = F.pad(luma(x), (2, 2, 2, 2), mode="replicate")
     first, second = (torch.tensor(g, dtype=x.dtype, device=x.device) for g in GRADIENTS)
@@ -53,8 +55,10 @@ def probability_different(v: Tensor) -> Tensor:
 
 
 class SimulatedObserver:
-    """Observers who follow `probability_different`. subjects null: the expected answer itself, without chance (the default
-    offline; its threshold is v = 0.778); a number: so many subjects with sensitivities exp(0.1 n), one yes/no answer each."""
+    """Observers who follow `probability_different`. subjects null: the expected answer itself, without chance (the
+    default
+    offline; its threshold is v = 0.778); a number: so many subjects with sensitivities exp(0.1 n), one yes/no answer
+    each."""
 
     def __init__(self, *, subjects: int | None = None, spread: float = 0.1, seed: int = 0):
         if subjects is not None and subjects < 1:
@@ -91,7 +95,8 @@ ANSWER_COLUMNS = ("nr", "fr", "image", "candidate", "subject", "order", "answer"
 class CsvObserver:
     """Answers of people from a file written by collect.py: columns ANSWER_COLUMNS, answer "same" or "different".
 
-    A candidate is asked for as "<nr>/<fr>/<image>/<candidate>". Raises FileNotFoundError, or ValueError naming the bad line or a
+    A candidate is asked for as "<nr>/<fr>/<image>/<candidate>". Raises FileNotFoundError, or ValueError naming the
+    bad line or a
     candidate without answers."""
 
     def __init__(self, *, file: str | Path):
@@ -102,14 +107,18 @@ class CsvObserver:
         with path.open(newline="") as f:
             for number, row in enumerate(csv.DictReader(f), 2):
                 if set(row) != set(ANSWER_COLUMNS) or row["answer"] not in ("same", "different"):
-                    raise ValueError(f"{path}, line {number}: expected {', '.join(ANSWER_COLUMNS)}, answer same or different")
+                    raise ValueError(
+                        f"{path}, line {number}: expected {', '.join(ANSWER_COLUMNS)}, answer same or different"
+                    )
                 key = "/".join(row[c] for c in ANSWER_COLUMNS[:4])
                 self.trials[key] += 1
                 self.different[key] += row["answer"] == "different"
 
     def detect(self, x: Tensor, x0: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         if missing := [n for n in names if not self.trials[n]]:
-            raise ValueError(f"{self.path} has no answer for {len(missing)} of {len(names)} candidates, e.g. {missing[0]}")
+            raise ValueError(
+                f"{self.path} has no answer for {len(missing)} of {len(names)} candidates, e.g. {missing[0]}"
+            )
         counts = [[c[n] for n in names] for c in (self.different, self.trials)]
         return tuple(torch.tensor(c, dtype=torch.float64) for c in counts)  # type: ignore[return-value]
 
@@ -131,15 +140,18 @@ def below_jnd(observer, x: Tensor, x0: Tensor, names: Sequence[str]) -> Tensor:
 
 
 def select(change: Tensor, below: Tensor) -> Tensor:
-    """Index (S,) of the counterexample: below the JND, with the largest |change| (K, S); -1 where no candidate is below."""
+    """Index (S,) of the counterexample: below the JND, with the largest |change| (K, S); -1 where no candidate is
+    below."""
     masked = torch.where(below, change.abs(), torch.full_like(change, -1.0))
     best = masked.argmax(0)
     return torch.where(below.any(0), best, torch.full_like(best, -1))
 
 
 def straddle(strengths: Tensor, below: Tensor, *, visible_end: str) -> Tensor:
-    """Next strengths (S,) of a bisection around the JND, in logs: between the most visible strength that is still below it and the
-    next one that is not. strengths (K, S) > 0; visible_end: at which end of the strengths the changes are the most visible.
+    """Next strengths (S,) of a bisection around the JND, in logs: between the most visible strength that is still
+    below it and the
+    next one that is not. strengths (K, S) > 0; visible_end: at which end of the strengths the changes are the most
+    visible.
 
     Where all are below, or none is, the range is widened by a factor of ten at the proper end."""
     if visible_end not in ("low", "high"):

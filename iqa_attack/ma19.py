@@ -1,6 +1,8 @@
-"""Ma19: convolutions with generalised divisive normalisation and spatial pyramid max pooling, learned from noisy annotators
+"""Ma19: convolutions with generalised divisive normalisation and spatial pyramid max pooling, learned from noisy
+annotators
 (section 4.3)."""
 
+import itertools
 import math
 
 import torch
@@ -41,7 +43,8 @@ def spatial_pyramid(x: Tensor) -> Tensor:
     for n in LEVELS:
         kernel = [math.ceil(side / n) for side in x.shape[2:]]
         pad = [(k * n - side + 1) // 2 for k, side in zip(kernel, x.shape[2:], strict=True)]
-        # -inf outside, and more of it after the end: the windows of a small side (e.g. 4 in 3) would begin outside otherwise
+        # -inf outside, and more of it after the end: the windows of a small side (e.g. 4 in 3) would begin outside
+        # otherwise
         extra = [k * n - side - p for k, side, p in zip(kernel, x.shape[2:], pad, strict=True)]
         padded = F.pad(x, (pad[1], max(extra[1], 0), pad[0], max(extra[0], 0)), value=-math.inf)
         parts.append(F.max_pool2d(padded, kernel, kernel)[:, :, :n, :n].flatten(1))
@@ -61,12 +64,12 @@ class Ma19(nn.Module):
             raise ValueError(f"pooling={pooling!r}, allowed: spp, gap")
         self.width, self.pooling = width, pooling
         channels = [3, width, width, width, width]
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(channels[:-1], channels[1:], strict=True))
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(channels))
         self.norms = nn.ModuleList(GDN(width) for _ in self.convs)
         self.fc1 = nn.Linear(width * (BINS if pooling == "spp" else 1), 128)
         self.fc2 = nn.Linear(128, 2)
         for conv in self.convs:
-            nn.init.xavier_uniform_(conv.weight)
+            nn.init.xavier_uniform_(conv.weight)  # type: ignore[arg-type]
 
     def distribution(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(mean (B,), variance (B,)) of the quality."""

@@ -1,11 +1,12 @@
 """Natural scene statistics: local normalisation and the generalised Gaussian fits of BRISQUE and NIQE (section 4.1).
 
-The shape alpha of a fit is an argmin over a grid, which has no gradient. `shape_gradient="none"` leaves alpha a constant, as
-the authors' code does; "implicit" gives it the derivative of the moment equation that defines it, d alpha = d r / r'(alpha).
+The shape alpha of a fit is an argmin over a grid, which has no gradient. `shape_gradient="none"` leaves alpha a
+constant, as
+the authors' code does; "implicit" gives it the derivative of the moment equation that defines it, d alpha = d r /
+r'(alpha).
 """
 
 from functools import lru_cache
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from iqa_attack.filters import gaussian_filter
 
-ShapeGradient = Literal["none", "implicit"]
+ShapeGradient = str  # none | implicit
 SHIFTS = ((0, 1), (1, 0), (1, 1), (-1, 1))  # horizontal, vertical and the two diagonal neighbours
 FEATURES = 18  # of one scale
 
@@ -31,7 +32,8 @@ def mscn(luma: Tensor, *, padding: str = "constant", c: float = 1.0) -> Tensor:
     return (luma - mu) / (sigma + c)
 
 
-# ------------------------------------------------------------------------------------------------------- moment equations
+# ------------------------------------------------------------------------------------------------------- moment
+# equations
 def ggd_ratio(alpha: Tensor) -> Tensor:
     """E[x^2] / E[|x|]^2 of a generalised Gaussian of shape alpha: Gamma(1/a) Gamma(3/a) / Gamma(2/a)^2. Decreasing."""
     return torch.exp(torch.lgamma(1 / alpha) + torch.lgamma(3 / alpha) - 2 * torch.lgamma(2 / alpha))
@@ -72,7 +74,8 @@ def fit_ggd(x: Tensor, gradient: ShapeGradient = "none") -> tuple[Tensor, Tensor
 def fit_aggd(x: Tensor, gradient: ShapeGradient = "none") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(alpha, eta, sigma_l^2, sigma_r^2) of samples (B, n), each (B,): the asymmetric generalised Gaussian.
 
-    sigma_l and sigma_r are the root mean squares of the negative and positive samples, eta the mean of the distribution.
+    sigma_l and sigma_r are the root mean squares of the negative and positive samples, eta the mean of the
+    distribution.
     A side without samples counts as one sample of size 1e-6, so that nothing is divided by zero."""
     left, right = (x < 0).to(x), (x > 0).to(x)
     square = x**2
@@ -95,7 +98,10 @@ def neighbour_products(m: Tensor) -> list[Tensor]:
 
 
 def brisque_features(
-    luma: Tensor, *, shape_gradient: ShapeGradient = "none", resize: Literal["torch_aligned", "antialias"] = "torch_aligned"
+    luma: Tensor,
+    *,
+    shape_gradient: ShapeGradient = "none",
+    resize: str = "torch_aligned",
 ) -> Tensor:
     """The 36 features of BRISQUE, (B, 36), of luma (B, 1, H, W) in 0..255.
 

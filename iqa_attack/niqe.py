@@ -1,4 +1,5 @@
-"""NIQE: the distance of an image's patch statistics from those of pristine images (an extra, no claim of the paper uses it).
+"""NIQE: the distance of an image's patch statistics from those of pristine images (an extra, no claim of the paper
+uses it).
 
 The pristine model comes from a file in the published formats, or is fitted here on pristine photographs.
 """
@@ -15,7 +16,11 @@ from iqa_attack.natural_scene_statistics import ShapeGradient, fit_aggd, halve, 
 
 
 class Niqe(nn.Module):
-    """forward: images (B, 3, H, W) in 0..1 -> quality (B,), larger = better: minus the distance. patch: side of a patch."""
+    """forward: images (B, 3, H, W) in 0..1 -> quality (B,), larger = better: minus the distance. patch: side of a
+    patch."""
+
+    mean: Tensor
+    covariance: Tensor
 
     def __init__(self, *, patch: int = 96, shape_gradient: ShapeGradient = "implicit"):
         super().__init__()
@@ -82,7 +87,8 @@ def _patches(x: Tensor, side: int) -> Tensor:
 
 @torch.no_grad()
 def fit_niqe(images: list[Tensor], *, patch: int = 96, sharpest: float = 0.75, **options) -> Niqe:
-    """The pristine model of photographs (3, H, W): mean and covariance over patches at least `sharpest` times as sharp as the
+    """The pristine model of photographs (3, H, W): mean and covariance over patches at least `sharpest` times as
+    sharp as the
     sharpest patch of their image. ValueError if fewer than 40 patches remain."""
     model, kept = Niqe(patch=patch, **options), []
     for image in images:
@@ -90,7 +96,9 @@ def fit_niqe(images: list[Tensor], *, patch: int = 96, sharpest: float = 0.75, *
         kept.append(features[0][sharpness[0] > sharpest * sharpness[0].max()])
     f = torch.cat(kept).double()
     if len(f) < 40:
-        raise ValueError(f"only {len(f)} sharp patches of {patch} pixels, at least 40 are needed: more or larger photographs")
+        raise ValueError(
+            f"only {len(f)} sharp patches of {patch} pixels, at least 40 are needed: more or larger photographs"
+        )
     model.mean.copy_(f.mean(0))
     model.covariance.copy_(torch.cov(f.T))
     return model.eval()
@@ -110,7 +118,9 @@ def load_niqe(path: str | Path, **options) -> Niqe:
     mean, covariance = found.get("mu_prisparam"), found.get("cov_prisparam")
     if mean is None or covariance is None or mean.size != 36 or covariance.shape != (36, 36):
         shapes = {k: v.shape for k, v in found.items()}
-        raise ValueError(f"{path} is no NIQE model: it needs a mean of 36 and a covariance of 36 x 36, it holds {shapes}")
+        raise ValueError(
+            f"{path} is no NIQE model: it needs a mean of 36 and a covariance of 36 x 36, it holds {shapes}"
+        )
     model = Niqe(**options)
     model.mean.copy_(torch.from_numpy(mean.ravel()))
     model.covariance.copy_(torch.from_numpy(covariance))

@@ -76,11 +76,15 @@ def load_trained(path: str | Path) -> dict[str, Scored]:
     return {name: unpack(packed) for name, packed in state["trained"].items()}
 
 
-# -------------------------------------------------------------------------------------------------------- authors' files
-def load_official(kind: str, path: str | Path, *, b3: float | None = None, b4: float | None = None, **options) -> Scored:
+# -------------------------------------------------------------------------------------------------------- authors'
+# files
+def load_official(
+    kind: str, path: str | Path, *, b3: float | None = None, b4: float | None = None, **options
+) -> Scored:
     """A model from its authors' file(s), with their logistic constants unless given.
 
-    brisque: .mat, .npz, .yml; cornia: a folder of .mat; ma19, unique: a torch checkpoint; niqe: .npz, .mat (b3 and b4 needed)."""
+    brisque: .mat, .npz, .yml; cornia: a folder of .mat; ma19, unique: a torch checkpoint; niqe: .npz, .mat (b3 and b4
+    needed)."""
     if kind == "brisque":
         model: nn.Module = load_brisque(path, **options)
     elif kind == "cornia":
@@ -129,7 +133,8 @@ def _load_network(kind: str, path: str | Path, options: dict) -> nn.Module:
 
 
 def _reordered(kind: str, state: dict[str, Tensor]) -> list[Tensor]:
-    """A file in the order of the layers (conv, norm, conv, ...) -> the order of our modules (all convs, all norms, the head)."""
+    """A file in the order of the layers (conv, norm, conv, ...) -> the order of our modules (all convs, all norms,
+    the head)."""
     tensors = list(state.values())
     if kind != "ma19" or len(tensors) != 20:
         return tensors
@@ -148,7 +153,8 @@ def _bias(block: list[Tensor]) -> Tensor:
     return block[next(i for i, t in enumerate(block) if t.ndim == 4) + 1]
 
 
-# -------------------------------------------------------------------------------------------------------- any other model
+# -------------------------------------------------------------------------------------------------------- any other
+# model
 class CallableMetric(nn.Module):
     """Any callable images (B, 3, H, W) in 0..1 -> scores (B,), turned so that larger = better."""
 

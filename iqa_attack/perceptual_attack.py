@@ -1,7 +1,10 @@
-"""The perceptual attack: change the prediction as much as possible while a full-reference distance stays small (section 3).
+"""The perceptual attack: change the prediction as much as possible while a full-reference distance stays small
+(section 3).
 
-    x* = argmax  (s(x) - c)^2 - lambda D(x, x0)         lambda_on="fidelity":    J = disc - lambda D   (the code's lambda)
-                                                        lambda_on="discrepancy": J = lambda disc - D   (the paper's Eq. 2)
+    x* = argmax  (s(x) - c)^2 - lambda D(x, x0)         lambda_on="fidelity":    J = disc - lambda D   (the code's
+    lambda)
+                                                        lambda_on="discrepancy": J = lambda disc - D   (the paper's
+                                                        Eq. 2)
 
 Both have the same maximiser for lambda and 1/lambda. `s` maps images (B, 3, H, W) in 0..1 to scores (B,) in 0..10.
 """
@@ -76,7 +79,8 @@ def unit_l2(g: Tensor) -> Tensor:
 class Step:
     """One ascent step: `Step(...)(g)` -> the change of x. Rules of section 3.4; gamma is a length in the rule's norm.
 
-    sign: gamma sign(g). l2: gamma g/||g||_2, with l2_scale="rms" times sqrt(3HW), so that gamma is the RMS change of a pixel.
+    sign: gamma sign(g). l2: gamma g/||g||_2, with l2_scale="rms" times sqrt(3HW), so that gamma is the RMS change of
+    a pixel.
     adam: Adam. adam_restart: the released code, whose optimiser begins anew in every step: nearly gamma sign(g)."""
 
     def __init__(self, rule: str, gamma: float | Tensor, l2_scale: str = "none"):
@@ -109,14 +113,30 @@ def autograd_gradient(value: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def attack_batch(
-    score: Score, distance: Distance, x0: Tensor, lam: Tensor, start: Tensor, *, steps: int, gamma: float | Tensor, step_rule: str,
-    lambda_on: str, direction: str, l2_scale: str = "none", eps: Tensor | None = None, target: Tensor | None = None,
-    border: int = 0, quantised: str = "end", gradient: Callable = autograd_gradient, each_step: Callable[[], None] | None = None,
-) -> Tensor:  # fmt: skip
+    score: Score,
+    distance: Distance,
+    x0: Tensor,
+    lam: Tensor,
+    start: Tensor,
+    *,
+    steps: int,
+    gamma: float | Tensor,
+    step_rule: str,
+    lambda_on: str,
+    direction: str,
+    l2_scale: str = "none",
+    eps: Tensor | None = None,
+    target: Tensor | None = None,
+    border: int = 0,
+    quantised: str = "end",
+    gradient: Callable = autograd_gradient,
+    each_step: Callable[[], None] | None = None,
+) -> Tensor:
     """`steps` steps for a batch of independent problems; returns images on the 8-bit lattice.
 
     x0, start: (B, 3, H, W); lam (B,); eps (B,): largest change per value (projection), or None; target (B,): c of the
-    objective, default s(x0). border: pixels at the edge that are left alone. quantised: "every_step" shows the objective the rounded image
+    objective, default s(x0). border: pixels at the edge that are left alone. quantised: "every_step" shows the
+    objective the rounded image
     (straight through), "end" rounds once. each_step is called before every gradient (new random patches)."""
     if quantised not in ("end", "every_step"):
         raise ValueError(f"quantised={quantised!r}, allowed: end, every_step")
@@ -154,9 +174,12 @@ def perceptual_attack(
 ) -> Tensor:  # fmt: skip
     """Candidates (K, S, 3, H, W) on the 8-bit lattice for images (S, 3, H, W) and strengths (K,) or (K, S).
 
-    strengths: values of lambda, or with `projected` of eps (then the step is 1.5 eps / steps, the projected recipe of the released
-    driver, and gamma is not used). seeds: one per image, for the start noise: the same for all K. direction "both" runs up and down and keeps,
-    candidate by candidate, the larger change of the score after rounding. chunk: images per backward pass. The result does not depend
+    strengths: values of lambda, or with `projected` of eps (then the step is 1.5 eps / steps, the projected recipe of
+    the released
+    driver, and gamma is not used). seeds: one per image, for the start noise: the same for all K. direction "both"
+    runs up and down and keeps,
+    candidate by candidate, the larger change of the score after rounding. chunk: images per backward pass. The result
+    does not depend
     on which images are attacked together (up to rounding of floating-point sums)."""
     if direction not in DIRECTIONS:
         raise ValueError(f"direction={direction!r}, allowed: {', '.join(DIRECTIONS)}")
@@ -206,12 +229,13 @@ def check_gradient(score: Score, images: Tensor, name: str) -> None:
         if autograd_gradient(score, x).nan_to_num().abs().sum() > 0:
             return
     raise VanishingGradient(
-        f"the gradient of {name} is zero on all {len(images)} images: something in it rounds, converts to uint8 or looks up a table. This is "
-        f"not robustness. Attack it as a black box: method=spsa or method=square"
+        f"the gradient of {name} is zero on all {len(images)} images: something in it rounds, converts to uint8 or looks "
+        f"up a table. This is not robustness. Attack it as a black box: method=spsa or method=square"
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- black boxes
+# ------------------------------------------------------------------------------------------------------------- black
+# boxes
 def spsa_gradient(samples: int = 16, delta: float = 2 / 255, seed: int = 0) -> Callable:
     """A gradient for `attack_batch` from values alone: two-sided differences along random signs (SPSA), averaged."""
     count = [0]
@@ -231,9 +255,11 @@ def spsa_gradient(samples: int = 16, delta: float = 2 / 255, seed: int = 0) -> C
 
 @torch.no_grad()
 def square_attack(score: Score, images: Tensor, eps: float, *, steps: int, seed: int, share: float = 0.1) -> Tensor:
-    """Square attack on the change of the score: random squares of +-eps, kept where |s - s(x0)| grows. (S, 3, H, W), 8 bit.
+    """Square attack on the change of the score: random squares of +-eps, kept where |s - s(x0)| grows. (S, 3, H, W),
+    8 bit.
 
-    Needs no gradient, only `steps` + 2 scores per image. share: area of the first squares; it falls as the search goes on."""
+    Needs no gradient, only `steps` + 2 scores per image. share: area of the first squares; it falls as the search
+    goes on."""
     generator = torch.Generator().manual_seed(seed)
     n, c, h, w = images.shape
 

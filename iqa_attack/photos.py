@@ -1,7 +1,10 @@
-"""Reference photographs with graded distortions: the embedded stand-in for LIVE, or the same made of a person's own photographs.
+"""Reference photographs with graded distortions: the embedded stand-in for LIVE, or the same made of a person's own
+photographs.
 
-It exercises what the attack needs: models of quality that are competent on JPEG, JPEG 2000, white noise and blur of real photographs,
-and test images of known order. It cannot show agreement with human opinion: the pseudo-MOS is a three-scale SSIM against the
+It exercises what the attack needs: models of quality that are competent on JPEG, JPEG 2000, white noise and blur of
+real photographs,
+and test images of known order. It cannot show agreement with human opinion: the pseudo-MOS is a three-scale SSIM
+against the
 undistorted crop, so that models learn to imitate a full-reference measure.
 """
 
@@ -32,9 +35,11 @@ ANNOTATORS = ("psnr", "ssim_1", "ssim_2", "ssim_4")
 
 @dataclass(frozen=True)
 class QualitySet:
-    """N images with quality. images: uint8 (3, H, W) or the path of a file; mos (N,) in 0..10, larger = better (NaN: unknown).
+    """N images with quality. images: uint8 (3, H, W) or the path of a file; mos (N,) in 0..10, larger = better (NaN:
+    unknown).
 
-    std (N,): of the opinions; group (N,): index of the content; source (N,): index of the data set, pairs are formed within one;
+    std (N,): of the opinions; group (N,): index of the content; source (N,): index of the data set, pairs are formed
+    within one;
     fr (N, 4): full-reference values (ANNOTATORS) where the undistorted image is known."""
 
     images: list[Tensor | Path]
@@ -74,7 +79,8 @@ def subset(data: QualitySet, index: Sequence[int] | Tensor) -> QualitySet:
 
 
 def distort(image: np.ndarray, kind: str, level: float, rng: np.random.Generator) -> np.ndarray:
-    """image uint8 (H, W, 3) -> the same, distorted. level: JPEG quality, JPEG 2000 rate, noise or blur deviation in pixels."""
+    """image uint8 (H, W, 3) -> the same, distorted. level: JPEG quality, JPEG 2000 rate, noise or blur deviation in
+    pixels."""
     if kind == "jpeg" or kind == "jp2k":
         buffer = io.BytesIO()
         if kind == "jpeg":
@@ -115,17 +121,26 @@ def places(photo: np.ndarray, n: int, size: int, rng: np.random.Generator) -> li
     Crops of a grey deviation below MIN_CONTRAST (sky, out of focus) are left out. ValueError if none remains."""
     h, w = photo.shape[:2]
     y0, x0 = (int(rng.integers(0, side % size + 1)) for side in (h, w))
-    grid = [(slice(y, y + size), slice(x, x + size)) for y in range(y0, h - size + 1, size) for x in range(x0, w - size + 1, size)]
+    grid = [
+        (slice(y, y + size), slice(x, x + size))
+        for y in range(y0, h - size + 1, size)
+        for x in range(x0, w - size + 1, size)
+    ]
     grid = [g for g in grid if photo[g].mean(2).std() > MIN_CONTRAST]
     if not grid:
-        raise ValueError(f"a photograph of {h} x {w} pixels holds no crop of {size} pixels with enough contrast: use others")
+        raise ValueError(
+            f"a photograph of {h} x {w} pixels holds no crop of {size} pixels with enough contrast: use others"
+        )
     return [grid[i] for i in rng.permutation(len(grid))[:n]]
 
 
-def scenes(root: str | Path | None, seed: int, *, test: int, reduce: int, size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def scenes(
+    root: str | Path | None, seed: int, *, test: int, reduce: int, size: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """(training, test) photographs uint8 (H, W, 3); which are tested depends on the seed.
 
-    Photographs are reduced by `reduce` where two crops of `size` remain on the short side: it removes the traces of their compression.
+    Photographs are reduced by `reduce` where two crops of `size` remain on the short side: it removes the traces of
+    their compression.
 
     root: a folder of pristine photographs; null: those that ship inside scikit-image and scikit-learn."""
     if root is None:
@@ -139,20 +154,28 @@ def scenes(root: str | Path | None, seed: int, *, test: int, reduce: int, size: 
 
     def smaller(photo: np.ndarray) -> np.ndarray:
         smaller_size = (photo.shape[1] // reduce, photo.shape[0] // reduce)
-        return photo if min(photo.shape[:2]) < 2 * size * reduce else np.asarray(Image.fromarray(photo).resize(smaller_size, Image.Resampling.LANCZOS))
+        return (
+            photo
+            if min(photo.shape[:2]) < 2 * size * reduce
+            else np.asarray(Image.fromarray(photo).resize(smaller_size, Image.Resampling.LANCZOS))
+        )
 
     tested = [smaller(base[i]) for i in order[:test]]
     return [smaller(base[i]) for i in order[test:]], tested
 
 
-def graded(photos: Sequence[np.ndarray], *, per_photo: int, size: int, rng: np.random.Generator, label: str) -> QualitySet:
+def graded(
+    photos: Sequence[np.ndarray], *, per_photo: int, size: int, rng: np.random.Generator, label: str
+) -> QualitySet:
     """All types and levels of `per_photo` crops of every photograph, in the order photograph, crop, type, level.
 
     The whole photograph is distorted and then cut, as a codec needs more than a crop to work on."""
     images, clean, names, group = [], [], [], []
     for g, photo in enumerate(photos):
         cuts = places(photo, per_photo, size, rng)
-        versions = {f"{kind}{i + 1}": distort(photo, kind, level, rng) for kind in TYPES for i, level in enumerate(LEVELS[kind])}
+        versions = {
+            f"{kind}{i + 1}": distort(photo, kind, level, rng) for kind in TYPES for i, level in enumerate(LEVELS[kind])
+        }
         for c, cut in enumerate(cuts):
             for name, version in versions.items():
                 images.append(torch.from_numpy(version[cut].copy()).permute(2, 0, 1))
@@ -169,9 +192,11 @@ def graded_photos(
     *, seed: int, root: str | None = None, size: int = 96, reduce: int = 1, test_photos: int = 3, crops_per_photo: int = 12,
     test_images: int = 12,
 ) -> dict[str, QualitySet]:  # fmt: skip
-    """{"train", "test", "attack"}: all types and levels of the training and of the test crops, and the test images that are attacked.
+    """{"train", "test", "attack"}: all types and levels of the training and of the test crops, and the test images
+    that are attacked.
 
-    "attack" holds one distorted image of each of `test_images` test crops, types in turn, levels spread over the five. The photographs of
+    "attack" holds one distorted image of each of `test_images` test crops, types in turn, levels spread over the
+    five. The photographs of
     test and attack are not in train."""
     rng = np.random.default_rng([seed, 2])
     train, test = scenes(root, seed, test=test_photos, reduce=reduce, size=size)

@@ -11,7 +11,7 @@ from torch import Tensor
 from iqa_attack.fidelity import grey, ssim_maps
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 
 def amplified(x: Tensor, x0: Tensor, factor: float) -> Tensor:
@@ -19,22 +19,33 @@ def amplified(x: Tensor, x0: Tensor, factor: float) -> Tensor:
     return (0.5 + factor * (x - x0)).clamp(0, 1)
 
 
-def panel(x0: Tensor, x: Tensor, path: str | Path, *, title: str, before: dict[str, float], after: dict[str, float]) -> None:
+def panel(
+    x0: Tensor, x: Tensor, path: str | Path, *, title: str, before: dict[str, float], after: dict[str, float]
+) -> None:
     """Four pictures of one image (3, H, W) and the scores of every model before and after, as PNG."""
     largest = float((x - x0).abs().max())
     factor = 0.5 / largest if largest > 0 else 1.0
     quality = ssim_maps(grey(x[None]), grey(x0[None]), padding="replicate")[0][0, 0]
     figure, axes = plt.subplots(1, 5, figsize=(14, 3.2), width_ratios=[1, 1, 1, 1.12, 0.9], layout="constrained")
-    shown = ((x0, "original"), (x, "attacked"), (amplified(x, x0, factor), f"difference x {factor:.0f}, largest {255 * largest:.0f}/255"))
+    shown = (
+        (x0, "original"),
+        (x, "attacked"),
+        (amplified(x, x0, factor), f"difference x {factor:.0f}, largest {255 * largest:.0f}/255"),
+    )
     for ax, (image, label) in zip(axes[:3], shown, strict=True):
         ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
         ax.set_title(label, fontsize=9)
-    drawn = axes[3].imshow(quality.numpy(), cmap="viridis", vmin=min(0.8, float(quality.min())), vmax=1, interpolation="nearest")
+    drawn = axes[3].imshow(
+        quality.numpy(), cmap="viridis", vmin=min(0.8, float(quality.min())), vmax=1, interpolation="nearest"
+    )
     axes[3].set_title("quality map (SSIM)", fontsize=9)
     figure.colorbar(drawn, ax=axes[3], fraction=0.046)
     for ax in axes:
         ax.set_axis_off()
-    lines = [f"{'score, 0..10':14s}{'before':>7s}{'after':>7s}", *(f"{n:14s}{b:7.2f}{after[n]:7.2f}" for n, b in before.items())]
+    lines = [
+        f"{'score, 0..10':14s}{'before':>7s}{'after':>7s}",
+        *(f"{n:14s}{b:7.2f}{after[n]:7.2f}" for n, b in before.items()),
+    ]
     axes[4].text(0, 0.5, "\n".join(lines), family="monospace", fontsize=9, va="center", transform=axes[4].transAxes)
     figure.suptitle(title, fontsize=10)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +53,9 @@ def panel(x0: Tensor, x: Tensor, path: str | Path, *, title: str, before: dict[s
     plt.close(figure)
 
 
-def transfer_matrix(r: np.ndarray, evaluated: Sequence[str], attacked: Sequence[str], path: str | Path, *, title: str) -> None:
+def transfer_matrix(
+    r: np.ndarray, evaluated: Sequence[str], attacked: Sequence[str], path: str | Path, *, title: str
+) -> None:
     """r (evaluated, attacked): R of every model (rows) on the counterexamples of every model (columns), as PNG."""
     figure, ax = plt.subplots(figsize=(1.4 + 1.1 * len(attacked), 1.2 + 0.6 * len(evaluated)), layout="constrained")
     drawn = ax.imshow(r, cmap="viridis", vmin=0, vmax=max(5.0, float(np.nanmax(r))), aspect="auto")

@@ -1,6 +1,8 @@
-"""The logistic map of a model's scores (Eq. 5), correlations after it, the paper's SRCC over 24 points and R (Eq. 6)."""
+"""The logistic map of a model's scores (Eq. 5), correlations after it, the paper's SRCC over 24 points and R (Eq.
+6)."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,9 @@ def fit_logistic(scores, mos) -> tuple[float, float]:
     """(b3, b4) by least squares of q(score) to mos on the 0..10 scale. ValueError for constant scores."""
     f, y = np.asarray(scores, dtype=np.float64), np.asarray(mos, dtype=np.float64)
     if len(f) < 3 or np.ptp(f) == 0 or not np.isfinite(f).all():
-        raise ValueError(f"{len(f)} scores between {f.min():g} and {f.max():g}: no logistic can be fitted to constant scores")
+        raise ValueError(
+            f"{len(f)} scores between {f.min():g} and {f.max():g}: no logistic can be fitted to constant scores"
+        )
 
     def residual(p):
         return TOP / (1 + np.exp(-np.clip((f - p[0]) / (abs(p[1]) + 1e-12), -50, 50))) - y
@@ -38,31 +42,39 @@ def correlations(scores, mos) -> dict[str, float]:
     if np.ptp(s) == 0 or np.ptp(y) == 0:
         raise ValueError("correlations need scores and MOS that differ between images")
     return {
-        "srcc": float(spearmanr(s, y).statistic), "krcc": float(kendalltau(s, y).statistic),
-        "plcc": float(pearsonr(s, y).statistic), "rmse": float(np.sqrt(np.mean((s - y) ** 2))),
+        "srcc": _value(spearmanr(s, y)), "krcc": _value(kendalltau(s, y)),
+        "plcc": _value(pearsonr(s, y)), "rmse": float(np.sqrt(np.mean((s - y) ** 2))),
     }  # fmt: skip
+
+
+def _value(result: Any) -> float:
+    return float(result.statistic)
 
 
 def srcc24(before, after, mos) -> float:
     """Spearman's rho over the S images and their S counterexamples, which inherit the MOS (average ranks)."""
     s = np.concatenate([np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)])
-    return float(spearmanr(s, np.tile(np.asarray(mos, dtype=np.float64), 2)).statistic)
+    return _value(spearmanr(s, np.tile(np.asarray(mos, dtype=np.float64), 2)))
 
 
 def stability(before, after) -> tuple[float, int]:
     """(R, how many of the S predictions did not change).
 
-    R = mean_i ln(max{b1 - s_i, s_i - b2} / |s_i - s*_i|), natural logarithm, larger = more stable. A change below 1e-8 counts as 1e-8
+    R = mean_i ln(max{b1 - s_i, s_i - b2} / |s_i - s*_i|), natural logarithm, larger = more stable. A change below
+    1e-8 counts as 1e-8
     (R = 20.7 for a score of 0 or 10), so that R stays finite."""
     a, b = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if a.min() < BOTTOM - 1e-6 or a.max() > TOP + 1e-6:
-        raise ValueError(f"scores must lie in {BOTTOM:g}..{TOP:g}, got {a.min():g}..{a.max():g}: apply the logistic first")
+        raise ValueError(
+            f"scores must lie in {BOTTOM:g}..{TOP:g}, got {a.min():g}..{a.max():g}: apply the logistic first"
+        )
     change = np.abs(a - b)
     still = int((change < SMALLEST_CHANGE).sum())
     return float(np.log(np.maximum(TOP - a, a - BOTTOM) / np.maximum(change, SMALLEST_CHANGE)).mean()), still
 
 
-# ------------------------------------------------------------------------- arithmetic of the published table (section 2.3)
+# ------------------------------------------------------------------------- arithmetic of the published table (section
+# 2.3)
 def clean_lattice(n: int = 12) -> np.ndarray:
     """Every SRCC of n untied points: 1 - sum d^2 / (n (n^2 - 1) / 6), sum d^2 even."""
     largest = n * (n * n - 1) // 3
@@ -72,7 +84,8 @@ def clean_lattice(n: int = 12) -> np.ndarray:
 def doubled_lattice(n: int = 12) -> np.ndarray:
     """Every SRCC of 2n untied predictions against n MOS, each repeated: k / sqrt(var_pred var_mos), k an integer.
 
-    Ranks 1 .. 2n of the predictions and average ranks 1.5, 3.5, ... of the MOS: sums of squares 1150 and 1144 for n = 12."""
+    Ranks 1 .. 2n of the predictions and average ranks 1.5, 3.5, ... of the MOS: sums of squares 1150 and 1144 for n =
+    12."""
     predictions = sum((r - (2 * n + 1) / 2) ** 2 for r in range(1, 2 * n + 1))
     mos = 2 * sum((2 * i + 1.5 - (2 * n + 1) / 2) ** 2 for i in range(n))
     top = math.floor(mos)  # the covariance of equal orders

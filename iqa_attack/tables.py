@@ -1,7 +1,8 @@
-"""The transfer tables of one split: every model (rows) on the counterexamples made for every model and fidelity measure (columns).
+"""The transfer tables of one split: every model (rows) on the counterexamples made for every model and fidelity
+measure (columns).
 
 python tables.py            reads runs/<scale>/<nr>_<fr>_<attack>/seed<k>, writes table.csv and transfer_<fr>.png
-python tables.py attack=random
+python tables.py made_by=random
 """
 
 import csv
@@ -19,12 +20,14 @@ from iqa_attack.pictures import transfer_matrix
 def read_cells(cfg: DictConfig) -> dict[tuple[str, str], dict[str, float]]:
     """{(nr, fr): metrics} of the finished attacks of this seed. FileNotFoundError naming the first that is missing."""
     found = {}
-    for nr in cfg.nr:
-        for fr in cfg.fr:
-            where = Path(cfg.run_root) / cfg.scale / f"{nr}_{fr}_{cfg.attack}" / f"seed{cfg.seed}"
+    for nr in cfg.attacked:
+        for fr in cfg.fidelity:
+            where = Path(cfg.run_root) / cfg.scale / f"{nr}_{fr}_{cfg.made_by}" / f"seed{cfg.seed}"
             result = runs.read_json(where / "result.json")
             if result is None or result["status"] != "finished":
-                raise FileNotFoundError(f"no finished attack in {where}: run `python attack.py nr={nr} fr={fr} attack={cfg.attack}` first")
+                raise FileNotFoundError(
+                    f"no finished attack in {where}: run `python attack.py nr={nr} fr={fr} attack={cfg.made_by}` first"
+                )
             found[nr, fr] = result["metrics"]
     return found
 
@@ -33,7 +36,9 @@ def summarise(cells: dict[tuple[str, str], dict[str, float]]) -> dict[str, float
     """Means over the table: *_diagonal of the attacked model, *_off of all others, r_gap their difference in R.
 
     r_extreme_gap is the smallest R off the diagonal minus the largest on it (claim C2: every one above every one)."""
-    evaluated = sorted({k[2:] for m in cells.values() for k in m if k.startswith("r_") and k not in ("r_intra", "r_transfer")})
+    evaluated = sorted(
+        {k[2:] for m in cells.values() for k in m if k.startswith("r_") and k not in ("r_intra", "r_transfer")}
+    )
     out: dict[str, float] = {}
     for key in ("r", "change", "srcc24", "srcc_clean"):
         diagonal = [m[f"{key}_{nr}"] for (nr, _), m in cells.items() if f"{key}_{nr}" in m]
@@ -76,7 +81,7 @@ def main(cfg: DictConfig) -> None:
         if run is None:
             return
         with run:
-            write_tables(cells, out, f"{cfg.attack}, seed {cfg.seed}")
+            write_tables(cells, out, f"{cfg.made_by}, seed {cfg.seed}")
             metrics = summarise(cells)
             run.finish(metrics)
             print("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))

@@ -1,6 +1,7 @@
 """Train no-reference quality models: one run trains the models of `method.models` on one split.
 
-python train.py                                              BRISQUE, CORNIA, Ma19 and UNIQUE stand-ins on embedded photographs
+python train.py                                              BRISQUE, CORNIA, Ma19 and UNIQUE stand-ins on embedded
+photographs
 python train.py method=brisque seed=1
 python train.py experiment=live data.root=/datasets/live     BRISQUE and CORNIA on LIVE minus the twelve test contents
 torchrun --nproc_per_node=4 train.py experiment=unique data.root=/datasets/iqa
@@ -61,13 +62,19 @@ def train_one_epoch(fabric: Fabric, learner, optimizer, loader, targets, *, epoc
     learner.train()
     sums: dict[str, Tensor] = {}
     start, seen, total = time.perf_counter(), 0, len(loader)
-    for step, (x, index) in enumerate(tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=None if total > 20 else True)):
+    for step, (x, index) in enumerate(
+        tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=None if total > 20 else True)
+    ):
         terms = learner(x.to(fabric.device), *(t[index.to(fabric.device)] for t in targets))
         loss = sum(terms.values())
-        runs.check_finite({**terms, "loss": loss}, step=(epoch - 1) * total + step, last_good=run.checkpoint if run else None)
+        runs.check_finite(
+            {**terms, "loss": loss}, step=(epoch - 1) * total + step, last_good=run.checkpoint if run else None
+        )
         fabric.backward(loss)
         norm = fabric.clip_gradients(learner, optimizer, max_norm=math.inf, error_if_nonfinite=False)
-        runs.check_finite({"gradient norm": norm}, step=(epoch - 1) * total + step, last_good=run.checkpoint if run else None)
+        runs.check_finite(
+            {"gradient norm": norm}, step=(epoch - 1) * total + step, last_good=run.checkpoint if run else None
+        )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         network = learner.module.network if hasattr(learner, "module") else learner.network
@@ -80,7 +87,8 @@ def train_one_epoch(fabric: Fabric, learner, optimizer, loader, targets, *, epoc
 
 
 def build_learner(cfg: DictConfig, name: str) -> Learner:
-    """The network of an arm with weights drawn from the seed; UNIQUE may start from ImageNet weights (`pretrained`: a file)."""
+    """The network of an arm with weights drawn from the seed; UNIQUE may start from ImageNet weights (`pretrained`: a
+    file)."""
     torch.manual_seed(stream(cfg.seed, *name.encode()))
     options = dict(cfg.networks[name].model)
     pretrained = options.pop("pretrained", None)
@@ -95,14 +103,18 @@ def train_network(fabric: Fabric, cfg: DictConfig, name: str, data: QualitySet, 
     """Train Ma19 or UNIQUE to the end; resumes from state["current"]. Returns the network on the CPU."""
     options = cfg.networks[name]
     if name == "ma19" and data.fr is None:
-        raise ValueError("ma19 learns from full-reference annotators and needs undistorted originals: use data=photos or photo_folder")
+        raise ValueError(
+            "ma19 learns from full-reference annotators and needs undistorted originals: use data=photos or photo_folder"
+        )
     per_device = runs.per_device_batch(options.batch_size, fabric.world_size)
     learner = build_learner(cfg, name)
     if fabric.world_size > 1 and fabric.device.type == "cuda":
         learner = nn.SyncBatchNorm.convert_sync_batchnorm(learner)
     trunk = list(learner.network.backbone.parameters()) if isinstance(learner.network, Unique) else []
     rest = [p for p in learner.parameters() if all(p is not t for t in trunk)]
-    optimizer = torch.optim.Adam([{"params": rest}, {"params": trunk}], lr=options.lr, weight_decay=options.weight_decay)
+    optimizer = torch.optim.Adam(
+        [{"params": rest}, {"params": trunk}], lr=options.lr, weight_decay=options.weight_decay
+    )
     module, (learner, optimizer) = learner, fabric.setup(learner, optimizer)
     first, epochs = 1, options.epochs
     if state["current"] and state["current"]["name"] == name:
@@ -111,7 +123,13 @@ def train_network(fabric: Fabric, cfg: DictConfig, name: str, data: QualitySet, 
         first = state["current"]["epoch"] + 1
     fr = data.fr if data.fr is not None else torch.zeros(len(data), 4)
     targets = [t.to(fabric.device) for t in (data.mos, data.std, fr, data.sources())]
-    plan = Plan(len(data), options.batch_size, seed=stream(cfg.seed, *name.encode()), rank=fabric.global_rank, world=fabric.world_size)
+    plan = Plan(
+        len(data),
+        options.batch_size,
+        seed=stream(cfg.seed, *name.encode()),
+        rank=fabric.global_rank,
+        world=fabric.world_size,
+    )
     fabric.print(
         f"{name}: {len(data)} images, global batch {options.batch_size} = {fabric.world_size} devices x {per_device}, "
         f"lr {options.lr}, epochs {first}..{epochs}"
@@ -119,7 +137,11 @@ def train_network(fabric: Fabric, cfg: DictConfig, name: str, data: QualitySet, 
     start = time.perf_counter()
     for epoch in range(first, epochs + 1):
         torch.manual_seed(stream(cfg.seed, epoch, fabric.global_rank))
-        lr = options.lr * (0.1 ** ((epoch - 1) // options.lr_step) if options.lr_step else 0.5 * (1 + math.cos(math.pi * (epoch - 1) / epochs)))
+        lr = options.lr * (
+            0.1 ** ((epoch - 1) // options.lr_step)
+            if options.lr_step
+            else 0.5 * (1 + math.cos(math.pi * (epoch - 1) / epochs))
+        )
         for i, group in enumerate(optimizer.param_groups):  # the trunk rests at first: a step of length zero
             group["lr"] = 0.0 if i == 1 and epoch <= options.frozen_epochs else lr
         crops = TrainingCrops(data, seed=cfg.seed, epoch=epoch, size=options.crop, resize=options.resize)
@@ -165,7 +187,8 @@ def _pristine(cfg: DictConfig) -> list:
 
 
 def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    """Train every model of the arm, map its scores to 0..10, report correlations on test images; resumes from out/last.ckpt."""
+    """Train every model of the arm, map its scores to 0..10, report correlations on test images; resumes from
+    out/last.ckpt."""
     if unknown := set(cfg.method.models) - set(KINDS):
         raise ValueError(f"method.models names {sorted(unknown)}, allowed: {', '.join(KINDS)}")
     for name in cfg.method.models:
@@ -181,7 +204,9 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     with run:
         state = run.load_checkpoint() or {"trained": {}, "current": None, "complete": False}
         state.pop("run", None)
-        fabric.print(f"{cfg.arm} on {cfg.data.kind}: {len(data['train'])} training, {len(data['test'])} test images, seed {cfg.seed}")
+        fabric.print(
+            f"{cfg.arm} on {cfg.data.kind}: {len(data['train'])} training, {len(data['test'])} test images, seed {cfg.seed}"
+        )
         metrics: dict[str, float] = {}
         for name in cfg.method.models:
             resize = cfg.networks[name].test_resize if name in NETWORKS else None
@@ -198,8 +223,10 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
             for split in ("test", "attack"):
                 s = score_all(scored, data[split], device=fabric.device, resize=resize)
                 metrics |= {f"{k}_{split}_{name}": v for k, v in correlations(s, data[split].mos).items()}
-            found = f"SRCC {metrics[f'srcc_test_{name}']:.3f} on the test images, {metrics[f'srcc_attack_{name}']:.3f} on those to be attacked"
-            fabric.print(f"{name}: {found}, after {run.seconds:.0f} s")
+            test, attacked = (metrics[f"srcc_{split}_{name}"] for split in ("test", "attack"))
+            fabric.print(
+                f"{name}: SRCC {test:.3f} on the test images, {attacked:.3f} on those to be attacked, {run.seconds:.0f} s"
+            )
         run.save_checkpoint({**state, "complete": True})
         run.finish(metrics)
 
@@ -216,8 +243,12 @@ def preflight(fabric: Fabric, cfg: DictConfig, data: QualitySet) -> None:
         train_network(fabric, cfg, name, few, None, {"current": None})
         seconds = time.perf_counter() - start
         hours = seconds * (len(data) // options.batch_size) * options.epochs / 3600
-        memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the card, " if fabric.device.type == "cuda" else ""
-        fabric.print(f"preflight: {name}: data found, {memory}{seconds:.2f} s per step, about {hours:.2g} h for {options.epochs} epochs")
+        memory = (
+            f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the card, " if fabric.device.type == "cuda" else ""
+        )
+        fabric.print(
+            f"preflight: {name}: data found, {memory}{seconds:.2f} s per step, about {hours:.2g} h for {options.epochs} epochs"
+        )
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")

@@ -1,5 +1,6 @@
 """UNIQUE: bilinear pooling of convolutional features, learned from pairs with the fidelity loss (section 4.4)."""
 
+import itertools
 import math
 
 import torch
@@ -25,17 +26,19 @@ class Unique(nn.Module):
     backbone: resnet34 (the paper's, ImageNet normalisation inside) or small (three stages of 16, 32, 48 channels)."""
 
     minimum = 24
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(self, *, backbone: str = "resnet34"):
         super().__init__()
         self.name = backbone
         if backbone == "resnet34":
             trunk = torchvision.models.resnet34(weights=None)
-            trunk.fc = nn.Identity()
+            trunk.fc = nn.Identity()  # type: ignore[assignment]
             self.backbone, channels = trunk, 512
         elif backbone == "small":
             widths, stages = (3, 16, 32, 48), []
-            for a, b in zip(widths[:-1], widths[1:], strict=True):
+            for a, b in itertools.pairwise(widths):
                 stages += [nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
             self.backbone, channels = nn.Sequential(*stages), widths[-1]
         else:
@@ -79,7 +82,8 @@ def fidelity_loss(p: Tensor, g: Tensor) -> Tensor:
 def pair_loss(
     quality: Tensor, deviation: Tensor, mos: Tensor, mos_std: Tensor, i: Tensor, j: Tensor, *, margin: float = 0.025
 ) -> dict[str, Tensor]:
-    """{"fidelity", "uncertainty"} of the pairs (i, j). The deviation learns from the second term alone: hinge on its order."""
+    """{"fidelity", "uncertainty"} of the pairs (i, j). The deviation learns from the second term alone: hinge on its
+    order."""
     fidelity = fidelity_loss(preference(quality, deviation.detach(), i, j), preference(mos, mos_std, i, j))
     sign = torch.sign(mos_std[i] - mos_std[j])
     hinge = F.relu(margin - sign * (deviation[i] - deviation[j])) * sign.abs()
