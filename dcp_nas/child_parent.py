@@ -16,7 +16,7 @@ from dcp_nas.decoupled_optimisation import Decoupled, active_operations
 from dcp_nas.operations import reconstruction_error
 from dcp_nas.search_space import Genotype, discretise
 from dcp_nas.supernet import Supernet, inherit
-from dcp_nas.tangent_propagation import child_gradient, flatten, parent_tangent, unflatten
+from dcp_nas.tangent_propagation import check_rule, child_gradient, flatten, parent_tangent, unflatten
 
 Batch = tuple[Tensor, Tensor]
 TANGENTS = ("round", "last", "same")
@@ -95,6 +95,7 @@ class ChildParentSearch:
                 f"tangent={tangent!r}, inherit={inherit!r}, rounds={rounds}, steps={steps}, mu={mu}, allowed: "
                 f"{', '.join(TANGENTS)}; {', '.join(INHERIT)}; rounds and steps >= 1; mu >= 0"
             )
+        check_rule(lam=lam, hessian=hessian, distance=distance)
         self.rule = {"lam": lam, "hessian": hessian, "distance": distance, "chunks": chunks}
         self.mu, self.recon_reduction, self.tangent, self.inherit = mu, recon_reduction, tangent, inherit
         self.rounds, self.steps_per_phase, self.alpha_start, self.w = rounds, steps, alpha_start, dict(w)

@@ -69,15 +69,17 @@ class CPNAS:
     def begin(self, phase: int) -> None:
         """To be called once before the first step of a phase."""
         self.done, self.sums = 0, torch.zeros_like(self.sums)
+        self._new_pass()
+
+    def _new_pass(self) -> None:
+        """Every remaining operation once on every edge, in random order."""
+        self.order = [
+            [[ops[i] for i in torch.randperm(len(ops), generator=self.generator)] for ops in kind] for kind in self.remaining
+        ]
 
     def architecture(self) -> list[list[int]]:
         """Operation of every edge, for both cell types, of the current sub-network."""
-        per_pass = len(self.remaining[0][0])
-        index = self.done // self.steps_per_sample % per_pass
-        if self.done % (per_pass * self.steps_per_sample) == 0:  # a new pass: every operation once on every edge
-            self.order = [
-                [[ops[i] for i in torch.randperm(len(ops), generator=self.generator)] for ops in kind] for kind in self.remaining
-            ]
+        index = self.done // self.steps_per_sample % len(self.remaining[0][0])
         return [[edge[index] for edge in kind] for kind in self.order]
 
     def step(self, phase: int, train: Batch, val: Batch) -> dict[str, Tensor | float]:
@@ -98,6 +100,8 @@ class CPNAS:
         self.done += 1
         if self.done % self.steps_per_sample == 0:
             row |= self._judge(choice, val)
+        if self.done % (self.steps_per_sample * len(self.remaining[0][0])) == 0:
+            self._new_pass()
         return row
 
     @torch.no_grad()

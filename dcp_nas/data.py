@@ -81,8 +81,10 @@ def build_data(
     folder: root/train/<class>/, root/<val>/<class>/; RandomResizedCrop(size), colour noise, flip; test: shorter side
         size * 8 / 7 (bicubic), centre crop.
     ValueError for an unknown name or option, FileNotFoundError for missing files."""
-    if name not in SETS or cutout < 0:
-        raise ValueError(f"data.name={name!r}, data.cutout={cutout}, allowed: {', '.join(SETS)} and cutout >= 0")
+    if name not in SETS:
+        raise ValueError(f"data.name={name!r}, allowed: {', '.join(SETS)}")
+    if cutout < 0:
+        raise ValueError(f"data.cutout={cutout} must be >= 0")
     if name == "digits":
         training, test = noisy_digits(sigma=sigma, train=train, seed=seed)
         return Images(10, 1, 8, test, tensors=(training.images, training.targets))

@@ -45,6 +45,8 @@ def build(cfg: DictConfig, data: Images, steps: int, device: torch.device) -> Ch
         raise ValueError(
             f"method.algorithm={algorithm!r}, method.network={network!r}, allowed: {', '.join(ALGORITHMS)}; {', '.join(NETWORKS)}"
         )
+    if method["hessian"] in ("fisher_empirical", "ggn_diag") and cfg.search.batch_size % method["chunks"]:
+        raise ValueError(f"method.chunks={method['chunks']} must divide search.batch_size={cfg.search.batch_size}")
     torch.manual_seed(stream(cfg.seed))
     nets = {}
     for name in dict.fromkeys(["real", "binary"] if algorithm != "darts" else [network]):

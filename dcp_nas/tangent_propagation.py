@@ -117,6 +117,15 @@ def empirical_fisher_vector(gradients: Tensor, v: Tensor, *, chunk_size: int, di
     return chunk_size * (gradients * (gradients @ v)[:, None]).mean(0)
 
 
+def check_rule(*, lam: float, hessian: str, distance: str) -> None:
+    """ValueError naming what is allowed."""
+    if hessian not in HESSIANS or distance not in DISTANCES or lam < 0:
+        raise ValueError(
+            f"hessian={hessian!r}, distance={distance!r}, lam={lam}, allowed: {', '.join(HESSIANS)}; {', '.join(DISTANCES)}; "
+            "lam >= 0"
+        )
+
+
 def child_gradient(
     forward: Forward, alphas: Sequence[Tensor], target: Tensor, t: Tensor | None, *, lam: float, hessian: str = "ggn",
     distance: str = "frobenius", chunks: int = 10,
@@ -127,11 +136,7 @@ def child_gradient(
     Parent's probabilities. t (K,): the Parent's tangent, or None with lam = 0 (CP).
     hessian: exact (double backward) | ggn | fisher_empirical, ggn_diag (from `chunks` parts of the batch) | ggn_rank1
     (g g^T: it changes the length of g, never its direction). ValueError for another name, or lam > 0 without t."""
-    if hessian not in HESSIANS or distance not in DISTANCES or lam < 0:
-        raise ValueError(
-            f"hessian={hessian!r}, distance={distance!r}, lam={lam}, allowed: {', '.join(HESSIANS)}; {', '.join(DISTANCES)}; "
-            "lam >= 0"
-        )
+    check_rule(lam=lam, hessian=hessian, distance=distance)
     if lam > 0 and t is None:
         raise ValueError(f"lam={lam} needs the Parent's tangent direction")
     logits = forward(alphas)

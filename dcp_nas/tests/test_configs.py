@@ -1,0 +1,141 @@
+"""Every experiment composes and builds tiny; every sweep composes; every claim names arms that its scale runs."""
+
+import itertools
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from common import reproduce, runs
+from common.metrics.claims import load_claims
+from dcp_nas import search, train
+from dcp_nas.checkpoint import PAPER, build_network
+from dcp_nas.data import CifarAugmentation, build_data, split_for_search
+from dcp_nas.search_space import GENOTYPES
+
+CONFIGS = PAPER / "configs"
+SCALES = ("mini", "full", "gpu_cifar10", "paper")
+SCRIPTS = {
+    "search_cifar10": "search", "search_imagenet": "search", "search_folder": "search", "cifar10_onestage": "config",
+    "cifar10_step1": "config", "cifar10_step2": "config", "imagenet_step1": "config", "imagenet_step2": "config",
+    "market1501": "reid", "voc_detection": "detect", "coco_detection": "detect",
+}  # fmt: skip
+
+
+def composed(name, *overrides):
+    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
+        return compose(SCRIPTS[name], overrides=[f"experiment={name}", "arm=test", "data.root=/datasets", *overrides])
+
+
+def test_no_experiment_is_left_out_and_each_says_how_to_start_it():
+    assert {p.stem for p in (CONFIGS / "experiment").glob("*.yaml")} == SCRIPTS.keys()
+    for name in SCRIPTS:
+        head = (CONFIGS / f"experiment/{name}.yaml").read_text().split("defaults:")[0]
+        assert f"experiment={name}" in head and "GPU" in head, name
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_experiments_compose_and_their_network_builds(name):
+    start = [] if "step2" not in name and "detection" not in name and name != "market1501" else ["init.weights=x.ckpt"]
+    cfg = composed(name, *start)
+    OmegaConf.to_container(cfg, resolve=True)
+    if SCRIPTS[name] == "search":
+        data = build_data(name="digits", seed=0, train=64)
+        with torch.device("meta"):
+            algorithm = search.build(cfg, data, 1, torch.device("meta"))
+        assert len(algorithm.phases()) == 2 * cfg.search.rounds
+        return
+    with torch.device("meta"):
+        network = build_network(
+            genotype=GENOTYPES["DCP_NAS_L"], model=cfg.model, stage=cfg.stage, official_m_grad=False, classes=1000, channels=3
+        )
+    if cfg.model.channels == 108:
+        assert sum(p.numel() for p in network.parameters()) == (14_505_886 if cfg.stage.weights == "m" else 14_483_422)
+
+
+def test_published_recipe_and_search_defaults():
+    cfg = composed("imagenet_step2", "init.weights=x.ckpt")
+    found = (cfg.optim.name, cfg.optim.lr, cfg.optim.lr_min, cfg.optim.weight_decay, cfg.train.batch_size, cfg.train.epochs)
+    assert found == ("adamw", 1e-3, 1e-5, 0.0, 512, 256) and cfg.stage.reconstruction == 0.5e-4 and cfg.teacher.timm.startswith("resnet34")
+    assert composed("imagenet_step1").optim.weight_decay == 1e-5 and composed("imagenet_step1").stage.activations == "binary"
+    cfg = composed("search_cifar10")
+    assert (cfg.method.lam, cfg.method.mu, cfg.method.hessian, cfg.method.distance) == (5e-3, 0.2, "ggn", "frobenius")
+    assert (cfg.search.batch_size, cfg.w.lr, cfg.w.lr_min, cfg.alpha.lr, list(cfg.alpha.betas)) == (64, 0.025, 0.001, 3e-4, [0.5, 0.999])
+    assert train.cosine_lr(1, lr=1.0, lr_min=0.1, epochs=10) == 1.0 and 0.1 < train.cosine_lr(10, lr=1.0, lr_min=0.1, epochs=10) < 0.13
+
+
+def sweep_cells(scale):
+    """(sweep file, overrides) of every cell, read from the YAML alone."""
+    for file in sorted((CONFIGS / "reproduce" / scale).glob("*.yaml")):
+        params = yaml.safe_load(file.read_text())["hydra"]["sweeper"]["params"]
+        choices = [[(key, v.strip()) for v in str(values).split(",")] for key, values in params.items()]
+        for chosen in itertools.product(*choices):
+            yield file, dict(chosen)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_claim_names_arms_that_its_scale_runs(scale, monkeypatch):
+    one_seed = lambda override: OverridesParser.create().parse_override(override)  # noqa: E731
+
+    def choices(override):
+        key = override.split("=", 1)[0]
+        if key in ("lam", "mu", "method.lam", "method.mu"):
+            return [override.split(",")[0]]
+        parsed = one_seed(override)
+        values = list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else [parsed.get_value_element_as_str()]
+        return [f"{key}={v}" for v in (values[:1] if key == "seed" else values)]
+
+    monkeypatch.setattr(reproduce, "_choices", choices)
+    extra = () if scale in ("mini", "full") else ("data.root=/datasets",)
+    cells = reproduce.cells(PAPER, scale, extra)
+    arms = {c.arm for c in cells}
+    claims = [c for c in load_claims(PAPER) if scale in c["scale"]]
+    assert claims and all(set(c["arms"]) <= arms for c in claims), [c["id"] for c in claims if not set(c["arms"]) <= arms]
+    assert all(c.dir.is_relative_to(PAPER / "runs" / scale) for c in cells)
+    assert len({c.dir for c in cells}) == len(cells)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_values_are_written_as_hydra_writes_them_and_seeds_are_those_of_the_evidence(scale):
+    parser = OverridesParser.create()
+    for file, chosen in sweep_cells(scale):
+        for key, value in chosen.items():
+            assert parser.parse_override(f"{key}={value}").get_value_element_as_str() == value, f"{file}: {key}"
+        assert int(chosen["seed"]) >= 100 or "_counts" in file.stem
+        text = (file.parent / "README.md").read_text()
+        assert "cannot" in text.lower() and len(text) > 200
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+def test_the_halves_of_a_search_are_disjoint_and_cover_their_shares():
+    data = build_data(name="digits", seed=0, train=100)
+    w, a = split_for_search(data, [0.5, 0.25], seed=3)
+    assert (len(w), len(a)) == (50, 25)
+    rows = {tuple(x.flatten().tolist()) for x in torch.cat([w.tensors[0], a.tensors[0]])}
+    assert len(rows) == 75
+    again = split_for_search(data, [0.5, 0.25], seed=3)[0]
+    assert torch.equal(again.tensors[0], w.tensors[0])
+    assert not torch.equal(split_for_search(data, [0.5, 0.25], seed=4)[0].tensors[0], w.tensors[0])
+
+
+def test_cutout_blanks_one_square_at_the_drawn_centre():
+    augment = CifarAugmentation(6)
+    images = torch.full((2, 3, 32, 32), 255, dtype=torch.uint8)
+    offset, flip = torch.full((2, 2), 4), torch.tensor([False, False])
+    centre = torch.tensor([[10, 20], [0, 31]])
+    out = augment(images.float() / 255, offset, flip, centre)
+    blank = (out == 0).all(1)
+    assert blank[0].sum() == 36 and blank[0, 7:13, 17:23].all() and blank[1].sum() == 3 * 4
+    drawn = augment.draw((5, 3, 32, 32), torch.Generator().manual_seed(0))
+    assert len(drawn) == 3 and drawn[2].shape == (5, 2) and int(drawn[2].max()) < 32
+
+
+def test_missing_data_says_where_and_writes_nothing(tmp_path):
+    fabric = runs.launch({"accelerator": "cpu", "devices": 1})
+    for name, fit in (("search_cifar10", search.fit), ("search_folder", search.fit), ("imagenet_step1", train.fit)):
+        with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+            fit(composed(name, f"data.root={tmp_path}"), fabric, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

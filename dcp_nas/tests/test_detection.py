@@ -1,0 +1,115 @@
+"""The detector and its data: ground truth fed back, the layouts, the maps it takes, a step of training."""
+
+import json
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from common import runs
+from common.data.shapes import coco_to_voc, shape_scenes
+from dcp_nas.checkpoint import PAPER
+from dcp_nas.detect import fit, step_lr
+from dcp_nas.detection import (
+    Transformed,
+    build_detection_data,
+    detection_metrics,
+    faster_rcnn,
+    ground_truth,
+    load_backbone,
+)
+from dcp_nas.network import Network
+from dcp_nas.operations import BinaryConv2d, Bits
+from dcp_nas.search_space import GENOTYPES
+
+TINY = {"fpn_channels": 8, "head_width": 16, "min_size": 64, "max_size": 64}
+
+
+def backbone(stem="imagenet", genotype="CHL_I6", channels=4):
+    bits = Bits("beta", "binary")
+    return Network(GENOTYPES[genotype], num_classes=1, channels=channels, cells=3, stem=stem, bits=bits)
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    """The same scenes as COCO and VOC folders."""
+    root = tmp_path_factory.mktemp("scenes")
+    for split, n in (("train", 6), ("val", 4)):
+        shape_scenes(n, seed=n, sizes=(48, 64)).write_coco(root / "coco", split)
+        coco_to_voc(root / "coco", root / "voc/VOC2007", split)
+    return root
+
+
+@pytest.mark.parametrize("name", ["scenes", "coco", "voc"])
+def test_ground_truth_fed_back_has_ap_one(name, layouts):
+    options = {
+        "scenes": {"train": 4, "test": 6},
+        "coco": {"root": str(layouts / "coco"), "train": "train", "test": "val"},
+        "voc": {"root": str(layouts / "voc"), "train": "train", "test": "val", "voc_train": ["VOC2007"],
+                "classes": ["rectangle", "ellipse", "triangle"]},
+    }[name]  # fmt: skip
+    training, test = build_detection_data(name=name, seed=0, **options)
+    assert len(training) == (4 if name == "scenes" else 6) and len(test.classes) == 3
+    found = {k: {**v, "scores": torch.ones(len(v["labels"]))} for k, v in ground_truth(test).items()}
+    metrics = detection_metrics(test, found)
+    assert metrics["AP"] == pytest.approx(1.0) and metrics["map50"] == pytest.approx(1.0)
+    wrong = {k: {**v, "labels": (v["labels"] + 1) % 3} for k, v in found.items()}
+    assert detection_metrics(test, wrong)["AP50"] < 0.5
+
+
+def test_transform_flips_boxes_with_the_image_and_counts_classes_from_one():
+    training, _ = build_detection_data(name="scenes", seed=0, train=6, test=2, side=48)
+    flips = set()
+    for index in range(6):
+        image, target = training[index]
+        torch.manual_seed(index)
+        out, new = Transformed(training)[index]
+        flipped = not torch.equal(out, image.float() / 255)
+        flips.add(flipped)
+        boxes = torch.as_tensor(target["boxes"]).float()
+        mirrored = torch.stack([48 - boxes[:, 2], boxes[:, 1], 48 - boxes[:, 0], boxes[:, 3]], 1)
+        torch.testing.assert_close(new["boxes"], mirrored if flipped else boxes)
+        assert torch.equal(new["labels"], target["labels"] + 1)
+    assert flips == {True, False}
+
+
+def test_the_detector_takes_maps_of_stride_4_to_32_and_a_1_bit_backbone():
+    torch.manual_seed(0)
+    model = faster_rcnn(backbone(), num_classes=3, **TINY).eval()
+    maps = model.backbone(torch.rand(1, 3, 64, 96))
+    assert [tuple(m.shape[-2:]) for m in maps.values()] == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
+    assert len(model.rpn.anchor_generator.sizes) == 5 and model.roi_heads.box_roi_pool.featmap_names == ["0", "1", "2", "3"]
+    assert any(isinstance(m, BinaryConv2d) for m in model.backbone.body.modules())
+    assert not any(isinstance(m, BinaryConv2d) for m in model.backbone.fpn.modules())
+    with pytest.raises(ValueError, match="stem='small'"):
+        faster_rcnn(backbone("small"), num_classes=3, **TINY)
+    losses = model.train()([torch.rand(3, 50, 70)], [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}])
+    assert all(torch.isfinite(v) for v in losses.values())  # no object, any size
+
+
+def test_learning_rate_steps():
+    options = {"lr": 1.0, "milestones": [3, 5], "warmup_share": 1.0}
+    assert [round(step_lr(e, **options), 6) for e in (1, 2, 3, 4, 5)] == [1.0, 1.0, 0.1, 0.1, 0.01]
+    assert step_lr(1, lr=1.0, milestones=[], warmup_share=0.25) == 0.25
+
+
+def test_short_training_reports_and_its_classifier_loads_as_a_backbone(tmp_path):
+    fabric = runs.launch({"accelerator": "cpu", "devices": 1})
+    overrides = ["arm=test", "data.train=8", "data.test=4", "data.side=64", "train.epochs=1", "train.batch_size=4", "model.channels=4",
+                 "detector.fpn_channels=8", "detector.head_width=16", "detector.min_size=[64]"]  # fmt: skip
+    with initialize_config_dir(config_dir=str(PAPER / "configs"), version_base="1.3"):
+        cfg = compose("detect", overrides=overrides)
+    fit(cfg, fabric, tmp_path)
+    metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
+    state = runs.load_checkpoint(tmp_path / "last.ckpt")
+    assert 0 <= metrics["AP"] <= metrics["AP50"] <= 1 and state["class_names"] == ["rectangle", "ellipse", "triangle"]
+    network = backbone()
+    config = {"model": {"channels": 4, "cells": 3, "stem": "imagenet"}, "stage": {"weights": "beta", "activations": "binary"},
+              "parity": {"official_m_grad": False}}  # fmt: skip
+    genotype = {"normal": GENOTYPES["CHL_I6"].normal, "reduce": GENOTYPES["CHL_I6"].reduce}
+    torch.save({"model": network.state_dict(), "config": config, "classes": 1, "channels": 3, "genotype": genotype}, tmp_path / "c.ckpt")
+    other = backbone()
+    load_backbone(other, tmp_path / "c.ckpt")
+    assert torch.equal(other.stem0[0].weight, network.stem0[0].weight)
+    with pytest.raises(ValueError, match="does not fit the backbone"):
+        load_backbone(backbone(genotype="TANGENT_1"), tmp_path / "c.ckpt")

@@ -1,0 +1,248 @@
+"""The alternating algorithm and CP-NAS: what moves in which phase, what is handed over, what is sampled and abandoned."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dcp_nas.child_parent import ChildParentSearch
+from dcp_nas.cp_nas import CPNAS, feature_loss, score
+from dcp_nas.mechanism import examine, moved
+from dcp_nas.operations import BetaConv2d, Bits
+from dcp_nas.search_space import edge_nodes
+from dcp_nas.supernet import Supernet
+from dcp_nas.tangent_propagation import flatten
+
+W = {"lr": 0.05, "lr_min": 0.01, "momentum": 0.9, "weight_decay": 3e-4, "clip": 5.0}
+ALPHA = {"lr": 3e-3, "betas": (0.5, 0.999), "weight_decay": 1e-3}
+DO = {"eta": 0.1, "psi": 0.2, "psi_lr_mult": 0.1, "tau": 0.6, "granularity": "operation"}
+SHAPE = {"num_classes": 4, "in_channels": 1, "channels": 2, "cells": 2, "nodes": 1, "reductions": [1]}
+
+
+def nets():
+    torch.manual_seed(0)
+    return Supernet(**SHAPE, bits=Bits(affine=False)), Supernet(**SHAPE, bits=Bits("beta", "binary", affine=False))
+
+
+def search(child=True, **options):
+    parent, binary = nets()
+    options = {"rounds": 2, "steps": 2, "chunks": 2, **options}
+    return ChildParentSearch(
+        parent, binary if child else None, generator=torch.Generator().manual_seed(0), w=W, alpha=ALPHA, **options
+    )
+
+
+def batch(seed):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(8, 1, 4, 4, generator=g), torch.randint(0, 4, (8,), generator=g)
+
+
+def run_phase(s, phase, steps=2):
+    s.begin(phase)
+    rows = [s.step(phase, batch(10 * phase + k), batch(100 + 10 * phase + k)) for k in range(steps)]
+    s.end(phase)
+    return rows
+
+
+def vector(s, name):
+    return flatten([a.detach().clone() for a in s.arch[name].alphas])
+
+
+def test_phases_move_one_network_and_hand_alpha_over():
+    s = search()
+    assert s.phases() == ["parent 1", "child 1", "parent 2", "child 2"] and s.steps(0) == 2
+    child_before = {k: v.clone() for k, v in s.nets["child"].state_dict().items()}
+    start = vector(s, "parent")
+    run_phase(s, 0)
+    assert not torch.equal(vector(s, "parent"), start) and torch.equal(vector(s, "child"), start)
+    assert all(torch.equal(v, child_before[k]) for k, v in s.nets["child"].state_dict().items())
+    assert s.alphas() is s.arch["parent"].alphas
+    after_parent, weights = vector(s, "parent"), {k: v.clone() for k, v in s.nets["parent"].state_dict().items()}
+    s.begin(1)
+    assert torch.equal(vector(s, "child"), after_parent)
+    for k, v in weights.items():  # inherited in the first round
+        assert torch.equal(s.nets["child"].state_dict()[k], v)
+    s.step(1, batch(1), batch(2))
+    assert torch.equal(vector(s, "parent"), after_parent) and not torch.equal(vector(s, "child"), after_parent)
+    assert all(torch.equal(v, weights[k]) for k, v in s.nets["parent"].state_dict().items())
+    s.end(1)
+    assert torch.equal(vector(s, "parent"), vector(s, "child")) and s.alphas() is s.arch["child"].alphas
+    child_weights = s.nets["child"].fc.weight.clone()
+    run_phase(s, 2)
+    s.begin(3)
+    assert torch.equal(s.nets["child"].fc.weight, child_weights)  # not inherited again
+    every = search(inherit="every")
+    for phase in range(3):
+        run_phase(every, phase)
+    every.begin(3)
+    assert torch.equal(every.nets["child"].fc.weight, every.nets["parent"].fc.weight)
+
+
+def test_the_tangent_is_the_mean_over_the_round_the_last_batch_or_the_same_batch():
+    found = {}
+    for tangent in ("round", "last", "same"):
+        s = search(tangent=tangent)
+        run_phase(s, 0)
+        collected = torch.stack(s.collected)
+        s.begin(1)
+        found[tangent] = s.t
+    assert len(collected) == 2 and not torch.allclose(collected[0], collected[1])
+    torch.testing.assert_close(found["round"], collected.mean(0))
+    assert torch.equal(found["last"], collected[1]) and found["same"] is None
+    row = s.step(1, batch(1), batch(2))
+    assert "gradient_cosine" in row and "tangent_ratio" in row
+    s.begin(2)
+    assert s.collected == []
+
+
+def test_parent_ascends_the_likelihood_and_child_learns_the_parents_output():
+    s = search(steps=20, mu=0.0)
+    s.begin(0)
+    losses = [float(s.step(0, batch(0), batch(0))["loss"]) for _ in range(20)]
+    assert losses[-1] < 0.8 * losses[0]
+    s.end(0)
+    s.begin(1)
+    images = batch(0)[0]
+    target = s.target(images)
+    assert not target.requires_grad
+    torch.testing.assert_close(target.sum(1), torch.ones(8))
+    objective = [float(s.step(1, batch(0), batch(0))["objective"]) for _ in range(20)]
+    assert objective[-1] > objective[0] and all(g <= 1e-6 for g in objective)
+
+
+def test_the_alpha_step_is_adam_along_the_gradient_of_the_loss():
+    s = search(child=False)
+    s.begin(0)
+    images, labels = batch(5)
+    before = [a.detach().clone() for a in s.arch["parent"].alphas]
+    loss = F.cross_entropy(s.nets["parent"](images, s.arch["parent"].alphas), labels)
+    gradients = torch.autograd.grad(loss, s.arch["parent"].alphas)
+    s.parent_alpha_step((images, labels))
+    copies = [b.clone().requires_grad_() for b in before]
+    adam = torch.optim.Adam(copies, **ALPHA)
+    for c, g in zip(copies, gradients, strict=True):
+        c.grad = g
+    adam.step()
+    torch.testing.assert_close(list(s.arch["parent"].alphas), copies)
+
+
+def test_reconstruction_pulls_the_latent_weights_to_their_binary_form():
+    errors = {}
+    for mu in (0.0, 1.0):
+        s = search(mu=mu, recon_reduction="sum")
+        run_phase(s, 0)
+        assert ("reconstruction" in run_phase(s, 1, steps=6)[-1]) == (mu > 0)
+        errors[mu] = sum(m.reconstruction().item() for m in s.nets["child"].modules() if isinstance(m, BetaConv2d))
+    assert errors[1.0] < 0.7 * errors[0.0]
+
+
+def test_without_a_child_it_is_darts_and_frozen_alpha_stays():
+    s = search(child=False, alpha_start=1)
+    assert s.phases() == ["parent 1", "parent 2"]
+    start = vector(s, "parent")
+    run_phase(s, 0)
+    assert torch.equal(vector(s, "parent"), start) and s.collected == []
+    run_phase(s, 1)
+    assert not torch.equal(vector(s, "parent"), start) and s.genotype().nodes == 1
+
+
+def test_decoupled_optimisation_changes_the_search_and_reports_its_size():
+    plain, do, tiny = (search(decoupled=d) for d in (None, DO, DO | {"eta": None}))
+    rows = [run_phase(s, 0) for s in (plain, do, tiny)]
+    assert rows[0][0]["backtrack_ratio"] == 0 and 0 < rows[2][0]["backtrack_ratio"] < rows[1][0]["backtrack_ratio"]
+    assert not torch.equal(vector(plain, "parent"), vector(do, "parent"))
+    assert tiny.arch["parent"].decoupled[0].eta == pytest.approx(3e-3 * 0.05)  # eta_1 eta_2
+    assert tiny.arch["parent"].decoupled[0].eta_psi == pytest.approx(3e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"tangent": "epoch"}, "tangent='epoch'"), ({"inherit": "all"}, "inherit='all'"), ({"rounds": 0}, "rounds=0"),
+     ({"mu": -1.0}, "mu=-1"), ({"decoupled": DO | {"tau": 2}}, "tau=2")],
+)  # fmt: skip
+def test_wrong_options_are_named(options, error):
+    with pytest.raises(ValueError, match=error):
+        search(**options)
+
+
+def test_the_mechanism_check_on_a_real_child_succeeds_with_the_exact_step():
+    parent, other = nets()[0].double(), nets()[0].double()
+    s = ChildParentSearch(parent, other, generator=torch.Generator().manual_seed(0), rounds=1, steps=3, w=W, alpha=ALPHA, lam=0.0)
+    for arch in s.arch.values():  # in float64 throughout
+        arch.alphas = tuple(a.detach().double().requires_grad_() for a in arch.alphas)
+        arch.optimizer = torch.optim.Adam(arch.alphas, **ALPHA)
+    pairs = [(x.double(), y) for x, y in (batch(k) for k in range(4))]
+    for phase in (0, 1):
+        s.begin(phase)
+        for k in range(3):
+            s.step(phase, pairs[k], pairs[3])
+        s.end(phase)
+    found = examine(s, pairs, [1e-4, 1e-3], 2, 1.0, 0)
+    assert found["success_exact_0"] == 1.0 and found["success_random_0"] == pytest.approx(0.5, abs=0.13)
+    assert found["gain_exact_0"] == found["success_exact_0"] - found["success_random_0"]
+    assert found["change_exact_1"] < found["change_exact_0"] < 0 and found["cosine_ggn"] > 0.9
+    step = moved(s.arch["child"].alphas, torch.ones(vector(s, "child").numel(), dtype=torch.float64), 0.5)
+    assert (flatten([a.detach() for a in step]) - vector(s, "child")).norm().item() == pytest.approx(0.5)
+
+
+# ------------------------------------------------------------------------------------------------------------ CP-NAS
+def cp_nas(**options):
+    return CPNAS(*nets(), generator=torch.Generator().manual_seed(1), w=W, **options)
+
+
+def test_score_and_feature_loss_by_hand():
+    assert score(0.8, 0.6) == pytest.approx(2 * 0.2 + 0.6) and score(0.8, 0.6, beta_p=0.0) == 0.6
+    a = [torch.zeros(4, 2, 1, 1)]
+    b = [torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0], [0.0, 2.0]]).view(4, 2, 1, 1)]
+    labels = torch.tensor([0, 0, 1, 1])
+    matching = (1 + 9 + 4 + 4) / 8
+    centre = (1 + 1) / 4  # class 0 lies 1 away from its mean (2, 0), class 1 at its mean
+    assert feature_loss(a, b, labels, lam=0.5).item() == pytest.approx(0.25 * matching + 0.5 * centre)
+
+
+def test_every_operation_is_sampled_once_per_pass_and_the_worst_is_abandoned():
+    s = cp_nas(samples=2)
+    assert s.phases()[0] == "stage of 7 operations" and len(s.phases()) == 6 and s.steps(0) == 14 and s.steps(5) == 4
+    s.begin(0)
+    seen = []
+    for k in range(14):
+        seen.append(s.architecture()[0][0])
+        s.step(0, batch(k), batch(k + 50))
+    assert sorted(seen[:7]) == sorted(seen[7:]) == list(range(1, 8))  # without `none`
+    sums = s.sums.clone()
+    s.end(0)
+    for kind in range(2):
+        for edge in range(len(edge_nodes(1))):
+            gone = set(range(1, 8)) - set(s.remaining[kind][edge])
+            assert len(gone) == 1 and sums[kind, edge, gone.pop()] == sums[kind, edge, 1:].min()
+
+
+def test_to_the_end_one_operation_is_left_and_the_genotype_takes_the_best_edges():
+    s = cp_nas()
+    for phase in range(len(s.phases())):
+        s.begin(phase)
+        for k in range(s.steps(phase)):
+            s.step(phase, batch(k), batch(k + 50))
+        s.end(phase)
+    assert all(len(ops) == 1 for kind in s.remaining for ops in kind)
+    genotype = s.genotype()
+    assert genotype.nodes == 1 and {i for _, i in genotype.normal} == {0, 1}
+    best = [s.scores[0, e, s.remaining[0][e][0]].item() for e in range(2)]
+    assert genotype.normal[0][1] == (0 if best[0] >= best[1] else 1)
+
+
+def test_cp_nas_resumes_in_the_middle_of_a_stage():
+    def go(s, steps):
+        for k in steps:
+            s.step(0, batch(k), batch(k + 50))
+
+    whole, half, rest = cp_nas(samples=2), cp_nas(samples=2), cp_nas(samples=2)
+    for s in (whole, half):
+        s.begin(0)
+    go(whole, range(10))
+    go(half, range(5))
+    rest.load_state_dict(half.state_dict())
+    go(rest, range(5, 10))
+    assert torch.equal(whole.sums, rest.sums) and whole.order == rest.order
+    assert all(torch.equal(v, rest.nets["child"].state_dict()[k]) for k, v in whole.nets["child"].state_dict().items())
+    with pytest.raises(ValueError, match="samples=0"):
+        cp_nas(samples=0)
