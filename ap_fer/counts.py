@@ -1,0 +1,78 @@
+"""Parameters and multiply-accumulates of the published network, measured on the model:  python counts.py
+
+The models live on the meta device, and two counts must agree: the formula of section 4, and the operations that torch
+dispatches. `gflops` adds norms as fvcore counts them: the convention of the published 12.67 G."""
+
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from ap_fer.cost import norm_elements, published_flops, vit_macs
+from ap_fer.expressions import RAF_DB_COUNTS, repeat_factors
+from ap_fer.model import APViT
+from ap_fer.token_selection import token_schedule
+from common import runs
+from common.metrics.ops import count_macs, count_parameters
+
+
+def measure(app: dict, atp: dict) -> dict[str, float]:
+    """params, macs, macs_vit, macs_ir50 (all without the head), macs_formula, bn and ln elements, gflops, tokens_last."""
+    with torch.device("meta"):
+        model, x = APViT(app=app, atp=atp), torch.zeros(1, 3, 112, 112)
+        by_module, elements = count_macs(model, x), norm_elements(model, x)
+    parts = {p: sum(v for k, v in by_module.items() if k.startswith(p)) for p in ("extractor", "vit", "head")}
+    vit = model.vit
+    assert vit is not None
+    rates = [block.atp.rate for block in vit.blocks]
+    formula = vit_macs(model.patches, vit.app.keep, rates, channels=256, dim=768, mlp_ratio=3)
+    total = sum(parts.values())
+    return {
+        "params": count_parameters(model)["total"],
+        "macs": total - parts["head"],
+        "macs_vit": parts["vit"],
+        "macs_ir50": parts["extractor"],
+        "macs_formula": formula,
+        "bn": elements["bn"],
+        "ln": elements["ln"],
+        "gflops": published_flops(total, elements) / 1e9,
+        "tokens_last": 1 + token_schedule(model.patches, vit.app.keep, rates)[-1],
+    }
+
+
+def parts() -> dict[str, float]:
+    """Parameters of the parts in section 4's table, and the epoch length of RAF-DB's balancing."""
+    with torch.device("meta"):
+        model = APViT()
+    vit, stem = model.vit, model.extractor
+    assert vit is not None
+    size = {f"params_stage{i + 1}": count_parameters(s)["total"] for i, s in enumerate(stem.body)}  # type: ignore[arg-type]
+    size |= {"params_stem": count_parameters(stem.input_layer)["total"], "params_ir50": count_parameters(stem)["total"]}  # type: ignore[arg-type]
+    size |= {"params_projection": count_parameters(vit.projs)["total"], "params_block": count_parameters(vit.blocks[0])["total"]}
+    size |= {"params_head": count_parameters(model.head)["total"]}
+    factors = repeat_factors(RAF_DB_COUNTS)
+    return size | {"raf_db_epoch": sum(f * n for f, n in zip(factors, RAF_DB_COUNTS, strict=True))}
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="counts")
+def main(cfg: DictConfig) -> None:
+    out = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        run = runs.Run.open(out, cfg, runs.launch(cfg.fabric))
+        if run is None:
+            return
+        with run:
+            metrics = parts()
+            for name, setting in OmegaConf.to_container(cfg.settings, resolve=True).items():  # type: ignore[union-attr]
+                metrics |= {f"{key}_{name}": value for key, value in measure(setting["app"], setting["atp"]).items()}
+            for name, value in metrics.items():
+                print(f"{name:28s} {value:,.6g}" if value < 1e4 else f"{name:28s} {value:,.0f}")
+            run.finish(metrics)
+    finally:
+        runs.remove_if_empty(out, cfg.run_root)
+
+
+if __name__ == "__main__":
+    main()
