@@ -1,4 +1,4 @@
-"""Speed ratios from one run: the second-order rules of the search, and the packed 1x1 convolution. Writes bench.json; about a minute.
+"""Speed ratios from one run: the second-order rules of the search, and the packed 1x1 convolution. Writes bench.json.
 
 python bench.py
 
@@ -59,7 +59,8 @@ def alpha_steps(options: dict, side: int, batch: int, repeats: int = 5) -> dict[
 def main() -> None:
     rows = []
     common = {
-        "threads": torch.get_num_threads(), "isa": torch.backends.cpu.get_cpu_capability(), "machine": runs.provenance()["machine"]
+        "threads": torch.get_num_threads(), "isa": torch.backends.cpu.get_cpu_capability(),
+        "machine": runs.provenance()["machine"],
     }  # fmt: skip
 
     def row(name: str, ours: float, baseline: float, unit: str, batch: int) -> None:

@@ -21,13 +21,15 @@ PAPER = Path(__file__).resolve().parent
 def genotype_path(cfg: Any) -> Path | None:
     """Where the search of genotype.arm (same scale and seed) leaves its genotype; None when no arm is named."""
     arm = cfg.genotype.arm
-    return None if arm is None else Path(cfg.run_root) / cfg.scale / f"search_{arm}" / f"seed{cfg.seed}" / "genotype.json"
+    return (
+        None if arm is None else Path(cfg.run_root) / cfg.scale / f"search_{arm}" / f"seed{cfg.seed}" / "genotype.json"
+    )
 
 
 def find_genotype(cfg: Any) -> Genotype:
     """The genotype that the node `genotype` asks for: of a search run, of a file, by name, or drawn at random.
 
-    ValueError unless exactly one of arm, file, name, draw is given, or for an unknown name. FileNotFoundError says how to search."""
+    ValueError unless exactly one of arm, file, name, draw is given, or for an unknown name. FileNotFoundError when missing."""
     node = cfg.genotype
     given = {key: node[key] for key in ("arm", "file", "name", "draw") if node[key] is not None}
     if len(given) != 1:

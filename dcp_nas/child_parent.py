@@ -1,11 +1,12 @@
 """The alternating search: Parent round, Child round, and again (section 3.5). Also DARTS on one network.
 
-A Parent round alternates steps on its weights (training half) and on alpha (validation half) and collects the tangent direction.
-A Child round takes alpha over, learns the Parent's output distribution with its 1-bit weights, and moves alpha^ by the gradient of
-`tangent_propagation`. Without a Child this is first-order DARTS on whatever network it is given.
+A Parent round alternates steps on its weights (training half) and on alpha (validation half) and collects the tangent
+direction. A Child round takes alpha over, learns the Parent's output distribution with its 1-bit weights, and moves alpha^ by
+the gradient of `tangent_propagation`. Without a Child this is first-order DARTS on whatever network it is given.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,11 +28,11 @@ class Architecture:
     """alpha of both cell types with its Adam and, if wanted, decoupled optimisation."""
 
     def __init__(
-        self, net: Supernet, alphas: tuple[Tensor, Tensor], *, lr: float, betas: tuple[float, float], weight_decay: float,
+        self, net: Supernet, alphas: tuple[Tensor, Tensor], *, lr: float, betas: Sequence[float], weight_decay: float,
         decoupled: dict[str, Any] | None, w_lr: float,
     ):  # fmt: skip
         self.net, self.alphas = net, alphas
-        self.optimizer = torch.optim.Adam(alphas, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
+        self.optimizer = torch.optim.Adam(alphas, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay)
         self.decoupled: list[Decoupled] = []
         if decoupled is not None:
             options = dict(decoupled)
@@ -65,7 +66,11 @@ class Architecture:
 
     def state_dict(self) -> dict[str, Any]:
         rules = [rule.state_dict() for rule in self.decoupled]
-        return {"alphas": [a.detach() for a in self.alphas], "optimizer": self.optimizer.state_dict(), "decoupled": rules}
+        return {
+            "alphas": [a.detach() for a in self.alphas],
+            "optimizer": self.optimizer.state_dict(),
+            "decoupled": rules,
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -81,14 +86,15 @@ class ChildParentSearch:
 
     lam, hessian, distance, chunks: see `child_gradient`. mu: weight of the reconstruction error (recon_reduction: mean over the
     binary weights, or sum). tangent: t is the mean over the round's validation batches, the last one, or that of the batch of g
-    (same). steps: per phase. inherit: rounds in which the Child takes the Parent's weights. alpha_start: rounds before alpha moves.
+    (same). steps: per phase. inherit: rounds in which the Child takes the Parent's weights. alpha_start: rounds before alpha
+    moves.
     ValueError for a name that is not allowed."""
 
     def __init__(
         self, parent: Supernet, child: Supernet | None, *, generator: torch.Generator, rounds: int, steps: int,
-        w: dict[str, Any], alpha: dict[str, Any], lam: float = 5e-3, mu: float = 0.2, hessian: str = "ggn", distance: str = "frobenius",
-        chunks: int = 10, tangent: str = "round", recon_reduction: str = "mean", inherit: str = "first", alpha_start: int = 0,
-        decoupled: dict[str, Any] | None = None,
+        w: dict[str, Any], alpha: dict[str, Any], lam: float = 5e-3, mu: float = 0.2, hessian: str = "ggn",
+        distance: str = "frobenius", chunks: int = 10, tangent: str = "round", recon_reduction: str = "mean",
+        inherit: str = "first", alpha_start: int = 0, decoupled: dict[str, Any] | None = None,
     ):  # fmt: skip
         if tangent not in TANGENTS or inherit not in INHERIT or min(rounds, steps) < 1 or mu < 0:
             raise ValueError(
@@ -168,7 +174,9 @@ class ChildParentSearch:
         loss.backward()
         row["gradient norm"] = torch.nn.utils.clip_grad_norm_(net.parameters(), self.w["clip"])
         for group in optimizer.param_groups:
-            group["lr"] = self.w["lr_min"] + (self.w["lr"] - self.w["lr_min"]) * (1 + math.cos(math.pi * r / self.rounds)) / 2
+            group["lr"] = (
+                self.w["lr_min"] + (self.w["lr"] - self.w["lr_min"]) * (1 + math.cos(math.pi * r / self.rounds)) / 2
+            )
         if bool(row["gradient norm"].isfinite()):  # the caller stops the run otherwise
             optimizer.step()
         return row

@@ -1,4 +1,4 @@
-"""What the second-order term costs: CPU time of alternating steps with the exact product, with Gauss-Newton and without, in one run.
+"""What the second-order term costs: CPU time of alternating steps with the exact product, with Gauss-Newton, without.
 
 python cost.py                       a minute at most; one thread, so that other load on the machine matters least
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from common import runs
 from dcp_nas.child_parent import ChildParentSearch
 from dcp_nas.mechanism import build
-from dcp_nas.tangent_propagation import child_gradient, child_likelihood, flatten, hessian_vector, parent_tangent
+from dcp_nas.tangent_propagation import child_gradient, child_likelihood, flatten, parent_tangent
 
 
 def cpu_seconds(call: Callable[[], object]) -> float:

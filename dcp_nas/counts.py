@@ -31,13 +31,15 @@ NETWORKS = {
 
 def count(network: torch.nn.Module, image: torch.Tensor) -> dict[str, float]:
     """params; weights_w1a1, weights_w1a32 (1-bit weights with binary and real inputs); macs_w1a1, macs_w1a32, macs_fp;
-    ops_all (all 1-bit MACs / 64), ops (only W1A1 MACs / 64), both rounded; mbit_binary (the 1-bit weights alone) and mbit (the rest
-    with 32 bits), rounded to two digits."""
+    ops_all (all 1-bit MACs / 64), ops (only W1A1 MACs / 64), both rounded; mbit_binary (the 1-bit weights alone) and mbit
+    (the rest with 32 bits), rounded to two digits."""
     binary = {name: m for name, m in network.named_modules() if isinstance(m, BinaryConv2d)}
     layers = layer_ops(network, image, bits={name: (1, m.act_bits) for name, m in binary.items()})
     sizes = parameter_bits(network, {f"{name}.weight": 1 for name in binary})
     weights = {bits: sum(m.weight.numel() for m in binary.values() if m.act_bits == bits) for bits in (1, 32)}
-    macs = {key: sum(x.macs for x in layers if (x.weight_bits, x.act_bits) == key) for key in ((1, 1), (1, 32), (32, 32))}
+    macs = {
+        key: sum(x.macs for x in layers if (x.weight_bits, x.act_bits) == key) for key in ((1, 1), (1, 32), (32, 32))
+    }
     return {
         "params": count_parameters(network)["total"],
         "weights_w1a1": weights[1],

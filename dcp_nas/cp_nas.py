@@ -25,7 +25,7 @@ def score(parent_accuracy: float, child_accuracy: float, *, beta_p: float = 2.0)
 def feature_loss(parent: list[Tensor], child: list[Tensor], labels: Tensor, *, lam: float) -> Tensor:
     """L_H = lam / 2 sum_cells MSE(H, H^) + 1/2 sum_s ||f(H^)_s - mean of its class||^2 / B.
 
-    parent, child: outputs of the cells (B, C, H, W); f pools the last one. Class means are those of the batch, without a gradient."""
+    parent, child: outputs of the cells (B, C, H, W); f pools the last one. Class means are the batch's, without a gradient."""
     matching = torch.stack([F.mse_loss(b, a.detach()) for a, b in zip(parent, child, strict=True)]).sum()
     f = child[-1].mean(dim=(2, 3))
     members = F.one_hot(labels).to(f.dtype)
@@ -36,7 +36,7 @@ def feature_loss(parent: list[Tensor], child: list[Tensor], labels: Tensor, *, l
 class CPNAS:
     """The interface of `ChildParentSearch`; one phase per stage, one `step` per batch.
 
-    samples: how often each stage samples every operation; steps_per_sample: batches that train a sub-network before it is judged."""
+    samples: how often each stage samples every operation; steps_per_sample: batches that train a sub-network before its score."""
 
     def __init__(
         self, parent: Supernet, child: Supernet, *, generator: torch.Generator, w: dict[str, Any], steps_per_sample: int = 1,
@@ -45,7 +45,12 @@ class CPNAS:
         if steps_per_sample < 1 or samples < 1:
             raise ValueError(f"steps_per_sample={steps_per_sample}, samples={samples}: both must be >= 1")
         self.nets, self.generator, self.w = {"parent": parent, "child": child}, generator, dict(w)
-        self.steps_per_sample, self.samples, self.beta_p, self.lam_feature = steps_per_sample, samples, beta_p, lam_feature
+        self.steps_per_sample, self.samples, self.beta_p, self.lam_feature = (
+            steps_per_sample,
+            samples,
+            beta_p,
+            lam_feature,
+        )
         names, edges = operations(parent.order), len(parent.cells[0].edges)  # type: ignore[arg-type]
         usable = [k for k, name in enumerate(names) if name != "none"]
         self.remaining: list[list[list[int]]] = [[list(usable) for _ in range(edges)] for _ in range(2)]
@@ -74,7 +79,8 @@ class CPNAS:
     def _new_pass(self) -> None:
         """Every remaining operation once on every edge, in random order."""
         self.order = [
-            [[ops[i] for i in torch.randperm(len(ops), generator=self.generator)] for ops in kind] for kind in self.remaining
+            [[ops[i] for i in torch.randperm(len(ops), generator=self.generator)] for ops in kind]
+            for kind in self.remaining
         ]
 
     def architecture(self) -> list[list[int]]:

@@ -4,6 +4,7 @@ python detect.py                                                      generated 
 python detect.py genotype=file genotype.file=runs/.../genotype.json
 python detect.py experiment=voc_detection data.root=/datasets/VOCdevkit init.weights=dcp_nas_l.ckpt
 """
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 import time
 from dataclasses import asdict
@@ -69,7 +70,12 @@ def build(cfg: DictConfig, genotype, classes: int) -> FasterRCNN:
     """The detector of a configuration, with weights drawn from its seed, its backbone from init.weights if given."""
     torch.manual_seed(stream(cfg.seed))
     backbone = build_network(
-        genotype=genotype, model=cfg.model, stage=cfg.stage, official_m_grad=cfg.parity.official_m_grad, classes=1, channels=3
+        genotype=genotype,
+        model=cfg.model,
+        stage=cfg.stage,
+        official_m_grad=cfg.parity.official_m_grad,
+        classes=1,
+        channels=3,
     )
     if cfg.init.weights is not None:
         load_backbone(backbone, cfg.init.weights)

@@ -64,13 +64,15 @@ def faster_rcnn(
         box_head=TwoMLPHead(fpn_channels * 49, head_width), box_predictor=FastRCNNPredictor(head_width, num_classes + 1),
         box_score_thresh=score_thresh, box_nms_thresh=nms_thresh, box_detections_per_img=detections,
     )  # fmt: skip
-    model.transform.size_divisible = 32
+    model.transform.size_divisible = 32  # type: ignore[assignment]
     return model
 
 
 def load_backbone(network: Network, path: str | Path) -> None:
     """Weights of a classification network of train.py, without its classifier. ValueError naming what does not fit."""
-    found = {k: v for k, v in load_network(path)[0].state_dict().items() if not k.startswith(("fc.", "auxiliary_head."))}
+    found = {
+        k: v for k, v in load_network(path)[0].state_dict().items() if not k.startswith(("fc.", "auxiliary_head."))
+    }
     expected = {k: v for k, v in network.state_dict().items() if not k.startswith(("fc.", "auxiliary_head."))}
     keys = found.keys() | expected.keys()
     wrong = sorted(k for k in keys if k not in found or k not in expected or found[k].shape != expected[k].shape)
@@ -114,8 +116,8 @@ def build_detection_data(
 ) -> tuple[Dataset, Any]:  # fmt: skip
     """(training set, test set); items (uint8 RGB image, target with labels from 0). The test set has coco, category_ids, classes.
 
-    scenes: `train`, `test` are numbers of generated images of `side` pixels. coco: root/annotations/instances_<split>.json for the
-    splits `train`, `test`. voc: root/<folder>/ for each folder of voc_train, and voc_test. ValueError, FileNotFoundError."""
+    scenes: `train`, `test` are numbers of generated images of `side` pixels. coco: root/annotations/instances_<split>.json for
+    the splits `train`, `test`. voc: root/<folder>/ for each folder of voc_train, and voc_test. ValueError, FileNotFoundError."""
     del workers  # of the loader
     if name not in SETS:
         raise ValueError(f"data.name={name!r}, allowed: {', '.join(SETS)}")
@@ -138,7 +140,7 @@ def build_detection_data(
 
 
 class Transformed(Dataset):
-    """A training set with a random horizontal flip of image and boxes; images 0..1, labels from 1, no difficult or crowd objects."""
+    """A training set with random horizontal flips of image and boxes; images 0..1, labels from 1, no difficult or crowd ones."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset, self.flip = dataset, v2.RandomHorizontalFlip()

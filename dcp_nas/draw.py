@@ -20,20 +20,41 @@ def draw_cells(genotype: Genotype, path: str | Path) -> None:
     figure, axes = plt.subplots(2, 1, figsize=(2.6 * (genotype.nodes + 2), 7), layout="constrained")
     for axis, (kind, edges) in zip(axes, (("normal", genotype.normal), ("reduction", genotype.reduce)), strict=True):
         names = ["c(k-2)", "c(k-1)", *map(str, range(genotype.nodes)), "concat"]
-        where = [(0.0, 0.6), (0.0, -0.6), *((2.0 * (j + 1), 0.0) for j in range(genotype.nodes)), (2.0 * (genotype.nodes + 1), 0)]
+        where = [
+            (0.0, 0.6),
+            (0.0, -0.6),
+            *((2.0 * (j + 1), 0.0) for j in range(genotype.nodes)),
+            (2.0 * (genotype.nodes + 1), 0),
+        ]
         for k, (name, source) in enumerate(edges):
             node = 2 + k // 2
             (x0, y0), (x1, y1) = where[source], where[node]
-            bend = (0.16 + 0.13 * (node - source - 2)) * (1 if k % 2 else -1) if source >= 2 else 0.1 * (1 if source else -1)
+            bend = (
+                (0.16 + 0.13 * (node - source - 2)) * (1 if k % 2 else -1)
+                if source >= 2
+                else 0.1 * (1 if source else -1)
+            )
             colour = COLOURS[name.split("_")[0]]
-            arrow = {"arrowstyle": "-|>", "color": colour, "connectionstyle": f"arc3,rad={bend}", "shrinkA": 14, "shrinkB": 14}
+            arrow = {
+                "arrowstyle": "-|>",
+                "color": colour,
+                "connectionstyle": f"arc3,rad={bend}",
+                "shrinkA": 14,
+                "shrinkB": 14,
+            }
             axis.annotate("", (x1, y1), (x0, y0), arrowprops=arrow)
             span = np.hypot(x1 - x0, y1 - y0)
             at = ((x0 + x1) / 2 + bend * (y1 - y0) / 2, (y0 + y1) / 2 - bend * span / 2)
             axis.text(*at, name.replace("_conv_", " ").replace("_connect", "").replace("_pool_", " "), color=colour, fontsize=9,
                       ha="center", va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
         for j in range(genotype.nodes):
-            arrow = {"arrowstyle": "-", "color": "#dddddd", "connectionstyle": "arc3,rad=0.45", "shrinkA": 14, "shrinkB": 14}
+            arrow = {
+                "arrowstyle": "-",
+                "color": "#dddddd",
+                "connectionstyle": "arc3,rad=0.45",
+                "shrinkA": 14,
+                "shrinkB": 14,
+            }
             axis.annotate("", where[-1], where[2 + j], arrowprops=arrow, zorder=0)
         for name, (x, y) in zip(names, where, strict=True):
             box = {"boxstyle": "round,pad=0.4", "facecolor": "#f2f2f2", "edgecolor": "black"}
@@ -44,9 +65,11 @@ def draw_cells(genotype: Genotype, path: str | Path) -> None:
     plt.close(figure)
 
 
-def draw_search(trajectory: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], order: str, path: str | Path) -> None:
-    """Softmax weights of the operations (mean over the edges of the normal and the reduction cell), skip connections, the cosine of
-    Parent and Child gradients, the relative size of the tangent term. trajectory: one entry per phase, the start first."""
+def draw_search(
+    trajectory: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], order: str, path: str | Path
+) -> None:
+    """Softmax weights of the operations (mean over the edges of the normal and the reduction cell), skip connections, the cosine
+    of Parent and Child gradients, the relative size of the tangent term. trajectory: one entry per phase, the start first."""
     figure, axes = plt.subplots(1, 4, figsize=(18, 4), layout="constrained")
     for axis, kind in zip(axes, ("normal", "reduce"), strict=False):
         alpha = np.array([entry[kind] for entry in trajectory])  # (phases, E, M)

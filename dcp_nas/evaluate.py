@@ -36,9 +36,7 @@ def main(cfg: DictConfig) -> None:
         raise ValueError(f"{cfg.weights} has {network.fc.out_features} classes, the data {classes}")
     counts = count(network, torch.zeros(1, state["channels"], state["size"], state["size"]))
     fabric = runs.launch(cfg.fabric)
-    logits, labels = predict(
-        fabric, fabric.setup_module(network), test, batch_size=cfg.batch_size, workers=cfg.workers
-    )
+    logits, labels = predict(fabric, fabric.setup_module(network), test, batch_size=cfg.batch_size, workers=cfg.workers)
     metrics = classification_metrics(logits, labels)
     for name, value in {**metrics, **counts}.items():
         print(f"{name:14s} {value:,.4f}" if isinstance(value, float) else f"{name:14s} {value:,}")

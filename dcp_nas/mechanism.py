@@ -23,7 +23,14 @@ from dcp_nas.data import build_data, split_for_search
 from dcp_nas.operations import Bits
 from dcp_nas.search import NETWORKS, endless
 from dcp_nas.supernet import Supernet
-from dcp_nas.tangent_propagation import child_gradient, child_likelihood, discrepancy, flatten, parent_tangent, unflatten
+from dcp_nas.tangent_propagation import (
+    child_gradient,
+    child_likelihood,
+    discrepancy,
+    flatten,
+    parent_tangent,
+    unflatten,
+)
 
 STEPPED = ("exact", "ggn", "random")
 COMPARED = ("ggn", "fisher_empirical", "ggn_diag", "ggn_rank1", "random")
@@ -54,7 +61,7 @@ def moved(alphas, direction: Tensor, length: float):
 def examine(
     search: ChildParentSearch, batches: list, lengths: list[float], chunks: int, lam: float, seed: int
 ) -> dict[str, float]:
-    """The metrics of one snapshot: per rule and length the share of batches on which D falls and the mean of log(D after / D before),
+    """The metrics of one snapshot: per rule and length the share of batches on which D falls and the mean log(D after / before),
     the cosine of every rule's term with the exact one, and the size of the term beside g at `lam`."""
     net, alphas = search.nets["child"], search.arch["child"].alphas
     parent, parent_alphas = search.nets["parent"], search.arch["parent"].alphas
@@ -105,7 +112,12 @@ def build(cfg: DictConfig) -> tuple[ChildParentSearch, tuple, list]:
     batches = tuple(p.batches(plan, torch.device("cpu")) for p, plan in zip(parts, plans, strict=True))
     torch.manual_seed(stream(cfg.seed))
     nets = [
-        Supernet(num_classes=data.classes, in_channels=data.channels, bits=Bits(**NETWORKS[n], affine=False), **cfg.model)
+        Supernet(
+            num_classes=data.classes,
+            in_channels=data.channels,
+            bits=Bits(**NETWORKS[n], affine=False),
+            **cfg.model,
+        )
         for n in ("real", cfg.network)
     ]
     search = ChildParentSearch(

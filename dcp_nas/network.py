@@ -15,7 +15,9 @@ STEMS = ("imagenet", "small")
 class Cell(nn.Module):
     """One cell of a genotype. c_pp, c_p: channels of its two inputs; c: of its nodes; output: nodes * c."""
 
-    def __init__(self, genotype: Genotype, c_pp: int, c_p: int, c: int, *, reduction: bool, reduction_prev: bool, bits: Bits):
+    def __init__(
+        self, genotype: Genotype, c_pp: int, c_p: int, c: int, *, reduction: bool, reduction_prev: bool, bits: Bits
+    ):
         super().__init__()
         self.reduction, self.nodes = reduction, genotype.nodes
         self.preprocess0 = (FactorizedReduce if reduction_prev else Preprocess)(c_pp, c, bits)
@@ -96,7 +98,7 @@ class Network(nn.Module):
             c_pp = c_p = 3 * channels
         c, reduction_prev, stride = channels, stem == "imagenet", 8 if stem == "imagenet" else 1
         self.cells = nn.ModuleList()
-        # (channels, stride) of every map that `features` gives: the stem where its stride is its own, the last cell of each stride.
+        # (channels, stride) of every map that `features` gives: the stem of stride 4, and the last cell of each stride.
         info = [(c_p, 4)] if stem == "imagenet" else []
         for i in range(cells):
             if reduction := i in where:

@@ -1,7 +1,8 @@
 """The bodies of the operations, as in the released training code, with real-valued or 1-bit convolutions (section 3.3).
 
-In the published networks only the 1x1 convolutions inside `DilConv` and `SepConv` see binary activations; depth-wise, preprocessing
-and factorized-reduction convolutions have 1-bit weights and real-valued inputs. `strict_1bit` binarises those inputs, too.
+In the published networks only the 1x1 convolutions inside `DilConv` and `SepConv` see binary activations; depth-wise,
+preprocessing and factorized-reduction convolutions have 1-bit weights and real-valued inputs. `strict_1bit` binarises those
+inputs, too.
 """
 
 from dataclasses import dataclass
@@ -170,7 +171,7 @@ class DilConv(nn.Module):
         self.residual = stride == 1
         geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": channels}
         self.body = nn.Sequential(
-            bits.norm(channels), bits.sign(), bits.conv(channels, channels, k, **geometry), bits.norm(channels),
+            bits.norm(channels), bits.sign(), bits.conv(channels, channels, k, **geometry), bits.norm(channels),  # type: ignore[arg-type]
             nn.PReLU(channels), bits.sign(pointwise=True), bits.conv(channels, channels, 1, pointwise=True), bits.norm(channels),
         )  # fmt: skip
         self.act = nn.PReLU(channels)

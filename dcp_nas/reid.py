@@ -3,6 +3,7 @@
 python reid.py                                                        procedural people, minutes on two cores
 python reid.py experiment=market1501 data.root=/datasets/Market-1501-v15.09.15 init.weights=dcp_nas_l.ckpt
 """
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 import time
 from dataclasses import asdict
@@ -35,7 +36,7 @@ from dcp_nas.reidentification import (
 
 
 def build_people(*, name: str, seed: int, root: str | None = None, size: list[int], workers: int = 0, **options):
-    """(train, query, gallery) by name; options: those of `procedural`. ValueError for another name or a size of no two numbers."""
+    """(train, query, gallery) by name; options: those of `procedural`. ValueError for another name, or a size of one number."""
     del workers  # of the loader
     if name not in SETS or len(size) != 2:
         raise ValueError(f"data.name={name!r}, data.size={list(size)}, allowed: {', '.join(SETS)} and [height, width]")
@@ -70,11 +71,21 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     size = tuple(cfg.data.size)
     _, labels = train.ids.unique(return_inverse=True)
     plan = PKPlan(
-        labels, people=cfg.train.people, images=cfg.train.images, seed=cfg.seed, rank=fabric.global_rank, world=fabric.world_size
+        labels,
+        people=cfg.train.people,
+        images=cfg.train.images,
+        seed=cfg.seed,
+        rank=fabric.global_rank,
+        world=fabric.world_size,
     )
     torch.manual_seed(stream(cfg.seed))
     backbone = build_network(
-        genotype=genotype, model=cfg.model, stage=cfg.stage, official_m_grad=cfg.parity.official_m_grad, classes=1, channels=3
+        genotype=genotype,
+        model=cfg.model,
+        stage=cfg.stage,
+        official_m_grad=cfg.parity.official_m_grad,
+        classes=1,
+        channels=3,
     )
     if cfg.init.weights is not None:
         load_backbone(backbone, cfg.init.weights)
@@ -93,7 +104,9 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
         fabric.backward(identity_loss(logits, y) + triplet_loss(f, y))
         seconds = time.perf_counter() - start
         hours = seconds * len(batches) * cfg.train.epochs / 3600
-        return fabric.print(f"preflight: data found, {len(train)} images, {seconds:.2f} s per step, about {hours:.2g} h")
+        return fabric.print(
+            f"preflight: data found, {len(train)} images, {seconds:.2f} s per step, about {hours:.2g} h"
+        )
     run = runs.Run.open(out, cfg, fabric)
     if run is None:
         return
@@ -131,7 +144,9 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
             run.log(epoch=epoch, **row)
             if epoch % cfg.train.save_every == 0 or epoch == cfg.train.epochs:
                 left = (time.perf_counter() - start) * (cfg.train.epochs - epoch)
-                fabric.print(f"epoch {epoch}/{cfg.train.epochs}  {'  '.join(f'{k} {v:.3g}' for k, v in row.items())}  {left:.0f} s left")
+                fabric.print(
+                    f"epoch {epoch}/{cfg.train.epochs}  {'  '.join(f'{k} {v:.3g}' for k, v in row.items())}  {left:.0f} s left"
+                )
                 run.save_checkpoint({
                     "model": network.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "rows": rows,
                     "genotype": asdict(genotype), "config": run.config,

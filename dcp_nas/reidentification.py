@@ -62,7 +62,7 @@ class People:
 
 
 class PeopleSet(Dataset):
-    """Items (normalised float image (3, H, W), label). With `augment`: flip, and a random crop after padding by 1/16 of the height."""
+    """Items (normalised float image (3, H, W), label). augment: flip, and a random crop after padding by 1/16 of the height."""
 
     def __init__(self, people: People, labels: Tensor, *, size: tuple[int, int], augment: bool):
         self.people, self.labels, self.size, self.augment = people, labels, size, augment
@@ -73,7 +73,9 @@ class PeopleSet(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image = self.people.images[index]
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else open_image(image)
-        x = torch.from_numpy(np.array(image.resize(self.size[::-1], Image.Resampling.BILINEAR))).permute(2, 0, 1)
+        x = torch.from_numpy(np.array(image.resize((self.size[1], self.size[0]), Image.Resampling.BILINEAR))).permute(
+            2, 0, 1
+        )
         x = (x.float() / 255 - 0.5) / 0.25
         if self.augment:
             if torch.rand(()) < 0.5:
@@ -94,24 +96,44 @@ def market1501(root: str | Path | None) -> tuple[People, People, People]:
         files = sorted((path / folder).glob("*.jpg"))
         if not files:
             raise FileNotFoundError(
-                f"no image {path / folder}/*.jpg; expected the Market-1501 layout bounding_box_train/, query/, bounding_box_test/ "
-                f"under {path}"
+                f"no image {path / folder}/*.jpg; expected the Market-1501 layout bounding_box_train/, query/, "
+                f"bounding_box_test/ under {path}"
             )
         found = [NAME.match(f.name) for f in files]
         bad = [f.name for f, m in zip(files, found, strict=True) if m is None]
         if bad:
-            raise ValueError(f"{path / folder}: no identity and camera in the name {bad[0]!r}, expected e.g. 0002_c1s1_000451_03.jpg")
+            raise ValueError(
+                f"{path / folder}: no identity and camera in the name {bad[0]!r}, expected e.g. 0002_c1s1_000451_03.jpg"
+            )
         numbers = torch.tensor([[int(m[1]), int(m[2])] for m in found if m is not None])
         parts.append(People(list(files), numbers[:, 0], numbers[:, 1]))
     return parts[0], parts[1], parts[2]
 
 
-PALETTE = np.array([(200, 30, 30), (30, 60, 190), (30, 150, 60), (230, 200, 40), (120, 40, 140), (40, 40, 40), (225, 225, 225), (150, 90, 40)])
+PALETTE = np.array(
+    [
+        (200, 30, 30),
+        (30, 60, 190),
+        (30, 150, 60),
+        (230, 200, 40),
+        (120, 40, 140),
+        (40, 40, 40),
+        (225, 225, 225),
+        (150, 90, 40),
+    ]
+)
 PATTERNS = ("plain", "horizontal", "vertical", "diagonal", "blocks")
 
 
 def procedural(
-    *, seed: int, identities: int = 60, train: int = 40, per_camera: int = 4, cameras: int = 4, height: int = 64, width: int = 32
+    *,
+    seed: int,
+    identities: int = 60,
+    train: int = 40,
+    per_camera: int = 4,
+    cameras: int = 4,
+    height: int = 64,
+    width: int = 32,
 ) -> tuple[People, People, People]:
     """(train, query, gallery): people drawn as head, torso and legs, under cameras with colour cast, blur and shift.
 
@@ -125,7 +147,11 @@ def procedural(
     rng = np.random.default_rng(seed)
     looks: list[tuple[int, int, int, int]] = []
     while len(looks) < identities:
-        look = (*rng.choice(len(PALETTE), 2, replace=False).tolist(), int(rng.integers(len(PALETTE))), int(rng.integers(len(PATTERNS))))
+        look = (
+            *rng.choice(len(PALETTE), 2, replace=False).tolist(),
+            int(rng.integers(len(PALETTE))),
+            int(rng.integers(len(PATTERNS))),
+        )
         if look not in looks:
             looks.append(look)
     casts = rng.uniform(0.65, 1.3, (cameras, 3))
@@ -138,7 +164,8 @@ def procedural(
                 part = "train" if person < train else "query" if k == 0 else "gallery"
                 parts[part].append((image, person + 1, camera + 1))
     people = [
-        People([r[0] for r in rows], torch.tensor([r[1] for r in rows]), torch.tensor([r[2] for r in rows])) for rows in parts.values()
+        People([r[0] for r in rows], torch.tensor([r[1] for r in rows]), torch.tensor([r[2] for r in rows]))
+        for rows in parts.values()
     ]
     return people[0], people[1], people[2]
 
@@ -163,14 +190,16 @@ def _paint(look, cast, blur, shift, height, width, rng) -> np.ndarray:
 
 
 class PKPlan(Plan):
-    """Batches of `people` identities with `images` images each; an epoch uses every identity once, incomplete batches are dropped.
+    """Batches of `people` identities with `images` images each; an epoch uses every identity once at most, in full batches.
 
     Identities with fewer images repeat them. ValueError for fewer identities than `people`."""
 
     def __init__(self, labels: Tensor, *, people: int, images: int, seed: int, rank: int = 0, world: int = 1):
         self.members = [torch.nonzero(labels == c).flatten() for c in labels.unique()]
         if min(people, images) < 2 or len(self.members) < people:
-            raise ValueError(f"{len(self.members)} identities, P={people}, K={images}: need at least two of each and P identities")
+            raise ValueError(
+                f"{len(self.members)} identities, P={people}, K={images}: need at least two of each and P identities"
+            )
         super().__init__(len(labels), people * images, seed=seed, rank=rank, world=world)
         self.people, self.per_person = people, images
         self.steps = len(self.members) // people
@@ -218,7 +247,6 @@ def triplet_loss(f: Tensor, labels: Tensor, *, margin: float = 0.3) -> Tensor:
     hardest = distance.masked_fill(~same, 0.0).amax(1)
     nearest = distance.masked_fill(same, float("inf")).amin(1)
     return F.relu(hardest - nearest + margin).mean()
-
 
 
 def identity_loss(logits: Tensor, labels: Tensor, *, smoothing: float = 0.1) -> Tensor:

@@ -31,7 +31,7 @@ from dcp_nas.operations import Bits
 from dcp_nas.supernet import Supernet
 
 ALGORITHMS = ("child_parent", "darts", "cp_nas")
-NETWORKS = {
+NETWORKS: dict[str, dict[str, Any]] = {
     "real": {"weights": "real", "activations": "real"},
     "binary": {"weights": "beta", "activations": "binary"},
 }
@@ -134,7 +134,9 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
         trajectory = [snapshot(algorithm, "start")]
         if (state := run.load_checkpoint()) is not None:
             algorithm.load_state_dict(state["algorithm"])
-            phase, step, rows, totals, trajectory = (state[k] for k in ("phase", "step", "rows", "totals", "trajectory"))
+            phase, step, rows, totals, trajectory = (
+                state[k] for k in ("phase", "step", "rows", "totals", "trajectory")
+            )
 
         def save() -> None:
             run.save_checkpoint({
@@ -155,7 +157,9 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
             pairs = zip(endless(batches[0], phase), endless(batches[1], phase), strict=False)
             for train, val in itertools.islice(pairs, step, algorithm.steps(phase)):
                 row = algorithm.step(phase, train, val)
-                values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=fabric.device) for v in row.values()])
+                values = torch.stack(
+                    [torch.as_tensor(v, dtype=torch.float32, device=fabric.device) for v in row.values()]
+                )
                 runs.check_finite(dict(zip(row, values, strict=True)), step=step, last_good=run.checkpoint)
                 for name, value in zip(row, values.tolist(), strict=True):
                     total, count = totals.get(name, (0.0, 0))
@@ -179,7 +183,9 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
                 stopped = stopped or f"more than search.max_skips={cfg.search.max_skips} skip connections"
             terms = "  ".join(f"{k} {v:.4g}" for k, v in means.items())
             left = (time.perf_counter() - begun) * (len(phases) - phase - 1)
-            fabric.print(f"phase {phase + 1}/{len(phases)} ({phases[phase]})  skips {skips}  {terms}  {left:.0f} s left")
+            fabric.print(
+                f"phase {phase + 1}/{len(phases)} ({phases[phase]})  skips {skips}  {terms}  {left:.0f} s left"
+            )
             phase, step = phase + 1, 0
             if not stopped:
                 save()

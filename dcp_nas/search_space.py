@@ -61,7 +61,9 @@ class Genotype:
                     allowed = ", ".join(o for o in OPERATIONS if o != "none")
                     raise ValueError(f"genotype: {kind} edge {k} has operation {name!r}, allowed: {allowed}")
                 if not 0 <= source < node:
-                    raise ValueError(f"genotype: {kind} edge {k} goes from node {source} to node {node}: never forwards")
+                    raise ValueError(
+                        f"genotype: {kind} edge {k} goes from node {source} to node {node}: never forwards"
+                    )
             pairs = [{s for _, s in edges[k : k + 2]} for k in range(0, len(edges), 2)]
             if any(len(p) != 2 for p in pairs):
                 raise ValueError(f"genotype: a {kind} node takes both inputs from one predecessor: {edges}")
@@ -119,7 +121,9 @@ def _cell(alpha: Tensor, order: str) -> tuple[Edge, ...]:
     usable = [m for m, name in enumerate(names) if name != "none"]
     for j in range(2, 2 + nodes):
         first = j * (j - 1) // 2 - 1
-        best = [max(usable, key=lambda m, row=rows[first + i]: row[m]) for i in range(j)]  # max keeps the first of equals
+        best = [
+            max(usable, key=lambda m, row=rows[first + i]: row[m]) for i in range(j)
+        ]  # max keeps the first of equals
         ranked = sorted(range(j), key=lambda i: -rows[first + i][best[i]])  # stable
         kept += [(names[best[i]], i) for i in ranked[:2]]
     return tuple(kept)

@@ -53,7 +53,7 @@ class SearchCell(nn.Module):
 
 
 class Supernet(nn.Module):
-    """channels: C of the first cell, doubled in reduction cells. stem: "small" (3C channels, stride 1) or "imagenet" (stride 8)."""
+    """channels: C of the first cell, doubled in reduction cells. stem: "small" (3C channels, stride 1), "imagenet" (stride 8)."""
 
     def __init__(
         self, *, num_classes: int, in_channels: int = 3, channels: int = 16, cells: int = 8, nodes: int = 4,
@@ -99,7 +99,7 @@ class Supernet(nn.Module):
         s0 = s1 = self.stem(x)
         found = []
         for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1, weights[int(cell.reduction)])
+            s0, s1 = s1, cell(s0, s1, weights[bool(cell.reduction)])
             found.append(s1)
         return found
 

@@ -159,8 +159,6 @@ def child_gradient(
         product = -found["g"] * (found["g"] @ d)
     else:
         rows = chunk_gradients(each, alphas, chunks)
-        product = -empirical_fisher_vector(
-            rows, d, chunk_size=len(each) // chunks, diagonal=hessian == "ggn_diag"
-        )
+        product = -empirical_fisher_vector(rows, d, chunk_size=len(each) // chunks, diagonal=hessian == "ggn_diag")
     found["tangent_term"] = lam * product
     return found | {"gradient": -found["g"] + found["tangent_term"]}

@@ -47,7 +47,9 @@ def train_one_epoch(fabric: Fabric, model, network, teacher, optimizer, batches,
     model.train()
     total, accumulation, images_seen, start = len(batches), cfg.train.accumulation, 0, time.perf_counter()
     loss_sum = torch.zeros((), device=fabric.device)
-    bar = tqdm(batches.epoch(epoch), total=total, desc=f"epoch {epoch}", leave=False, disable=None if total > 100 else True)
+    bar = tqdm(
+        batches.epoch(epoch), total=total, desc=f"epoch {epoch}", leave=False, disable=None if total > 100 else True
+    )
     for micro, ((images,), labels) in enumerate(bar):
         step = (epoch - 1) * (total // accumulation) + micro // accumulation
         last = (micro + 1) % accumulation == 0
@@ -68,7 +70,9 @@ def train_one_epoch(fabric: Fabric, model, network, teacher, optimizer, batches,
             runs.check_finite(terms, step=step, last_good=run.checkpoint)
             fabric.backward(sum(terms.values()) / accumulation)
         if last:
-            norm = fabric.clip_gradients(model, optimizer, max_norm=cfg.train.clip or math.inf, error_if_nonfinite=False)
+            norm = fabric.clip_gradients(
+                model, optimizer, max_norm=cfg.train.clip or math.inf, error_if_nonfinite=False
+            )
             if run.config["fabric"]["precision"] != "16-mixed":  # the fp16 loss scaler skips such a step by itself
                 runs.check_finite({"gradient norm": norm}, step=step, last_good=run.checkpoint)
             optimizer.step()
@@ -141,7 +145,9 @@ def preflight(fabric: Fabric, cfg: DictConfig, model, optimizer, batches) -> Non
     for _ in range(2):  # the first step also pays for allocation and kernel selection
         start = time.perf_counter()
         outputs = model(images)
-        fabric.backward(sum(F.cross_entropy(z, labels) for z in (outputs if isinstance(outputs, tuple) else (outputs,))))
+        fabric.backward(
+            sum(F.cross_entropy(z, labels) for z in (outputs if isinstance(outputs, tuple) else (outputs,)))
+        )
         if fabric.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
@@ -207,7 +213,9 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
             if epoch % cfg.train.log_every == 0 or epoch in (first, cfg.train.epochs):
                 left = (time.perf_counter() - start) / (epoch - first + 1) * (cfg.train.epochs - epoch)
                 terms = "  ".join(f"{k} {v:.4g}" for k, v in row.items())
-                fabric.print(f"epoch {epoch}/{cfg.train.epochs}  lr {lr:.4g}  {terms}  {rate:.0f} images/s  {left:.0f} s left")
+                fabric.print(
+                    f"epoch {epoch}/{cfg.train.epochs}  lr {lr:.4g}  {terms}  {rate:.0f} images/s  {left:.0f} s left"
+                )
             if epoch % cfg.train.save_every == 0 or epoch == cfg.train.epochs:
                 run.save_checkpoint({
                     "model": network.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "rows": rows,

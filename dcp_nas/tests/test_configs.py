@@ -50,21 +50,52 @@ def test_experiments_compose_and_their_network_builds(name):
         return
     with torch.device("meta"):
         network = build_network(
-            genotype=GENOTYPES["DCP_NAS_L"], model=cfg.model, stage=cfg.stage, official_m_grad=False, classes=1000, channels=3
+            genotype=GENOTYPES["DCP_NAS_L"],
+            model=cfg.model,
+            stage=cfg.stage,
+            official_m_grad=False,
+            classes=1000,
+            channels=3,
         )
     if cfg.model.channels == 108:
-        assert sum(p.numel() for p in network.parameters()) == (14_505_886 if cfg.stage.weights == "m" else 14_483_422)
+        channels = 41_688  # one m for every output channel of a 1-bit convolution
+        assert sum(p.numel() for p in network.parameters()) == 14_505_886 - (
+            0 if cfg.stage.weights == "m" else channels
+        )
 
 
 def test_published_recipe_and_search_defaults():
     cfg = composed("imagenet_step2", "init.weights=x.ckpt")
-    found = (cfg.optim.name, cfg.optim.lr, cfg.optim.lr_min, cfg.optim.weight_decay, cfg.train.batch_size, cfg.train.epochs)
-    assert found == ("adamw", 1e-3, 1e-5, 0.0, 512, 256) and cfg.stage.reconstruction == 0.5e-4 and cfg.teacher.timm.startswith("resnet34")
-    assert composed("imagenet_step1").optim.weight_decay == 1e-5 and composed("imagenet_step1").stage.activations == "binary"
+    found = (
+        cfg.optim.name,
+        cfg.optim.lr,
+        cfg.optim.lr_min,
+        cfg.optim.weight_decay,
+        cfg.train.batch_size,
+        cfg.train.epochs,
+    )
+    assert (
+        found == ("adamw", 1e-3, 1e-5, 0.0, 512, 256)
+        and cfg.stage.reconstruction == 0.5e-4
+        and cfg.teacher.timm.startswith("resnet34")
+    )
+    assert (
+        composed("imagenet_step1").optim.weight_decay == 1e-5
+        and composed("imagenet_step1").stage.activations == "binary"
+    )
     cfg = composed("search_cifar10")
     assert (cfg.method.lam, cfg.method.mu, cfg.method.hessian, cfg.method.distance) == (5e-3, 0.2, "ggn", "frobenius")
-    assert (cfg.search.batch_size, cfg.w.lr, cfg.w.lr_min, cfg.alpha.lr, list(cfg.alpha.betas)) == (64, 0.025, 0.001, 3e-4, [0.5, 0.999])
-    assert train.cosine_lr(1, lr=1.0, lr_min=0.1, epochs=10) == 1.0 and 0.1 < train.cosine_lr(10, lr=1.0, lr_min=0.1, epochs=10) < 0.13
+    assert (cfg.search.batch_size, cfg.w.lr, cfg.w.lr_min, cfg.alpha.lr, list(cfg.alpha.betas)) == (
+        64,
+        0.025,
+        0.001,
+        3e-4,
+        [0.5, 0.999],
+    )
+    assert (
+        train.cosine_lr(1, lr=1.0, lr_min=0.1, epochs=10) == 1.0
+        and 0.1 < train.cosine_lr(10, lr=1.0, lr_min=0.1, epochs=10) < 0.13
+    )
 
 
 def sweep_cells(scale):
@@ -85,7 +116,9 @@ def test_every_claim_names_arms_that_its_scale_runs(scale, monkeypatch):
         if key in ("lam", "mu", "method.lam", "method.mu"):
             return [override.split(",")[0]]
         parsed = one_seed(override)
-        values = list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else [parsed.get_value_element_as_str()]
+        values = (
+            list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else [parsed.get_value_element_as_str()]
+        )
         return [f"{key}={v}" for v in (values[:1] if key == "seed" else values)]
 
     monkeypatch.setattr(reproduce, "_choices", choices)
@@ -93,7 +126,9 @@ def test_every_claim_names_arms_that_its_scale_runs(scale, monkeypatch):
     cells = reproduce.cells(PAPER, scale, extra)
     arms = {c.arm for c in cells}
     claims = [c for c in load_claims(PAPER) if scale in c["scale"]]
-    assert claims and all(set(c["arms"]) <= arms for c in claims), [c["id"] for c in claims if not set(c["arms"]) <= arms]
+    assert claims and all(set(c["arms"]) <= arms for c in claims), [
+        c["id"] for c in claims if not set(c["arms"]) <= arms
+    ]
     assert all(c.dir.is_relative_to(PAPER / "runs" / scale) for c in cells)
     assert len({c.dir for c in cells}) == len(cells)
 

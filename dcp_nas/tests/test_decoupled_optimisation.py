@@ -15,7 +15,10 @@ def leaf(seed=0, shape=(5, 8)):
 def test_active_columns_by_rank_of_the_mean_norm():
     norms = torch.tensor([[0.0, 1.0, 5.0, 2.0], [0.0, 9.0, 1.0, 2.0]])  # means 0, 5, 3, 2 -> ranks 1, 4, 3, 2
     assert active_operations(norms, tau=0.5).tolist() == [[False, True, True, False]] * 2
-    assert active_operations(norms, tau=0.5, granularity="edge_op").tolist() == [[False, False, True, True], [False, True, False, True]]
+    assert active_operations(norms, tau=0.5, granularity="edge_op").tolist() == [
+        [False, False, True, True],
+        [False, True, False, True],
+    ]
     assert active_operations(norms, tau=0.6).sum(1).tolist() == [2, 2]  # int(4 * 0.6) = 2
     assert not active_operations(norms, tau=1.0).any() and active_operations(norms, tau=0.0).all()
     ties = torch.tensor([[1.0, 1.0, 1.0, 1.0]])
@@ -27,16 +30,28 @@ def test_active_columns_by_rank_of_the_mean_norm():
 
 def test_norms_follow_the_conventions_of_the_paper():
     torch.manual_seed(0)
-    net = Supernet(num_classes=3, in_channels=1, channels=2, cells=3, nodes=1, reductions=[1], bits=Bits("beta", "binary", affine=False))
+    net = Supernet(
+        num_classes=3,
+        in_channels=1,
+        channels=2,
+        cells=3,
+        nodes=1,
+        reductions=[1],
+        bits=Bits("beta", "binary", affine=False),
+    )
     norms = net.operation_norms(reduction=False)
     names = {n: k for k, n in enumerate(("none", "max", "avg", "skip", "sep3", "sep5", "dil3", "dil5"))}
     assert norms.shape == (2, 8) and norms[:, names["none"]].eq(0).all() and norms[:, names["skip"]].eq(1).all()
-    assert norms[:, names["max"]].allclose(torch.tensor(1 / 81)) and norms[:, names["avg"]].equal(norms[:, names["max"]])
+    assert norms[:, names["max"]].allclose(torch.tensor(1 / 81)) and norms[:, names["avg"]].equal(
+        norms[:, names["max"]]
+    )
     cells = [c for c in net.cells if not c.reduction]
     expected = []
     for cell in cells:  # beta o sign(w): its square is beta^2
         convs = [m for m in cell.mixed[1].ops[names["dil5"]].modules() if hasattr(m, "beta")]
-        expected.append(sum((c.beta**2).sum() * c.weight[0].numel() for c in convs) / sum(c.weight.numel() for c in convs))
+        expected.append(
+            sum((c.beta**2).sum() * c.weight[0].numel() for c in convs) / sum(c.weight.numel() for c in convs)
+        )
     torch.testing.assert_close(norms[1, names["dil5"]], torch.stack(expected).mean().detach())
     assert active_operations(norms, tau=0.6)[:, names["skip"]].all()
 
@@ -69,19 +84,20 @@ def test_psi_gradient_is_that_of_autograd_and_psi_stays_non_negative():
     rule = Decoupled(alpha, eta=0.1, eta_psi=2.0, psi=0.2)
     active = active_operations(torch.rand(5, 8, generator=torch.Generator().manual_seed(3)), tau=0.4)
     target = torch.randn(5, 8, generator=torch.Generator().manual_seed(4))
+    old = base = alpha.detach().clone()
     for step in range(6):
         gradient = 40 * (alpha.detach() - target)
         psi_before = rule.psi.clone()
         if step:  # dL/dpsi through alpha~ = base + eta psi alpha_old, with L = 20 |alpha~ - target|^2
             psi = psi_before.clone().requires_grad_()
-            value = 20 * (base + torch.where(last, 0.1 * psi[:, None] * old, 0.0) - target).square().sum()  # noqa: F821
+            value = 20 * (base + torch.where(active, 0.1 * psi[:, None] * old, 0.0) - target).square().sum()
             expected = torch.autograd.grad(value, psi)[0]
             torch.testing.assert_close(rule.psi_gradient(gradient), expected, rtol=1e-4, atol=1e-5)
             assert expected.abs().max() > 0
         rule.before_step(gradient)
         torch.testing.assert_close(rule.psi, (psi_before - 2.0 * rule.psi_gradient(gradient)).abs())
         assert bool((rule.psi >= 0).all())
-        old, last = alpha.detach().clone(), active
+        old = alpha.detach().clone()
         with torch.no_grad():
             alpha.sub_(0.01 * gradient)
         base = alpha.detach().clone()

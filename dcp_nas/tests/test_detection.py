@@ -78,12 +78,19 @@ def test_the_detector_takes_maps_of_stride_4_to_32_and_a_1_bit_backbone():
     model = faster_rcnn(backbone(), num_classes=3, **TINY).eval()
     maps = model.backbone(torch.rand(1, 3, 64, 96))
     assert [tuple(m.shape[-2:]) for m in maps.values()] == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
-    assert len(model.rpn.anchor_generator.sizes) == 5 and model.roi_heads.box_roi_pool.featmap_names == ["0", "1", "2", "3"]
+    assert len(model.rpn.anchor_generator.sizes) == 5 and model.roi_heads.box_roi_pool.featmap_names == [
+        "0",
+        "1",
+        "2",
+        "3",
+    ]
     assert any(isinstance(m, BinaryConv2d) for m in model.backbone.body.modules())
     assert not any(isinstance(m, BinaryConv2d) for m in model.backbone.fpn.modules())
     with pytest.raises(ValueError, match="stem='small'"):
         faster_rcnn(backbone("small"), num_classes=3, **TINY)
-    losses = model.train()([torch.rand(3, 50, 70)], [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}])
+    losses = model.train()(
+        [torch.rand(3, 50, 70)], [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}]
+    )
     assert all(torch.isfinite(v) for v in losses.values())  # no object, any size
 
 
@@ -95,8 +102,8 @@ def test_learning_rate_steps():
 
 def test_short_training_reports_and_its_classifier_loads_as_a_backbone(tmp_path):
     fabric = runs.launch({"accelerator": "cpu", "devices": 1})
-    overrides = ["arm=test", "data.train=8", "data.test=4", "data.side=64", "train.epochs=1", "train.batch_size=4", "model.channels=4",
-                 "detector.fpn_channels=8", "detector.head_width=16", "detector.min_size=[64]"]  # fmt: skip
+    overrides = ["arm=test", "data.train=8", "data.test=4", "data.side=64", "train.epochs=1", "train.batch_size=4",
+                 "model.channels=4", "detector.fpn_channels=8", "detector.head_width=16", "detector.min_size=[64]"]  # fmt: skip
     with initialize_config_dir(config_dir=str(PAPER / "configs"), version_base="1.3"):
         cfg = compose("detect", overrides=overrides)
     fit(cfg, fabric, tmp_path)
@@ -107,7 +114,10 @@ def test_short_training_reports_and_its_classifier_loads_as_a_backbone(tmp_path)
     config = {"model": {"channels": 4, "cells": 3, "stem": "imagenet"}, "stage": {"weights": "beta", "activations": "binary"},
               "parity": {"official_m_grad": False}}  # fmt: skip
     genotype = {"normal": GENOTYPES["CHL_I6"].normal, "reduce": GENOTYPES["CHL_I6"].reduce}
-    torch.save({"model": network.state_dict(), "config": config, "classes": 1, "channels": 3, "genotype": genotype}, tmp_path / "c.ckpt")
+    torch.save(
+        {"model": network.state_dict(), "config": config, "classes": 1, "channels": 3, "genotype": genotype},
+        tmp_path / "c.ckpt",
+    )
     other = backbone()
     load_backbone(other, tmp_path / "c.ckpt")
     assert torch.equal(other.stem0[0].weight, network.stem0[0].weight)

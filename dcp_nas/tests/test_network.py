@@ -47,17 +47,24 @@ def test_parameters_of_one_dilated_convolution_by_hand():
 
 def test_binary_convolutions_see_binary_inputs_exactly_where_declared():
     for strict in (False, True):
-        net = Network(GENOTYPES["DCP_NAS_L"], num_classes=3, channels=4, cells=3, bits=Bits("beta", "binary", strict_1bit=strict))
+        net = Network(
+            GENOTYPES["DCP_NAS_L"], num_classes=3, channels=4, cells=3, bits=Bits("beta", "binary", strict_1bit=strict)
+        )
         seen = {}
         for name, m in net.named_modules():
             if isinstance(m, BinaryConv2d):
-                m.register_forward_pre_hook(lambda mod, args, n=name: seen.__setitem__(n, (mod, args[0].unique().tolist())))
+                m.register_forward_pre_hook(
+                    lambda mod, args, n=name, into=seen: into.__setitem__(n, (mod, args[0].unique().tolist()))
+                )
         net(torch.randn(4, 3, 16, 16))
         assert seen
         for module, values in seen.values():
             assert (module.act_bits == 1) == (set(values) <= {-1.0, 1.0})
             w = module.binary_weight()
-            assert all(len(row.abs().unique()) == 1 or (row.abs() - row.abs().mean()).abs().max() < 1e-6 for row in w.flatten(1))
+            assert all(
+                len(row.abs().unique()) == 1 or (row.abs() - row.abs().mean()).abs().max() < 1e-6
+                for row in w.flatten(1)
+            )
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -114,7 +121,9 @@ def test_step_two_rule_is_the_published_one():
     torch.testing.assert_close(layer.binary_weight().detach(), 0.02 * sign * m.abs())
     residual = w - 0.02 * sign * m.abs()
     torch.testing.assert_close(dw, 1e-4 * residual + upstream * m.abs())
-    magnitude = (upstream * w).sum((1, 2, 3), keepdim=True) - 1e-4 * (residual * 0.02 * sign).sum((1, 2, 3), keepdim=True)
+    magnitude = (upstream * w).sum((1, 2, 3), keepdim=True) - 1e-4 * (residual * 0.02 * sign).sum(
+        (1, 2, 3), keepdim=True
+    )
     torch.testing.assert_close(dm, magnitude * m.sign())
 
 
@@ -158,9 +167,14 @@ def test_image_net_stem_strides_channels_and_features_only():
     assert net(x).shape == (2, 5)
     features = Features(net)
     assert features.feature_info.channels() == [8, 32, 64, 128] and features.feature_info.reduction() == [4, 8, 16, 32]
-    for map_, c, s in zip(features(x), features.feature_info.channels(), features.feature_info.reduction(), strict=True):
+    for map_, c, s in zip(
+        features(x), features.feature_info.channels(), features.feature_info.reduction(), strict=True
+    ):
         assert map_.shape == (2, c, 64 // s, 96 // s)
-    some = Features(Network(GENOTYPES["CHL_I6"], num_classes=5, channels=8, cells=6, stem="imagenet", bits=BINARY), out_indices=(1, 3))
+    some = Features(
+        Network(GENOTYPES["CHL_I6"], num_classes=5, channels=8, cells=6, stem="imagenet", bits=BINARY),
+        out_indices=(1, 3),
+    )
     assert [m.shape[1] for m in some(x)] == some.feature_info.channels() == [32, 128]
     with pytest.raises(ValueError, match=r"out_indices=\[7\]"):
         Features(net, out_indices=(7,))
@@ -179,7 +193,9 @@ def test_image_net_stem_strides_channels_and_features_only():
 )
 def test_networks_refuse_what_cannot_work(options, side, error):
     with pytest.raises(ValueError, match=error):
-        Network(GENOTYPES["CHL_I6"], **{"num_classes": 2, "channels": 8, "cells": 3, "bits": BINARY, **options})(torch.randn(1, 3, side, side))
+        Network(GENOTYPES["CHL_I6"], **{"num_classes": 2, "channels": 8, "cells": 3, "bits": BINARY, **options})(
+            torch.randn(1, 3, side, side)
+        )
 
 
 def test_bits_refuse_unknown_kinds():
@@ -210,7 +226,10 @@ def test_batched_equals_single():
 # -------------------------------------------------------------------------------------------------------- supernets
 def supernet(bits=None, **options):
     torch.manual_seed(0)
-    return Supernet(**{"num_classes": 3, "in_channels": 1, "channels": 4, "cells": 3, "nodes": 2, **options}, bits=bits or Bits(affine=False))
+    return Supernet(
+        **{"num_classes": 3, "in_channels": 1, "channels": 4, "cells": 3, "nodes": 2, **options},
+        bits=bits or Bits(affine=False),
+    )
 
 
 def test_a_one_hot_alpha_is_the_single_path_and_rows_of_the_softmax_sum_to_one():

@@ -56,7 +56,11 @@ def test_queries_without_a_match_are_left_out_of_the_means():
 
 def test_against_a_loop_on_random_rankings():
     g = torch.Generator().manual_seed(0)
-    d, q, c = torch.rand(9, 40, generator=g), torch.randint(1, 5, (9,), generator=g), torch.randint(1, 4, (9,), generator=g)
+    d, q, c = (
+        torch.rand(9, 40, generator=g),
+        torch.randint(1, 5, (9,), generator=g),
+        torch.randint(1, 4, (9,), generator=g),
+    )
     gi, gc = torch.randint(-1, 5, (40,), generator=g), torch.randint(1, 4, (40,), generator=g)
     aps = []
     for k in range(9):
@@ -71,12 +75,24 @@ def test_against_a_loop_on_random_rankings():
 def test_procedural_people_differ_between_and_repeat_within_identities():
     train, query, gallery = procedural(seed=3, identities=12, train=8, per_camera=3)
     assert (len(train), len(query), len(gallery)) == (8 * 12, 4 * 4, 4 * 8)
-    assert set(train.ids.tolist()).isdisjoint(query.ids.tolist()) and set(query.ids.tolist()) == set(gallery.ids.tolist())
-    assert set(query.cameras.tolist()) == {1, 2, 3, 4} and query.images[0].shape == (64, 32, 3) and query.images[0].dtype == np.uint8
+    assert set(train.ids.tolist()).isdisjoint(query.ids.tolist()) and set(query.ids.tolist()) == set(
+        gallery.ids.tolist()
+    )
+    assert (
+        set(query.cameras.tolist()) == {1, 2, 3, 4}
+        and query.images[0].shape == (64, 32, 3)
+        and query.images[0].dtype == np.uint8
+    )
     again = procedural(seed=3, identities=12, train=8, per_camera=3)[0]
     assert all(np.array_equal(a, b) for a, b in zip(train.images, again.images, strict=True))
-    x = torch.stack([PeopleSet(gallery, gallery.ids, size=(64, 32), augment=False)[i][0] for i in range(len(gallery))]).flatten(1)
-    same = (gallery.ids[:, None] == gallery.ids) & (gallery.cameras[:, None] == gallery.cameras) & ~torch.eye(len(x), dtype=torch.bool)
+    x = torch.stack(
+        [PeopleSet(gallery, gallery.ids, size=(64, 32), augment=False)[i][0] for i in range(len(gallery))]
+    ).flatten(1)
+    same = (
+        (gallery.ids[:, None] == gallery.ids)
+        & (gallery.cameras[:, None] == gallery.cameras)
+        & ~torch.eye(len(x), dtype=torch.bool)
+    )
     other = (gallery.ids[:, None] != gallery.ids) & (gallery.cameras[:, None] == gallery.cameras)
     distance = torch.cdist(x, x)
     assert distance[same].mean() < 0.9 * distance[other].mean()
@@ -126,13 +142,17 @@ def test_triplet_loss_by_hand_and_smoothed_identity_loss():
     f = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 1.0], [0.0, 5.0]])
     labels = torch.tensor([0, 0, 1, 1])
     expected = [3 - 1, 3 - 10**0.5, 4 - 1, 4 - 5]  # hardest positive - nearest negative of every anchor
-    assert triplet_loss(f, labels, margin=0.3).item() == pytest.approx(sum(max(0.0, e + 0.3) for e in expected) / 4, rel=1e-5)
+    assert triplet_loss(f, labels, margin=0.3).item() == pytest.approx(
+        sum(max(0.0, e + 0.3) for e in expected) / 4, rel=1e-5
+    )
     same = torch.zeros(4, 2, requires_grad=True)
     triplet_loss(same, labels).backward()
     assert bool(same.grad.isfinite().all())
     logits = torch.tensor([[2.0, 0.0]])
     log_p = logits.log_softmax(1)[0]
-    assert identity_loss(logits, torch.tensor([0]), smoothing=0.2).item() == pytest.approx(-(0.9 * log_p[0] + 0.1 * log_p[1]).item())
+    assert identity_loss(logits, torch.tensor([0]), smoothing=0.2).item() == pytest.approx(
+        -(0.9 * log_p[0] + 0.1 * log_p[1]).item()
+    )
 
 
 def config(*overrides):
@@ -160,7 +180,9 @@ def test_the_head_normalises_in_evaluation_only():
     from dcp_nas.operations import Bits
     from dcp_nas.search_space import GENOTYPES
 
-    net = ReIdentifier(Network(GENOTYPES["CHL_I6"], num_classes=1, channels=4, cells=2, stem="imagenet", bits=Bits()), 5)
+    net = ReIdentifier(
+        Network(GENOTYPES["CHL_I6"], num_classes=1, channels=4, cells=2, stem="imagenet", bits=Bits()), 5
+    )
     x = torch.randn(4, 3, 64, 32)
     logits, f = net(x)
     assert logits.shape == (4, 5) and f.shape[0] == 4 and not torch.allclose(f.norm(dim=1), torch.ones(4))

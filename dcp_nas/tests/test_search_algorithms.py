@@ -166,7 +166,9 @@ def test_wrong_options_are_named(options, error):
 
 def test_the_mechanism_check_on_a_real_child_succeeds_with_the_exact_step():
     parent, other = nets()[0].double(), nets()[0].double()
-    s = ChildParentSearch(parent, other, generator=torch.Generator().manual_seed(0), rounds=1, steps=3, w=W, alpha=ALPHA, lam=0.0)
+    s = ChildParentSearch(
+        parent, other, generator=torch.Generator().manual_seed(0), rounds=1, steps=3, w=W, alpha=ALPHA, lam=0.0
+    )
     for arch in s.arch.values():  # in float64 throughout
         arch.alphas = tuple(a.detach().double().requires_grad_() for a in arch.alphas)
         arch.optimizer = torch.optim.Adam(arch.alphas, **ALPHA)

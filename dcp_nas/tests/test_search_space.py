@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from dcp_nas.draw import draw_cells
-from dcp_nas.search_space import GENOTYPES, ORDERS, Genotype, discretise, edge_nodes, operations, random_genotype, space_size
+from dcp_nas.search_space import (
+    GENOTYPES,
+    ORDERS,
+    Genotype,
+    discretise,
+    edge_nodes,
+    operations,
+    random_genotype,
+    space_size,
+)
 
 
 def brute_force(alpha, names):
@@ -36,7 +45,9 @@ def test_parser_equals_brute_force(order):
 
 
 def test_orders_hold_the_same_operations_and_columns_follow_the_order():
-    assert sorted(ORDERS["darts"]) == sorted(ORDERS["released"]) and ORDERS["darts"][0] == ORDERS["released"][-1] == "none"
+    assert (
+        sorted(ORDERS["darts"]) == sorted(ORDERS["released"]) and ORDERS["darts"][0] == ORDERS["released"][-1] == "none"
+    )
     alpha = torch.randn(14, 8, generator=torch.Generator().manual_seed(1))
     columns = [ORDERS["darts"].index(name) for name in ORDERS["released"]]
     assert discretise(alpha, alpha) == discretise(alpha[:, columns], alpha[:, columns], order="released")
@@ -66,7 +77,10 @@ def test_json_round_trip_and_skips(tmp_path):
         genotype.save(tmp_path / f"{name}.json")
         assert Genotype.load(tmp_path / f"{name}.json") == genotype and genotype.nodes == 4
     assert GENOTYPES["DCP_NAS_L"].skips() == 1 and GENOTYPES["DARTS_V2"].skips() == 2
-    assert GENOTYPES["DCP_NAS_L"].normal[0] == ("sep_conv_5x5", 1) and GENOTYPES["DCP_NAS_L"].reduce[-1] == ("sep_conv_5x5", 1)
+    assert GENOTYPES["DCP_NAS_L"].normal[0] == ("sep_conv_5x5", 1) and GENOTYPES["DCP_NAS_L"].reduce[-1] == (
+        "sep_conv_5x5",
+        1,
+    )
     draw_cells(GENOTYPES["TANGENT_1"], tmp_path / "cells.png")
     assert (tmp_path / "cells.png").stat().st_size > 10_000
 

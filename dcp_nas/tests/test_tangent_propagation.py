@@ -79,7 +79,9 @@ def test_gauss_newton_is_minus_the_hessian_of_a_linear_model_and_the_fishers_are
     torch.testing.assert_close(empirical, rows.T @ rows / B)
     assert (empirical + h).norm() / h.norm() > 0.3
     # the Fisher matrix with the labels of the teacher, E_{n ~ target} of score score^T
-    scores = torch.stack([flatten(torch.autograd.grad(forward(alphas).log_softmax(1)[b, n], alphas)) for b in range(B) for n in range(N)])
+    scores = torch.stack(
+        [flatten(torch.autograd.grad(forward(alphas).log_softmax(1)[b, n], alphas)) for b in range(B) for n in range(N)]
+    )
     teacher = torch.einsum("s,sk,sl->kl", target.flatten() / B, scores, scores)
     assert (teacher + h).norm() / h.norm() > 0.05
 
@@ -154,7 +156,9 @@ def test_distances_and_their_derivatives(distance):
 def smooth_supernet():
     """A tiny real-valued supernet without kinks: PReLU by tanh, max pooling by average pooling, float64."""
     torch.manual_seed(0)
-    net = Supernet(num_classes=4, in_channels=1, channels=2, cells=2, nodes=1, reductions=[1], bits=Bits(affine=False)).double()
+    net = Supernet(
+        num_classes=4, in_channels=1, channels=2, cells=2, nodes=1, reductions=[1], bits=Bits(affine=False)
+    ).double()
     for module in list(net.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.PReLU):
@@ -180,7 +184,9 @@ def test_exact_product_equals_finite_differences_of_the_discrepancy():
         return discrepancy(flatten(g), t).item()
 
     here, h = flatten([a.detach() for a in alphas]), 1e-5
-    numeric = torch.tensor([(d_at(here + h * e) - d_at(here - h * e)) / (2 * h) for e in torch.eye(len(here), dtype=torch.float64)])
+    numeric = torch.tensor(
+        [(d_at(here + h * e) - d_at(here - h * e)) / (2 * h) for e in torch.eye(len(here), dtype=torch.float64)]
+    )
     assert (found - numeric).norm() / numeric.norm() < 1e-6
 
 
@@ -190,7 +196,15 @@ def test_forward_mode_is_the_jacobian_on_real_and_on_binary_networks():
     h, step = 1e-6, unflatten(t, alphas)
     ahead, behind = (net(x, tuple(a + s * h * d for a, d in zip(alphas, step, strict=True))) for s in (1, -1))
     torch.testing.assert_close(u, (ahead - behind) / (2 * h), rtol=1e-6, atol=1e-8)
-    binary = Supernet(num_classes=4, in_channels=1, channels=2, cells=2, nodes=1, reductions=[1], bits=Bits("beta", "binary", affine=False)).double()
+    binary = Supernet(
+        num_classes=4,
+        in_channels=1,
+        channels=2,
+        cells=2,
+        nodes=1,
+        reductions=[1],
+        bits=Bits("beta", "binary", affine=False),
+    ).double()
     u = jacobian_vector(lambda a: binary(x, tuple(a)), alphas, t)
     dummy = torch.zeros_like(u).requires_grad_()  # the double-vjp trick as the second formulation
     vjp = flatten(torch.autograd.grad(binary(x, alphas), alphas, grad_outputs=dummy, create_graph=True))

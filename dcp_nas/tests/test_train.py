@@ -1,4 +1,4 @@
-"""The scripts as people run them: searches and trainings, resume in the middle, budget, two ranks, errors, what they leave behind."""
+"""The scripts as people run them: searches and trainings, resume in the middle, budget, two ranks, errors."""
 
 import json
 import os
@@ -19,8 +19,8 @@ from dcp_nas.search_space import GENOTYPES, Genotype
 
 CONFIGS = PAPER / "configs"
 METHODS = sorted(p.stem for p in (CONFIGS / "method").glob("*.yaml"))
-SEARCH = ["search.steps=2", "search.rounds=1", "search.batch_size=20", "data.train=80", "model.channels=2", "model.cells=2", "model.nodes=1",
-          "cp_nas.samples=1", "arm=test"]  # fmt: skip
+SEARCH = ["search.steps=2", "search.rounds=1", "search.batch_size=20", "data.train=80", "model.channels=2", "model.cells=2",
+          "model.nodes=1", "cp_nas.samples=1", "arm=test"]  # fmt: skip
 SHORT = ["train.epochs=2", "train.save_every=1", "train.batch_size=32", "data.train=96", "model.channels=4", "arm=test"]
 
 
@@ -52,7 +52,12 @@ def test_every_search_arm_finds_a_genotype(method, fabric, tmp_path):
     assert (tmp_path / "genotype.png").exists() and (tmp_path / "search.png").exists()
     trajectory = json.loads((tmp_path / "trajectory.json").read_text())
     assert len(trajectory) == metrics["phases"] + 1 and trajectory[0]["normal"] != trajectory[-1]["normal"]
-    with_tangent = search_config(f"method={method}").method.lam > 0 and method not in ("direct", "direct_do", "parent", "cp_nas")
+    with_tangent = search_config(f"method={method}").method.lam > 0 and method not in (
+        "direct",
+        "direct_do",
+        "parent",
+        "cp_nas",
+    )
     assert ("tangent_ratio" in metrics) == with_tangent
     assert metrics.get("backtrack_ratio", 0) > 0 if "_do" in method else metrics.get("backtrack_ratio", 0) == 0
 
@@ -84,7 +89,11 @@ def test_a_search_resumes_in_the_middle_of_a_phase_bit_for_bit(method, fabric, t
 def test_budget_and_skip_limit_end_a_search_early_with_a_genotype(fabric, tmp_path, capsys):
     search.fit(search_config("search.rounds=50", "budget_minutes=0.005"), fabric, tmp_path / "a")
     metrics = result(tmp_path / "a")["metrics"]
-    assert metrics["stopped_early"] == 1 and metrics["phases"] < 100 and "stopped by budget_minutes" in capsys.readouterr().out
+    assert (
+        metrics["stopped_early"] == 1
+        and metrics["phases"] < 100
+        and "stopped by budget_minutes" in capsys.readouterr().out
+    )
     assert Genotype.load(tmp_path / "a/genotype.json").nodes == 1
     search.fit(search_config("search.rounds=2", "search.max_skips=-1"), fabric, tmp_path / "b")
     assert result(tmp_path / "b")["metrics"]["phases"] == 1 and "skip connections" in capsys.readouterr().out
@@ -115,7 +124,11 @@ def test_a_wrong_search_value_names_what_is_allowed_and_writes_nothing(overrides
 
 
 def test_a_misspelt_search_key_fails_with_its_name(fabric, tmp_path):
-    for override, name in (("+method.lamda=1", "lamda"), ("+model.width=3", "width"), ("+alpha.momentum=1", "momentum")):
+    for override, name in (
+        ("+method.lamda=1", "lamda"),
+        ("+model.width=3", "width"),
+        ("+alpha.momentum=1", "momentum"),
+    ):
         with pytest.raises(TypeError, match=name):
             search.fit(search_config(override), fabric, tmp_path / "run")
     with pytest.raises(MissingConfigException, match=r"(?s)dcp_gnn.*dcp_ggn"):
@@ -154,7 +167,12 @@ def test_step_two_begins_with_the_weights_of_step_one(fabric, step1):
 
 def test_teacher_reconstruction_and_parity_change_what_is_trained(fabric, tmp_path, step1):
     base = ["stage=step2", f"init.weights={step1}", "train.epochs=1"]
-    variants = {"plain": [], "teacher": [f"teacher.weights={step1}"], "none": ["stage.reconstruction=0.0"], "official": ["parity.official_m_grad=true"]}
+    variants = {
+        "plain": [],
+        "teacher": [f"teacher.weights={step1}"],
+        "none": ["stage.reconstruction=0.0"],
+        "official": ["parity.official_m_grad=true"],
+    }
     states = {}
     for name, extra in variants.items():
         train.fit(config(*base, *extra), fabric, tmp_path / name)
@@ -260,15 +278,21 @@ def test_means_of_random_cells(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ processes
 def run_script(*command, **more):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], cwd=PAPER, env=environment, capture_output=True, text=True, **more)
+    return subprocess.run(
+        [sys.executable, *command], cwd=PAPER, env=environment, capture_output=True, text=True, **more
+    )
 
 
 def test_search_and_train_run_from_inside_their_folder(tmp_path):
     short = [o for o in SEARCH if o != "arm=test"]
-    done = run_script("search.py", *short, f"run_root={tmp_path}", "hydra.run.dir=${run_root}/${scale}/${arm}/seed${seed}")
+    done = run_script(
+        "search.py", *short, f"run_root={tmp_path}", "hydra.run.dir=${run_root}/${scale}/${arm}/seed${seed}"
+    )
     assert done.returncode == 0 and "written to" in done.stdout, done.stderr
     done = run_script("train.py", *[o for o in SHORT if o != "arm=test"], "train.epochs=1", f"run_root={tmp_path}")
-    assert done.returncode == 0 and "epochs 1..1" in done.stdout and "searching it first" not in done.stdout, done.stderr
+    assert done.returncode == 0 and "epochs 1..1" in done.stdout and "searching it first" not in done.stdout, (
+        done.stderr
+    )
     file = next(tmp_path.glob("default/dcp_ggn/*/seed0/last.ckpt"))
     found = Genotype.parse(runs.load_checkpoint(file)["genotype"])
     assert found == Genotype.load(tmp_path / "default/search_dcp_ggn/seed0/genotype.json")
@@ -279,8 +303,15 @@ def test_a_missing_search_is_made_first_only_where_it_is_asked_for(tmp_path, mon
     monkeypatch.setattr(checkpoint.subprocess, "run", lambda command, **options: calls.append(command))
     checkpoint.search_if_missing(config(f"run_root={tmp_path}", genotype="genotype=dcp_ggn"), world_size=1)
     assert "search.py" in calls[0] and "method=dcp_ggn" in calls[0] and "scale=default" in calls[0]
-    for overrides, genotype, world in ((["genotype.search_if_missing=false"], "dcp_ggn", 1), ([], "cp", 1), ([], "random", 1), ([], "dcp_ggn", 2)):
-        checkpoint.search_if_missing(config(f"run_root={tmp_path}", *overrides, genotype=f"genotype={genotype}"), world_size=world)
+    for overrides, genotype, world in (
+        (["genotype.search_if_missing=false"], "dcp_ggn", 1),
+        ([], "cp", 1),
+        ([], "random", 1),
+        ([], "dcp_ggn", 2),
+    ):
+        checkpoint.search_if_missing(
+            config(f"run_root={tmp_path}", *overrides, genotype=f"genotype={genotype}"), world_size=world
+        )
     assert len(calls) == 1
 
 
@@ -290,7 +321,9 @@ def test_two_ranks_train_one_network_and_evaluate_reads_it(tmp_path):
     done = run_script(*torchrun, *SHORT, *extra)
     assert done.returncode == 0 and "2 devices x 1 micro-steps x 16" in done.stdout, done.stderr
     weights = tmp_path / "two/last.ckpt"
-    done = run_script("evaluate.py", f"weights={weights}", "record=true", f"record_to={tmp_path}", "fabric.accelerator=cpu")
+    done = run_script(
+        "evaluate.py", f"weights={weights}", "record=true", f"record_to={tmp_path}", "fabric.accelerator=cpu"
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads(next(tmp_path.glob("*_digits.json")).read_text())
     assert record["value"] == pytest.approx(result(tmp_path / "two")["metrics"]["top1"]) and record["n"] == 1797 - 96
