@@ -9,7 +9,7 @@ No parameters, no gradient through the choice: nothing is scaled by s, and dropp
 import torch
 from torch import Tensor, nn
 
-from ap_fer.token_selection import active, check_keep, check_when, gather_tokens, select
+from ap_fer.token_selection import When, active, check_keep, check_when, gather_tokens, select
 
 SCORES = ("sum", "sum_abs_1", "sum_abs_2", "max", "max_abs_1", "channel", "noise", "la")
 
@@ -79,7 +79,8 @@ class APP(nn.Module):
             raise ValueError("score='la' is learnable: give channels, the width of the features")
         if keep is not None:
             check_keep(keep, keep)
-        self.keep, self.score, self.lowest, self.when = keep, score, lowest, check_when(when)
+        self.keep, self.score, self.lowest = keep, score, lowest
+        self.when: When = check_when(when)
         self.attention = LocalAttention(channels) if score == "la" and channels is not None else None
 
     def forward(self, x: Tensor, position: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ap_fer.token_selection import active, check_rates, check_when, gather_tokens, keep_count, select
+from ap_fer.token_selection import When, active, check_rates, check_when, gather_tokens, keep_count, select
 
 Source = Literal["logits", "softmax"]
 SCORES = ("sum", "sum_abs_1", "max", "random")
@@ -64,7 +64,8 @@ class ATP(nn.Module):
             raise ValueError(f"score={score!r}; use one of {', '.join(SCORES)}")
         if source not in SOURCES:
             raise ValueError(f"source={source!r}; use one of {', '.join(SOURCES)}")
-        self.score, self.source, self.lowest, self.when, self.prefix = score, source, lowest, check_when(when), prefix
+        self.score, self.source, self.lowest, self.prefix = score, source, lowest, prefix
+        self.when: When = check_when(when)
 
     def drops(self, n: int) -> bool:
         """Whether any of n patch tokens would go; if not, the row of logits is not needed."""

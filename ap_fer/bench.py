@@ -67,7 +67,7 @@ def main(args: list[str]) -> None:
     torch.manual_seed(0)
     pooled, dense = APViT().eval(), APViT(**NONE).eval()
     dense.load_state_dict(pooled.state_dict())
-    rates = [b.atp.rate for b in pooled.vit.blocks]
+    rates = pooled.vit.rates
     shape = {"channels": 256, "dim": 768, "mlp_ratio": 3}
     ideal = vit_macs(196, None, [1.0] * 8, **shape) / vit_macs(196, 160, rates, **shape)
     rows = []
@@ -96,7 +96,9 @@ def main(args: list[str]) -> None:
         for what in dict.fromkeys(name.rsplit(" ", 1)[0] for name in calls):
             ours, baseline = batch / seconds[f"{what} pooled"], batch / seconds[f"{what} dense"]
             bound = f", ideal {ideal:.2f}x" if what == "transformer" else ""
-            print(f"batch {batch} {what:12s} {ours:8.2f} images/s pooled, {baseline:8.2f} without, {ours / baseline:.2f}x{bound}")
+            print(
+                f"batch {batch} {what:12s} {ours:8.2f} images/s pooled, {baseline:8.2f} without, {ours / baseline:.2f}x{bound}"
+            )
             rows.append(
                 {"name": f"{what}, APP + ATP against no pooling", "ours": ours, "baseline": baseline, "ratio": ours / baseline,
                  "unit": "images/s", "threads": torch.get_num_threads(), "batch": batch,

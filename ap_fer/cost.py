@@ -1,6 +1,7 @@
 """What a setting costs: multiply-accumulates by formula, and the convention behind the published "12.67 G FLOPs" (section 4)."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ def vit_macs(
     CLS, N before and N' after the block's pooling. Norms, activations and the head are not in it."""
     counts = [c + 1 for c in token_schedule(n, keep, rates)]
     hidden, total = int(dim * mlp_ratio), n * channels * kernel * kernel * dim
-    for before, after in zip(counts, counts[1:], strict=False):
+    for before, after in pairwise(counts):
         total += 4 * before * dim**2 + 2 * before**2 * dim + 2 * after * dim * hidden
     return total
 

@@ -26,8 +26,7 @@ def measure(app: dict, atp: dict) -> dict[str, float]:
     parts = {p: sum(v for k, v in by_module.items() if k.startswith(p)) for p in ("extractor", "vit", "head")}
     vit = model.vit
     assert vit is not None
-    rates = [block.atp.rate for block in vit.blocks]
-    formula = vit_macs(model.patches, vit.app.keep, rates, channels=256, dim=768, mlp_ratio=3)
+    formula = vit_macs(model.patches, vit.app.keep, vit.rates, channels=256, dim=768, mlp_ratio=3)
     total = sum(parts.values())
     return {
         "params": count_parameters(model)["total"],
@@ -38,7 +37,7 @@ def measure(app: dict, atp: dict) -> dict[str, float]:
         "bn": elements["bn"],
         "ln": elements["ln"],
         "gflops": published_flops(total, elements) / 1e9,
-        "tokens_last": 1 + token_schedule(model.patches, vit.app.keep, rates)[-1],
+        "tokens_last": 1 + token_schedule(model.patches, vit.app.keep, vit.rates)[-1],
     }
 
 
@@ -50,10 +49,13 @@ def parts() -> dict[str, float]:
     assert vit is not None
     size = {f"params_stage{i + 1}": count_parameters(s)["total"] for i, s in enumerate(stem.body)}  # type: ignore[arg-type]
     size |= {"params_stem": count_parameters(stem.input_layer)["total"], "params_ir50": count_parameters(stem)["total"]}  # type: ignore[arg-type]
-    size |= {"params_projection": count_parameters(vit.projs)["total"], "params_block": count_parameters(vit.blocks[0])["total"]}
+    size |= {
+        "params_projection": count_parameters(vit.projs)["total"],
+        "params_block": count_parameters(vit.blocks[0])["total"],
+    }
     size |= {"params_head": count_parameters(model.head)["total"]}
     factors = repeat_factors(RAF_DB_COUNTS)
-    return size | {"raf_db_epoch": sum(f * n for f, n in zip(factors, RAF_DB_COUNTS, strict=True))}
+    return {**size, "raf_db_epoch": sum(f * n for f, n in zip(factors, RAF_DB_COUNTS, strict=True))}
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="counts")

@@ -14,7 +14,7 @@ from ap_fer.layouts import READERS, Labelled, read_split
 from ap_fer.transforms import MEAN, STD, build_transforms, check_image
 from common.data.batches import CropFlip, Plan, SeededBatches, TensorBatches, Views, stream
 from common.data.faces import expression_faces
-from common.data.vision import open_image
+from common.data.vision import data_root, open_image
 
 SETS = ("faces", *READERS)
 STRIDE = 8  # pixels by which face sizes of models in use are divisible
@@ -64,6 +64,7 @@ def build_data(
     name: str,
     seed: int,
     root: str | None = None,
+    folder: str = "",
     workers: int = 0,
     size: int = 112,
     num_classes: int = 7,
@@ -72,16 +73,19 @@ def build_data(
     train_images: int = 1500,
     test_images: int = 1000,
     occluded: float = 0.5,
+    counts: str = "raf_db",
+    draw: int = 0,
     images: str = "aligned_224",
     test_share: float = 0.25,
     every: int = 1,
 ) -> Data:
     """A data set by name.
 
-    faces: embedded; train_images in RAF-DB's proportions, `occluded` of them with occluders; test_images without and as many
-        with occluders, balanced. seed: of both, so that an interval over seeds covers the
-        draw of the faces.
+    faces: embedded; train_images in the proportions `counts` (raf_db | equal), `occluded` of them with occluders; test_images
+        without and as many with occluders, balanced. seed: of both, so that an interval over seeds covers the
+        draw of the faces. draw: 1 gives other training images (the stem's pre-training).
     raf_db (images: aligned | aligned_224), ferplus, affectnet, expw (test_share), affwild2 (every), folder, csv: see `layouts`.
+    Sets are looked for in root/`folder` where that exists, so that one root can hold several.
     size: pixels; num_classes: 7, or 8 with contempt; balance: repeat rare classes as RAF-DB's recipe does; augment: see
         `transforms.build_transforms` (faces: flip | none).
     Raises ValueError for an unknown name, a wrong label or an empty class, FileNotFoundError for missing files."""
@@ -95,22 +99,29 @@ def build_data(
     if name == "faces":
         if num_classes != 7 or augment not in ("flip", "none"):
             raise ValueError("data.name=faces has 7 classes and data.augment=flip or none")
-        return _faces(names, seed, size, train_images, test_images, occluded, balance=balance, augment=augment)
+        if counts not in ("raf_db", "equal"):
+            raise ValueError(f"data.counts={counts!r}, allowed: raf_db, equal")
+        shares = imbalanced_counts(train_images, *([[1] * 7] if counts == "equal" else []))
+        return _faces(names, seed, size, shares, test_images, occluded, draw, balance=balance, augment=augment)
+    base = data_root(root)
+    base = base / folder if (base / folder).is_dir() else base
     options = {"num_classes": num_classes, "images": images, "test_share": test_share, "every": every}
-    train, test = (read_split(name, root, split, **options) for split in ("train", "test"))
+    train, test = (read_split(name, base, split, **options) for split in ("train", "test"))
     for split, found in (("train", train), ("test", test)):
         if (largest := max(found.targets)) >= num_classes:
-            raise ValueError(f"{name}: the {split} split has {EXPRESSIONS[largest]}: data.num_classes={largest + 1} is needed")
+            raise ValueError(
+                f"{name}: the {split} split has {EXPRESSIONS[largest]}: data.num_classes={largest + 1} is needed"
+            )
     transform, testing = build_transforms(augment, size=size)
-    counts = torch.tensor(train.targets).bincount(minlength=num_classes).tolist()
-    if empty := [names[c] for c, n in enumerate(counts) if n == 0]:
-        raise ValueError(f"{name} under {root}: no training image for {', '.join(empty)}")
-    indices = repeated_indices(train.targets, repeat_factors(counts) if balance else [1] * num_classes)
+    per_class = torch.tensor(train.targets).bincount(minlength=num_classes).tolist()
+    if empty := [names[c] for c, n in enumerate(per_class) if n == 0]:
+        raise ValueError(f"{name} under {base}: no training image for {', '.join(empty)}")
+    indices = repeated_indices(train.targets, repeat_factors(per_class) if balance else [1] * num_classes)
 
     def make(plan: Plan, device: torch.device) -> SeededBatches:
         return SeededBatches(Views(FaceFiles(train), [transform], indices), plan, device=device, workers=workers)
 
-    return Data(names, counts, indices, FaceFiles(test, testing), make)
+    return Data(names, per_class, indices, FaceFiles(test, testing), make)
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -135,10 +146,10 @@ def _test_faces(n: int, size: int, seed: int) -> tuple[TensorDataset, dict[str, 
 
 
 def _faces(
-    names: tuple[str, ...], seed: int, size: int, train: int, test: int, occluded: float, *, balance: bool, augment: str
-) -> Data:
-    counts = imbalanced_counts(train)
-    data = _rendered(train, "train", seed, size, occluded, tuple(counts))
+    names: tuple[str, ...], seed: int, size: int, counts: list[int], test: int, occluded: float, draw: int, *, balance: bool,
+    augment: str,
+) -> Data:  # fmt: skip
+    data = _rendered(sum(counts), "train", stream(seed, draw), size, occluded, tuple(counts))
     indices = repeated_indices(data.targets.tolist(), repeat_factors(counts) if balance else [1] * len(counts))
     held, truth = _test_faces(test, size, seed)
     shift = CropFlip(padding=2) if augment == "flip" else None

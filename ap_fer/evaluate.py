@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint of train.py or the released APViT: overall, mean-class and per-class accuracy, macro F1, confusion matrix.
+"""Evaluate a checkpoint of train.py or the released APViT: accuracies, macro F1, confusion matrix.
 
 python evaluate.py weights=runs/default/app_atp/seed0/last.ckpt
 python evaluate.py weights=APViT_RAF.pth set=raf_db data.root=/datasets claim=apvit_raf_db_weights record=true
@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
+from ap_fer.build import rebuild
 from ap_fer.data import build_data
-from ap_fer.expressions import EXPRESSIONS
 from ap_fer.metrics import confusion_figure
 from ap_fer.model import APViT
-from ap_fer.train import evaluate, rebuild
-from ap_fer.weights import load_released
+from ap_fer.train import evaluate
+from ap_fer.weights import load_released, read_state
 from common import runs
 from common.metrics.claims import load_claims
+
+CONFIGS = Path(__file__).parent / "configs"
 
 
 def load(path: str, *, data_set: str | None = None, data: Mapping[str, Any] | None = None) -> tuple[APViT, DictConfig]:
@@ -35,23 +36,25 @@ def load(path: str, *, data_set: str | None = None, data: Mapping[str, Any] | No
     ours = {"model", "config", "names"} <= state.keys()
     if ours:
         cfg: Any = OmegaConf.create(state["config"])
-        if data_set is not None:
-            cfg.data = compose("config", overrides=[f"data={data_set}"]).data
-        names = tuple(state["names"])
+    elif data_set is None:
+        raise ValueError(f"{path} was not written by train.py: name its data set with set=, e.g. set=raf_db")
     else:
-        if data_set is None:
-            raise ValueError(f"{path} was not written by train.py: name its data set with set=, e.g. set=raf_db")
-        cfg = compose("config", overrides=[f"data={data_set}", "model=apvit", "method=app_atp", "arm=released"])
-        names = EXPRESSIONS[: cfg.data.num_classes]
+        published = {"app": {"keep": 160}, "atp": {"rate": 0.9, "start": 4}}
+        cfg = OmegaConf.create({"seed": 0, "model": OmegaConf.load(CONFIGS / "model/apvit.yaml"), "method": published})
+    if data_set is not None:
+        known = sorted(p.stem for p in (CONFIGS / "data").glob("*.yaml"))
+        if data_set not in known:
+            raise ValueError(f"set={data_set!r}, allowed: {', '.join(known)}")
+        cfg.data = OmegaConf.load(CONFIGS / f"data/{data_set}.yaml")
     cfg.data.update({k: v for k, v in (data or {}).items() if v is not None})
-    if cfg.data.num_classes != len(names):
-        raise ValueError(f"{path} has {len(names)} classes, data.num_classes={cfg.data.num_classes}")
-    model = rebuild(OmegaConf.to_container(cfg, resolve=True), len(names))  # type: ignore[arg-type]
+    classes = len(state["names"]) if ours else cfg.data.num_classes
+    if cfg.data.num_classes != classes:
+        raise ValueError(f"{path} has {classes} classes, data.num_classes={cfg.data.num_classes}")
+    model = rebuild(OmegaConf.to_container(cfg, resolve=True), classes)  # type: ignore[arg-type]
     if ours:
         model.load_state_dict(state["model"])
     else:
-        weights = state.get("state_dict", state)
-        load_released(model, {k.removeprefix("module."): v for k, v in weights.items()})
+        load_released(model, read_state(path))
     return model.eval(), cfg
 
 

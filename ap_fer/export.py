@@ -50,7 +50,9 @@ def main(cfg: DictConfig) -> None:
     for batch in (1, 4):
         x = torch.randn(batch, 3, model.image_size, model.image_size, generator=generator)
         gap = max(gap, float(np.abs(onnx_logits(cfg.out, x) - model(x).numpy()).max()))
-    print(f"{cfg.out}: {Path(cfg.out).stat().st_size / 1e6:.1f} MB, largest difference to torch at batch 1 and 4: {gap:.2g}")
+    print(
+        f"{cfg.out}: {Path(cfg.out).stat().st_size / 1e6:.1f} MB, largest difference to torch at batch 1 and 4: {gap:.2g}"
+    )
     if gap > 1e-4:
         raise SystemExit("the exported model differs by more than 1e-4")
 

@@ -1,5 +1,6 @@
 """IR-50, the "improved ResNet" of ArcFace and face.evoLVe: its first three stages are APViT's stem (section 4)."""
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -54,17 +55,24 @@ class IR50(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """The miniature's stem: [conv3x3 stride 2, BN, PReLU] per width; (B, 3, H, W) -> (B, widths[-1], H / 2^n, W / 2^n)."""
+    """The miniature's stem: [conv, BN, PReLU] per width; (B, 3, H, W) -> (B, widths[-1], H / s, W / s), s = prod(strides).
 
-    def __init__(self, widths: Sequence[int]):
+    kernel: of the convolutions with a stride above 1; the others are 3 x 3."""
+
+    def __init__(self, widths: Sequence[int], strides: Sequence[int] = (2, 2), kernel: int = 3):
         super().__init__()
-        if not widths:
-            raise ValueError("a convolutional stem needs at least one width")
+        if not widths or len(widths) != len(strides):
+            raise ValueError(f"widths={list(widths)} and strides={list(strides)}: one stride per width, at least one")
         layers: list[nn.Module] = []
-        for channels, width in zip([3, *widths], widths, strict=False):
-            layers += [nn.Conv2d(channels, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.PReLU(width)]
+        for channels, width, stride in zip([3, *widths], widths, strides, strict=False):
+            size = kernel if stride > 1 else 3
+            layers += [
+                nn.Conv2d(channels, width, size, stride, size // 2, bias=False),
+                nn.BatchNorm2d(width),
+                nn.PReLU(width),
+            ]
         self.layers = nn.Sequential(*layers)
-        self.out_channels, self.stride = widths[-1], 2 ** len(widths)
+        self.out_channels, self.stride = widths[-1], math.prod(strides)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)

@@ -60,7 +60,7 @@ def raf_db(root: Path, split: str, *, images: str = "aligned", **_: object) -> L
     """basic/EmoLabel/list_patition_label.txt (or train.txt and test.txt): "train_00001.jpg 5"; images in
     basic/Image/aligned (train_00001_aligned.jpg) or basic/Image/aligned_224 (train_00001.jpg)."""
     layout = f"RAF-DB: basic/EmoLabel/list_patition_label.txt or {{train,test}}.txt, and basic/Image/{images}/"
-    base = next((b for b in (root / "RAF-DB/basic", root / "basic", root) if (b / "EmoLabel").is_dir()), root / "basic")
+    base = next((b for b in (root / "basic", root) if (b / "EmoLabel").is_dir()), root / "basic")
     both = base / "EmoLabel/list_patition_label.txt"
     listed = both if both.is_file() else base / f"EmoLabel/{split}.txt"
     folder, found = _need(base / f"Image/{images}", layout), Labelled()
@@ -87,7 +87,9 @@ def ferplus(root: Path, split: str, **_: object) -> Labelled:
     with _need(root / "fer2013new.csv", layout).open(newline="") as file:
         for number, row in enumerate(csv.DictReader(file), 2):
             if row.get("Usage") is None or "Image name" not in row:
-                raise ValueError(f"{root / 'fer2013new.csv'}: needs the columns Usage, Image name, {', '.join(FERPLUS)}")
+                raise ValueError(
+                    f"{root / 'fer2013new.csv'}: needs the columns Usage, Image name, {', '.join(FERPLUS)}"
+                )
             if row["Usage"] != usage or not row["Image name"].strip():
                 continue
             where = f"{root / 'fer2013new.csv'}, line {number}"
@@ -102,7 +104,9 @@ def ferplus(root: Path, split: str, **_: object) -> Labelled:
 def affectnet(root: Path, split: str, *, num_classes: int = 7, **_: object) -> Labelled:
     """training.csv and validation.csv (subDirectory_filePath, ..., expression), images in Manually_Annotated_Images/.
     Expressions 8 to 10 (none, uncertain, no face), and contempt with seven classes, are left out."""
-    layout = "AffectNet: training.csv, validation.csv (subDirectory_filePath, expression) and Manually_Annotated_Images/"
+    layout = (
+        "AffectNet: training.csv, validation.csv (subDirectory_filePath, expression) and Manually_Annotated_Images/"
+    )
     table, found = root / {"train": "training.csv", "test": "validation.csv"}[split], Labelled()
     folder = _need(root / "Manually_Annotated_Images", layout)
     with _need(table, layout).open(newline="") as file:
@@ -195,7 +199,9 @@ def listed(root: Path, split: str, *, num_classes: int = 7, **_: object) -> Labe
             text = row[1].strip()
             target = int(text) if text.isdecimal() else expression(text)
             if target is None or target >= num_classes:
-                raise ValueError(f"{where}: label {text!r}; allowed are {', '.join(EXPRESSIONS[:num_classes])} or 0..{num_classes - 1}")
+                raise ValueError(
+                    f"{where}: label {text!r}; allowed are {', '.join(EXPRESSIONS[:num_classes])} or 0..{num_classes - 1}"
+                )
             found.add(root / row[0].strip(), target)
     return found
 

@@ -64,7 +64,10 @@ def pooling_metrics(app: Tensor, final: Tensor, truth: Mapping[str, Tensor]) -> 
     two alone, the latter on images with an occluder. app, final (N, P) bool: kept after APP and after the last block."""
     side = round(app.shape[1] ** 0.5)
     noise = ~noise_patches(truth["face"], side) if truth else None
-    found: dict[str, float] = {"kept_app": app.double().sum(1).mean().item(), "kept_last": final.double().sum(1).mean().item()}
+    found: dict[str, float] = {
+        "kept_app": app.double().sum(1).mean().item(),
+        "kept_last": final.double().sum(1).mean().item(),
+    }
     if noise is None:
         return found
     kinds = {"": noise} | {f"_{k}": noise_patches(truth[k], side) for k in ("background", "occluder")}

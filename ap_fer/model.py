@@ -1,8 +1,8 @@
 """APViT as one module: stem, transformer with poolings, linear head; and its baselines by configuration.
 
-    model = APViT(num_classes=7)                    # the published network: IR-50, 8 blocks, k = 160, ATP 0.9 in blocks 5 to 8
-    logits = model(images)                          # images (B, 3, 112, 112), ImageNet-normalised RGB
-    logits, kept = model(images, details=True)      # which of the 14 x 14 patches stayed after APP and every block
+model = APViT(num_classes=7)                    # the published network: IR-50, 8 blocks, k = 160, ATP 0.9 in blocks 5 to 8
+logits = model(images)                          # images (B, 3, 112, 112), ImageNet-normalised RGB
+logits, kept = model(images, details=True)      # which of the 14 x 14 patches stayed after APP and every block
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ STEMS = ("ir50", "conv", "patches")
 
 
 class APViT(nn.Module):
-    """stem: ir50 (units, widths: its stages) | conv (widths) | patches (the image itself in squares of `patch` pixels).
+    """stem: ir50 (units, widths: its stages) | conv (widths, strides, kernel) | patches (squares of `patch` pixels).
 
     depth: transformer blocks, 0: none, the stem's features are averaged (the CNN alone). app: keywords of `APP`; atp:
     keywords of `ATP` with either `rates`, one per block, or `rate` from block `start` on (counted from 0).
@@ -34,6 +34,8 @@ class APViT(nn.Module):
         stem: str = "ir50",
         units: Sequence[int] = (3, 4, 14),
         widths: Sequence[int] = (64, 128, 256),
+        strides: Sequence[int] = (2, 2),
+        kernel: int = 3,
         patch: int = 8,
         dim: int = 768,
         depth: int = 8,
@@ -48,10 +50,10 @@ class APViT(nn.Module):
         if stem == "patches" and not depth:
             raise ValueError("depth=0 averages the features of a CNN stem; stem='patches' has none")
         self.extractor: nn.Module = nn.Identity()
-        channels, stride, kernel = 3, patch, patch
+        channels, stride, projection = 3, patch, patch
         if stem != "patches":
-            cnn = IR50(units=units, widths=widths) if stem == "ir50" else ConvStem(widths)
-            self.extractor, channels, stride, kernel = cnn, cnn.out_channels, cnn.stride, 1
+            cnn = IR50(units=units, widths=widths) if stem == "ir50" else ConvStem(widths, strides, kernel)
+            self.extractor, channels, stride, projection = cnn, cnn.out_channels, cnn.stride, 1
         if image_size < stride or image_size % stride:
             raise ValueError(f"image_size={image_size} is not a positive multiple of the stem's stride {stride}")
         self.image_size, self.num_classes, self.stride = image_size, num_classes, stride
@@ -61,9 +63,9 @@ class APViT(nn.Module):
         self.vit = None
         if depth:
             side = image_size // stride
-            app_options = {"keep": 160} if app is None else dict(app)
+            app_options: dict[str, Any] = {"keep": 160} if app is None else dict(app)
             self.vit = PoolingViT(
-                channels=channels, grid=(side, side), dim=dim, heads=heads, mlp_ratio=mlp_ratio, kernel=kernel,
+                channels=channels, grid=(side, side), dim=dim, heads=heads, mlp_ratio=mlp_ratio, kernel=projection,
                 app=APP(**app_options, channels=dim), atp=token_poolings(depth, atp),
             )  # fmt: skip
         self.head = nn.ModuleDict({"fc": nn.Linear(dim if depth else channels, num_classes)})

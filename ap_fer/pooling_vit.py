@@ -99,13 +99,18 @@ class PoolingViT(nn.Module):
         self.app = app
         self.blocks = nn.ModuleList([Block(dim, heads, mlp_ratio, pooling) for pooling in atp])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        for name, module in self.named_modules():
+        for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for table in (self.patch_pos_embed, self.cls_token):  # cls_pos_embed stays zero
             nn.init.trunc_normal_(table, std=0.02)
+
+    @property
+    def rates(self) -> list[float]:
+        """The keep rate of every block."""
+        return [block.atp.rate for block in self.blocks]  # type: ignore[union-attr,misc]
 
     def forward(self, features: Tensor) -> tuple[Tensor, Kept]:
         x = self.projs[0](features)

@@ -83,7 +83,9 @@ def main(cfg: DictConfig) -> None:
         for i, (name, p) in enumerate(zip(names, probability, strict=True)):
             known = [classes[truth[i]]] if truth else []
             writer.writerow([name, classes[int(p.argmax())], *known, *(f"{v:.4f}" for v in p.tolist())])
-            print(f"{name}  {classes[int(p.argmax())]} {float(p.max()):.3f}" + (f"  (truth {known[0]})" if known else ""))
+            print(
+                f"{name}  {classes[int(p.argmax())]} {float(p.max()):.3f}" + (f"  (truth {known[0]})" if known else "")
+            )
     print(f"predictions: {out / 'predictions.csv'}")
     shown, kept = images[: cfg.pictures], parts[0][1]
     if kept is None:

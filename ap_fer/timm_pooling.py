@@ -1,8 +1,8 @@
 """APP and ATP in any timm VisionTransformer, its weights untouched:
 
-    vit = timm.create_model("vit_tiny_patch16_224", pretrained=True)
-    model = PooledViT(vit, app=APP(160), rates=[1.0] * 8 + [0.9] * 4)
-    logits, kept = model(images, details=True)
+vit = timm.create_model("vit_tiny_patch16_224", pretrained=True)
+model = PooledViT(vit, app=APP(160), rates=[1.0] * 8 + [0.9] * 4)
+logits, kept = model(images, details=True)
 """
 
 from collections.abc import Sequence
@@ -38,11 +38,11 @@ class PooledViT(nn.Module):
                 continue
             attn = getattr(block, "attn", None)
             if vit.cls_token is None:
-                raise ValueError(
-                    "ATP ranks tokens by the class token, this model has none (use APP alone, rates=None)"
-                )
+                raise ValueError("ATP ranks tokens by the class token, this model has none (use APP alone, rates=None)")
             if type(attn) is not Attention or getattr(attn, "gate", None) is not None or not hasattr(block, "ls1"):
-                raise ValueError(f"ATP needs timm's standard pre-norm block, got {type(block).__name__} with {type(attn).__name__}")
+                raise ValueError(
+                    f"ATP needs timm's standard pre-norm block, got {type(block).__name__} with {type(attn).__name__}"
+                )
         self.vit: Any = vit
         self.app = APP(None) if app is None else app
         self.atp = nn.ModuleList([ATP(r, prefix=self.prefix, **options) for r in rates])
@@ -61,7 +61,8 @@ class PooledViT(nn.Module):
         if index.shape[1] < features.shape[1]:
             x = torch.cat([x[:, :p], gather_tokens(x[:, p:], index)], 1)
         kept = Kept(index)
-        for block, pooling in zip(vit.blocks, self.atp, strict=True):
+        poolings: Any = self.atp
+        for block, pooling in zip(vit.blocks, poolings, strict=True):
             if pooling.drops(x.shape[1] - p):
                 x, chosen = _pooled_block(block, x, pooling)
                 index = index.gather(1, chosen)

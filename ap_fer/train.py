@@ -13,6 +13,7 @@ from pathlib import Path
 import hydra
 import torch
 import torch.nn.functional as F
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning_fabric import Fabric
@@ -20,17 +21,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ap_fer.cost import vit_macs
+from ap_fer.build import build, build_optimizer, macs, sibling
 from ap_fer.data import Data, build_data
 from ap_fer.metrics import classification, confusion, pooling_metrics
-from ap_fer.model import APViT
 from ap_fer.schedule import check_kind, lr_at
 from ap_fer.token_selection import to_mask
-from ap_fer.weights import load_ir50, load_released, load_vit_small, read_state
 from common import runs
 from common.data.batches import Plan, eval_batches, seeded, stream
-
-TOKENS = ("vit.cls_token", "vit.cls_pos_embed", "vit.patch_pos_embed")
 
 
 def train_one_epoch(fabric: Fabric, cfg: DictConfig, model, optimizer, batches, plan: Plan, *, epoch: int, run) -> dict:
@@ -81,7 +78,9 @@ def predict(fabric: Fabric, model, dataset, *, batch_size: int, workers: int) ->
     if world > 1:  # rank r holds the images r, r + world, ...: pad, gather, interleave, cut
         size = math.ceil(len(dataset) / world)
         for name, value in whole.items():
-            padded = torch.cat([value, value[: size - len(value)]]).to(torch.float64 if value.is_floating_point() else torch.int64)
+            padded = torch.cat([value, value[: size - len(value)]]).to(
+                torch.float64 if value.is_floating_point() else torch.int64
+            )
             gathered = fabric.all_gather(padded).transpose(0, 1).flatten(0, 1)[: len(dataset)]
             whole[name] = gathered.to(value.dtype)
     return {name: value.cpu() for name, value in whole.items()}
@@ -102,60 +101,12 @@ def evaluate(fabric: Fabric, model, data: Data, *, batch_size: int, workers: int
     return metrics, matrix
 
 
-def build(cfg: DictConfig, data: Data) -> APViT:
-    """The model of a configuration with its starting weights."""
-    torch.manual_seed(stream(cfg.seed))
-    model = rebuild(OmegaConf.to_container(cfg, resolve=True), len(data.names))  # type: ignore[arg-type]
-    if cfg.start.ir50:
-        load_ir50(model.extractor, read_state(cfg.start.ir50))
-    if cfg.start.vit:
-        load_vit_small(model.vit, read_state(cfg.start.vit))
-    if cfg.start.checkpoint:
-        load_released(model, read_state(cfg.start.checkpoint))
-    return model
-
-
-def rebuild(config: dict, num_classes: int) -> APViT:
-    """The untrained model of a resolved configuration (a checkpoint holds one)."""
-    network = {k: v for k, v in config["model"].items() if k not in ("keep", "rate", "start")}
-    app, atp = config["method"]["app"], config["method"]["atp"]
-    if not network["depth"]:  # the CNN alone has nothing to pool
-        app, atp = {"keep": None}, {"rates": []}
-    return APViT(num_classes=num_classes, image_size=config["data"]["size"], app=app, atp=atp, **network)
-
-
-def macs(model: APViT, cfg: DictConfig) -> dict[str, float]:
-    """Multiply-accumulates of the transformer for one image in evaluation (M): with the poolings, and without any."""
-    if model.vit is None:
-        return {}
-    vit, m = model.vit, cfg.model
-    projection = {"channels": vit.projs[0].in_channels, "kernel": vit.projs[0].kernel_size[0], "dim": m.dim, "mlp_ratio": m.mlp_ratio}
-    live = vit.app.when != "train"
-    rates = [block.atp.rate if block.atp.when != "train" else 1.0 for block in vit.blocks]
-    pooled = vit_macs(model.patches, vit.app.keep if live else None, rates, **projection)
-    return {"vit_mmacs": pooled / 1e6, "vit_mmacs_unpooled": vit_macs(model.patches, None, [1.0] * m.depth, **projection) / 1e6}
-
-
-def build_optimizer(model: nn.Module, cfg: DictConfig) -> torch.optim.Optimizer:
-    """SGD as published, or AdamW. no_decay_tokens: no weight decay on class token and positions, which the released code
-    meant and, by a leading dot in its keys, did not do; everything else is decayed."""
-    o = cfg.optim
-    if o.name not in ("sgd", "adamw"):
-        raise ValueError(f"optim.name={o.name!r}, allowed: sgd, adamw")
-    tokens = [p for n, p in model.named_parameters() if o.no_decay_tokens and n in TOKENS]
-    others = [p for n, p in model.named_parameters() if not (o.no_decay_tokens and n in TOKENS)]
-    groups = [{"params": others}] + ([{"params": tokens, "weight_decay": 0.0}] if tokens else [])
-    if o.name == "sgd":
-        return torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
-    return torch.optim.AdamW(groups, lr=o.lr, betas=(o.momentum, 0.999), weight_decay=o.weight_decay)
-
-
 def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     """Build, train to the end, evaluate; resumes from out/last.ckpt."""
     per_device = runs.per_device_batch(cfg.train.batch_size, fabric.world_size, cfg.train.accumulation)
     check_kind(cfg.schedule.kind)
     data = build_data(seed=cfg.seed, **cfg.data)
-    model = build(cfg, data)
+    model = build(cfg, len(data.names))
     if fabric.world_size > 1 and fabric.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer, cost = build_optimizer(model, cfg), macs(model, cfg)  # type: ignore[arg-type]
@@ -185,7 +136,9 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
         )
         start = time.perf_counter()
         for epoch in range(first, epochs + 1):
-            torch.manual_seed(stream(cfg.seed, epoch, fabric.global_rank))  # random scores; batches have their own streams
+            torch.manual_seed(
+                stream(cfg.seed, epoch, fabric.global_rank)
+            )  # random scores; batches have their own streams
             row = train_one_epoch(fabric, cfg, model, optimizer, batches, plan, epoch=epoch, run=run)
             rate = row.pop("images_per_s")
             if cfg.train.eval_every and epoch % cfg.train.eval_every == 0:
@@ -206,7 +159,9 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
                 )  # fmt: skip
         metrics, _ = evaluate(fabric, model, data, **test)
         metrics |= cost
-        if cfg.train.eval_every:  # without a validation split the best epoch is chosen on the test set: shown, never claimed
+        if (
+            cfg.train.eval_every
+        ):  # without a validation split the best epoch is chosen on the test set: shown, never claimed
             metrics |= best
         run.finish(metrics)
         fabric.print("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
@@ -232,13 +187,30 @@ def preflight(fabric: Fabric, model, optimizer, batches, epochs: int) -> None:
     )
 
 
+def stem_first(cfg: DictConfig) -> tuple[DictConfig, Path] | None:
+    """Configuration and directory of the stem's pre-training, if this run starts from it and it is not done yet."""
+    if cfg.start.arm is None or cfg.preflight:
+        return None
+    path = sibling(cfg, "last.ckpt").parent
+    if (runs.read_json(path / "result.json") or {}).get("status") == "finished":
+        return None
+    same = {"model": {k: cfg.model[k] for k in ("stem", "units", "widths", "strides", "kernel")}}
+    same |= {k: cfg[k] for k in ("seed", "scale", "run_root", "threads", "fabric")} | {"data": {"size": cfg.data.size}}
+    base = compose("config", overrides=[f"method={cfg.start.arm}", f"arm={cfg.start.arm}"])
+    return OmegaConf.merge(base, same), path  # type: ignore[return-value]
+
+
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(cfg: DictConfig) -> None:
     out = HydraConfig.get().runtime.output_dir
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     try:
-        fit(cfg, runs.launch(cfg.fabric, loggers=[instantiate(cfg.logger)] if cfg.logger else []), Path(out))
+        fabric = runs.launch(cfg.fabric, loggers=[instantiate(cfg.logger)] if cfg.logger else [])
+        if (start := stem_first(cfg)) is not None:
+            fabric.print(f"the stem {start[1]} comes first")
+            fit(start[0], fabric, start[1])
+        fit(cfg, fabric, Path(out))
     finally:
         runs.remove_if_empty(out, cfg.run_root)
 

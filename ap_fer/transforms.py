@@ -8,7 +8,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, although the IR-50 was trained with (x - 127.5) / 127.5
+MEAN, STD = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # ImageNet's, although the IR-50 was trained with (x - 127.5) / 127.5
 SMALLEST = 24
 AUGMENT = ("raf", "flip", "none")
 
@@ -17,7 +20,9 @@ class UniformErasing(torch.nn.Module):
     """With probability p fill a rectangle of a normalised image (C, H, W) with Gaussian noise. Its area is uniform in
     `scale` of the image and its aspect uniform in `ratio`; torchvision draws the logarithm of the aspect uniformly."""
 
-    def __init__(self, p: float = 0.5, scale: tuple[float, float] = (0.02, 0.33), ratio: tuple[float, float] = (0.3, 3.3)):
+    def __init__(
+        self, p: float = 0.5, scale: tuple[float, float] = (0.02, 0.33), ratio: tuple[float, float] = (0.3, 3.3)
+    ):
         super().__init__()
         self.p, self.scale, self.ratio = p, scale, ratio
 
@@ -40,7 +45,9 @@ class UniformErasing(torch.nn.Module):
 def check_image(image: Image.Image) -> Image.Image:
     """ValueError for a face too small to have an expression; grey and RGBA images were converted when they were read."""
     if min(image.size) < SMALLEST:
-        raise ValueError(f"an image of {image.size[0]} x {image.size[1]} pixels is too small, at least {SMALLEST} are needed")
+        raise ValueError(
+            f"an image of {image.size[0]} x {image.size[1]} pixels is too small, at least {SMALLEST} are needed"
+        )
     return image
 
 
@@ -57,7 +64,8 @@ def build_transforms(augment: str, *, size: int) -> tuple[Callable, Callable]:
     if augment == "flip":
         return v2.Compose([v2.Resize([size, size], antialias=True), v2.RandomHorizontalFlip(), *tensor]), test
     train = v2.Compose([
-        v2.RandomApply([v2.RandomRotation(6)], p=0.5), v2.RandomResizedCrop(size, scale=(0.8, 1), ratio=(1, 1), antialias=True),
+        v2.RandomApply([v2.RandomRotation([-6, 6])], p=0.5),
+        v2.RandomResizedCrop(size, scale=(0.8, 1), ratio=(1, 1), antialias=True),
         v2.RandomHorizontalFlip(), v2.RandomGrayscale(0.2), v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
         *tensor, UniformErasing(),
     ])  # fmt: skip

@@ -10,7 +10,14 @@ from ap_fer.model import APViT
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SHORT = ["train.epochs=2", "train.save_every=1", "train.batch_size=32", "data.train_images=100", "data.test_images=40"]
-TINY = ["model.units=[1,1,1]", "model.widths=[8,8,16]", "model.dim=16", "model.depth=2", "model.heads=2", "model.start=1"]
+TINY = [
+    "model.units=[1,1,1]",
+    "model.widths=[8,8,16]",
+    "model.dim=16",
+    "model.depth=2",
+    "model.heads=2",
+    "model.start=1",
+]
 
 
 def config(name, *overrides):

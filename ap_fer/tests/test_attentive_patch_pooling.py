@@ -34,7 +34,7 @@ def test_random_scores_one_channel_or_noise_per_patch():
     assert all(any(torch.equal(d, x[..., c]) for c in range(8)) for d in drawn)
     assert len({d.sum().item() for d in drawn}) > 4
     noise = patch_score(x, "noise")
-    assert noise.shape == (2, 50) and not torch.equal(noise[0], noise[1]) and 0 <= noise.min() and noise.max() < 1
+    assert noise.shape == (2, 50) and not torch.equal(noise[0], noise[1]) and noise.min() >= 0 and noise.max() < 1
     assert abs(torch.corrcoef(torch.stack([noise.flatten(), patch_score(x).flatten()]))[0, 1]) < 0.4
 
 
@@ -88,11 +88,17 @@ def test_no_score_has_parameters_but_la_whose_map_learns():
     for score in SCORES:
         count = sum(p.numel() for p in APP(4, score=score, channels=768).parameters())
         assert count == (37_059 if score == "la" else 0), score
-    assert sum(p.numel() for n, p in LocalAttention(768).named_parameters() if not n.endswith("bias")) + 48 + 1 == 37_010
+    assert (
+        sum(p.numel() for n, p in LocalAttention(768).named_parameters() if not n.endswith("bias")) + 48 + 1 == 37_010
+    )
     app, x = APP(3, score="la", channels=16), torch.randn(4, 9, 16)
     tokens, index = app(x)
     tokens.square().sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in app.named_parameters() if n == "attention.net.0.weight")
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0
+        for n, p in app.named_parameters()
+        if n == "attention.net.0.weight"
+    )
     app.eval()
     scale = app.attention(x)
     torch.testing.assert_close(app(x)[0], torch.stack([(x * scale[..., None])[b, i] for b, i in enumerate(app(x)[1])]))

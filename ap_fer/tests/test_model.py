@@ -123,7 +123,9 @@ def test_kept_places_are_the_right_ones_by_an_independent_path():
     model = randomised(atp=NONE[1])
     x = torch.randn(1, 3, 24, 24)
     logits, kept = model(x, details=True)
-    torch.testing.assert_close(model(_without(x, set(range(36)) - set(kept.app[0].tolist()))), logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        model(_without(x, set(range(36)) - set(kept.app[0].tolist()))), logits, rtol=1e-5, atol=1e-5
+    )
     assert not torch.allclose(model(_without(x, set(kept.app[0][:3].tolist()))), logits, rtol=1e-3, atol=1e-3)
 
 
@@ -150,10 +152,14 @@ def test_patches_are_a_set_when_they_move_together_with_their_positions():
 
 def test_stems_and_baselines():
     x = torch.randn(2, 3, 32, 32)
-    conv = APViT(image_size=32, stem="conv", widths=[8, 16], dim=16, depth=2, heads=2, app={"keep": 30}, atp={"rates": [1, 0.5]})
+    conv = APViT(
+        image_size=32, stem="conv", widths=[8, 16], dim=16, depth=2, heads=2, app={"keep": 30}, atp={"rates": [1, 0.5]}
+    )
     logits, kept = conv(x, details=True)
     assert logits.shape == (2, 7) and conv.patches == 64 and [k.shape[1] for k in kept.blocks] == [30, 15]
-    alone = APViT(image_size=32, stem="conv", widths=[8, 16], depth=0, num_classes=8, app={"keep": None}, atp={"rates": []})
+    alone = APViT(
+        image_size=32, stem="conv", widths=[8, 16], depth=0, num_classes=8, app={"keep": None}, atp={"rates": []}
+    )
     assert alone(x).shape == (2, 8) and alone.vit is None and alone(x, details=True)[1] is None
     assert set(alone.state_dict()) & set(conv.state_dict()) >= {"extractor.layers.0.weight", "head.fc.weight"}
 

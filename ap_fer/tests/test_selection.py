@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ap_fer.token_selection import (
-    active, check_keep, check_rates, check_when, gather_tokens, keep_count, select, to_mask, token_schedule,
+    active,
+    check_keep,
+    check_rates,
+    check_when,
+    gather_tokens,
+    keep_count,
+    select,
+    to_mask,
+    token_schedule,
 )  # fmt: skip
 
 PUBLISHED = [1.0] * 4 + [0.9] * 4

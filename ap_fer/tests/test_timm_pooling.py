@@ -70,7 +70,9 @@ def test_other_prefix_tokens_and_models_without_class_token():
     two = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=7, class_token=True, reg_tokens=3).eval()
     _, kept = PooledViT(two, rates=[0.5] * 12).eval()(torch.randn(1, 3, 64, 64), details=True)
     assert [k.shape[1] for k in kept.blocks[:3]] == [8, 4, 2]
-    none = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=7, class_token=False, global_pool="avg").eval()
+    none = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, num_classes=7, class_token=False, global_pool="avg"
+    ).eval()
     with pytest.raises(ValueError, match="no class token|this model has none"):
         PooledViT(none, rates=[0.5] * 12)
     assert PooledViT(none, app=APP(8)).eval()(torch.randn(1, 3, 64, 64)).shape == (1, 7)

@@ -1,0 +1,82 @@
+"""From a configuration to a model with its starting weights, its optimiser and its cost."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ap_fer.cost import vit_macs
+from ap_fer.model import APViT
+from ap_fer.weights import load_ir50, load_released, load_vit_small, read_state
+from common.data.batches import stream
+
+TOKENS = ("vit.cls_token", "vit.cls_pos_embed", "vit.patch_pos_embed")
+
+
+def sibling(cfg: DictConfig, name: str) -> Path:
+    """A file of the run that `start.arm` names, of this scale and seed."""
+    return Path(cfg.run_root) / cfg.scale / cfg.start.arm / f"seed{cfg.seed}" / name
+
+
+def rebuild(config: dict[str, Any], num_classes: int) -> APViT:
+    """The untrained model of a resolved configuration (a checkpoint holds one)."""
+    network = {k: v for k, v in config["model"].items() if k not in ("keep", "rate", "start")}
+    app, atp = config["method"]["app"], config["method"]["atp"]
+    if not network["depth"]:  # the CNN alone has nothing to pool
+        app, atp = {"keep": None}, {"rates": []}
+    return APViT(num_classes=num_classes, image_size=config["data"]["size"], app=app, atp=atp, **network)
+
+
+def build(cfg: DictConfig, num_classes: int) -> APViT:
+    """The model of a configuration, drawn from its seed, with the weights that `start` names."""
+    torch.manual_seed(stream(cfg.seed))
+    model = rebuild(OmegaConf.to_container(cfg, resolve=True), num_classes)  # type: ignore[arg-type]
+    if cfg.start.arm:
+        path = sibling(cfg, "last.ckpt")
+        state = {k: v for k, v in read_state(path).items() if k.startswith("extractor.")}
+        own = {k for k in model.state_dict() if k.startswith("extractor.")}
+        if set(state) != own or any(v.shape != model.state_dict()[k].shape for k, v in state.items()):
+            raise ValueError(f"the stem in {path} is not this model's: delete that run, or set start.arm=null")
+        model.load_state_dict(state, strict=False)
+    if cfg.start.ir50:
+        load_ir50(model.extractor, read_state(cfg.start.ir50))
+    if cfg.start.vit:
+        load_vit_small(model.vit, read_state(cfg.start.vit))
+    if cfg.start.checkpoint:
+        load_released(model, read_state(cfg.start.checkpoint))
+    return model
+
+
+def macs(model: APViT, cfg: DictConfig) -> dict[str, float]:
+    """Multiply-accumulates of the transformer for one image in evaluation (M): with the poolings, and without any."""
+    vit, m = model.vit, cfg.model
+    if vit is None:
+        return {}
+    first: Any = vit.projs[0]
+    shape = {"channels": first.in_channels, "kernel": first.kernel_size[0], "dim": m.dim, "mlp_ratio": m.mlp_ratio}
+    keep = None if vit.app.when == "train" else vit.app.keep
+    rates = [1.0] * m.depth if cfg.method.atp.when == "train" else vit.rates
+    pooled = vit_macs(model.patches, keep, rates, **shape)
+    return {
+        "vit_mmacs": pooled / 1e6,
+        "vit_mmacs_unpooled": vit_macs(model.patches, None, [1.0] * m.depth, **shape) / 1e6,
+    }
+
+
+def build_optimizer(model: nn.Module, cfg: DictConfig) -> torch.optim.Optimizer:
+    """SGD as published, or AdamW. no_decay_tokens: no weight decay on class token and positions, which the released code
+    meant and, by a leading dot in its keys, did not do; everything else is decayed."""
+    o = cfg.optim
+    if o.name not in ("sgd", "adamw"):
+        raise ValueError(f"optim.name={o.name!r}, allowed: sgd, adamw")
+    tokens = [p for n, p in model.named_parameters() if o.no_decay_tokens and n in TOKENS]
+    others = [p for n, p in model.named_parameters() if not (o.no_decay_tokens and n in TOKENS)]
+    groups: list[dict] = [{"params": others}] + ([{"params": tokens, "weight_decay": 0.0}] if tokens else [])
+    if o.name == "sgd":
+        return torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+    return torch.optim.AdamW(groups, lr=o.lr, betas=(o.momentum, 0.999), weight_decay=o.weight_decay)
+
+
+__all__ = ["build", "build_optimizer", "macs", "rebuild", "sibling"]
