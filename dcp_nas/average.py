@@ -1,6 +1,6 @@
 """The mean of several runs of one seed as an arm of its own: the random genotypes, of which one would be an accident.
 
-python average.py scale=mini seed=100 arm=random_mean 'of=[random/genotype.draw=0, random/genotype.draw=1]'
+python average.py scale=mini seed=100 arm=random_mean 'of=[random_0, random_1]'
 """
 
 from pathlib import Path

@@ -18,6 +18,7 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
@@ -206,7 +207,8 @@ def main(cfg: DictConfig) -> None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     try:
-        fit(cfg, runs.launch(cfg.fabric), Path(out))
+        loggers = [instantiate(cfg.logger)] if cfg.logger else []
+        fit(cfg, runs.launch(cfg.fabric, loggers=loggers), Path(out))
     finally:
         runs.remove_if_empty(out, cfg.run_root)
 

@@ -98,6 +98,14 @@ def test_published_recipe_and_search_defaults():
     )
 
 
+def test_every_search_arm_can_be_trained_and_published_cells_have_names():
+    methods, genotypes = ({p.stem for p in (CONFIGS / g).glob("*.yaml")} for g in ("method", "genotype"))
+    published = {name.lower() for name in GENOTYPES}
+    assert genotypes == methods | published | {"file", "random", "random_0", "random_1", "random_2"}
+    for name in methods:
+        assert yaml.safe_load((CONFIGS / f"genotype/{name}.yaml").read_text())["arm"] == name
+
+
 def sweep_cells(scale):
     """(sweep file, overrides) of every cell, read from the YAML alone."""
     for file in sorted((CONFIGS / "reproduce" / scale).glob("*.yaml")):
