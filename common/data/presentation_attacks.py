@@ -1,13 +1,14 @@
 """Live faces and presentation attacks as colour, depth and infrared, with the exact place of the cue.
 
 An attack replaces a region of the face. In that region depth and infrared give it away clearly, and colour only by a texture
-of about the strength of the sensor noise; the same textures, frames and shadows lie on live faces too, elsewhere.
-| attack  | region                          | depth               | infrared                  | colour                    |
-|---------|---------------------------------|---------------------|---------------------------|---------------------------|
-| print   | the face or a part of it        | a bent sheet        | paper: bright, low contrast | fine dots, less contrast |
-| replay  | the whole frame                 | a plane             | screen: nearly dark       | moire, a reflection       |
-| mask    | the face less eyes and mouth    | curved, in front    | another material          | less contrast             |
-| glasses | the eyes                        | a flat band         | plastic: dark or bright   | printed eyes: fine dots   |
+and a cast of about the strength of the sensor noise; the same textures, casts, frames and reflections lie on live images
+too, elsewhere.
+| attack  | region                     | depth         | infrared             | colour                        |
+|---------|----------------------------|---------------|----------------------|-------------------------------|
+| print   | the face or a part of it   | a bent sheet  | paper: bright, flat  | fine dots, cold cast, flatter |
+| replay  | the whole frame            | a plane       | screen: nearly dark  | moire, cold cast, reflection  |
+| mask    | the face less eyes, mouth  | a shell       | another material     | warm cast, flatter            |
+| glasses | the eyes                   | a flat band   | dark or bright       | printed eyes: fine dots       |
 Exercises: fusion of a weak and two strong modalities, guidance of one by the place that another shows, unseen attacks and
 domains, rates per attack. Cannot show: real sensors, materials or makers of attacks, or how hard any of them is.
 """
@@ -37,6 +38,11 @@ from common.data.faces import (
 )
 
 ATTACKS = ("print", "replay", "mask", "glasses")
+# The cast of a medium in red, green, blue, in units of the cue; on live faces that of print, beside the face.
+_CASTS = {
+    "live": (-0.7, 0.1, 0.7), "print": (-0.7, 0.1, 0.7), "replay": (-0.5, -0.1, 0.6), "mask": (0.7, -0.3, -0.4),
+    "glasses": (-0.5, -0.5, 0.0),
+}  # fmt: skip
 CHANNELS = {"rgb": slice(0, 3), "depth": slice(3, 4), "ir": slice(4, 5)}
 
 
@@ -150,6 +156,8 @@ def _present(
     elsewhere = (np.cos(turn) * x + np.sin(turn) * y > draw(0.2, 0.9)) & ~face
     on = where | ((kind == "live") & elsewhere)
     drawn.canvas[:, :3] += strength * (texture * on)[:, None]
+    cast = np.array([_CASTS[name] for name in kind[:, 0, 0]], np.float32)[..., None, None]
+    drawn.canvas[:, :3] += strength * cast * on[:, None]
     flat = where & (kind != "replay")
     mean = drawn.canvas[:, :3].mean(axis=(2, 3), keepdims=True)
     drawn.canvas[:, :3] += (0.12 * flat)[:, None] * (mean - drawn.canvas[:, :3])
