@@ -1,0 +1,73 @@
+"""Count what follows from the architecture: parameters and MACs of trunks, CMTBs and branches (section 4).
+
+python counts.py        writes runs/default/counts/seed0/result.json, in seconds, without any data or weights
+"""
+
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from common import runs
+from common.metrics.ops import count_macs, count_parameters
+from fm_vit.cross_modal_block import CrossModalBlock
+from fm_vit.model import FMViT
+
+SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads
+MODALITIES = ["rgb", "depth", "ir"]
+
+
+def cmtb_parameters(dim: int) -> int:
+    """16 D^2 + 21 D: two attentions with four projections each, an MLP of ratio 4, four LayerNorms."""
+    return 16 * dim**2 + 21 * dim
+
+
+def cmtb_macs(dim: int, modalities: int, patches: int = 196) -> int:
+    """MMA D^2 (2 + 2 N) + 2 N D; MFA 2 D^2 + 2 (1 + N s)(D^2 + D); MLP 8 D^2, for s modalities present."""
+    mma = dim**2 * (2 + 2 * patches) + 2 * patches * dim
+    mfa = 2 * dim**2 + 2 * (1 + patches * modalities) * (dim**2 + dim)
+    return mma + mfa + 8 * dim**2
+
+
+def count() -> dict[str, float]:
+    """Counted on the models themselves, not by the formulas; MACs of one sample at 224 x 224."""
+    found: dict[str, float] = {}
+    with torch.device("meta"):  # shapes only, nothing is computed
+        for size, (dim, heads) in SIZES.items():
+            model = FMViT(MODALITIES, vit={"name": f"vit_{size}_patch16_224"})
+            branch = model.branches["rgb"]
+            trunk = branch.trunk  # pyright: ignore
+            found[f"params_trunk_{size}"] = count_parameters(trunk)["total"]  # pyright: ignore
+            found[f"params_block_{size}"] = count_parameters(trunk.blocks[0])["total"]  # pyright: ignore
+            found[f"params_cmtb_{size}"] = count_parameters(CrossModalBlock(dim, heads))["total"]
+            found[f"params_branch_{size}"] = count_parameters(branch)["total"]
+            found[f"params_three_{size}"] = count_parameters(model)["total"]
+            image = torch.zeros(1, 3, 224, 224)
+            alone = sum(count_macs(trunk, image).values())  # pyright: ignore
+            found[f"macs_trunk_{size}"] = alone
+            found[f"macs_block_{size}"] = sum(
+                v for k, v in count_macs(trunk, image).items() if k.startswith("blocks.0.")
+            )  # pyright: ignore
+            for name, present in (("single", MODALITIES[:1]), ("fused", MODALITIES)):
+                total = sum(count_macs(model, dict.fromkeys(present, image)).values())
+                found[f"macs_{name}_{size}"] = total
+                found[f"macs_cmtb_{name}_{size}"] = total // len(present) - alone - 2 * dim  # less trunk and head
+    return found
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="counts")
+def main(cfg: DictConfig) -> None:
+    run = runs.Run.open(Path(HydraConfig.get().runtime.output_dir), cfg, runs.launch(cfg.fabric))
+    if run is None:
+        return
+    with run:
+        found = count()
+        run.finish(found)
+    for name, value in found.items():
+        print(f"{name:28s} {value:>16,}")
+
+
+if __name__ == "__main__":
+    main()

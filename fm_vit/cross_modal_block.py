@@ -1,0 +1,71 @@
+"""The Cross-Modal Transformer Block (CMTB, section 3.3): MMA, then MFA, then an MLP, all on class tokens; patch tokens pass.
+
+blocks = {"rgb": CrossModalBlock(384, 6), "ir": CrossModalBlock(384, 6)}       one per branch
+out = cross_modal({"rgb": z_rgb, "ir": z_ir}, blocks)                          z (B, 1 + N, D), any subset of the branches
+"""
+
+from collections.abc import Mapping
+
+import torch
+from timm.layers.mlp import Mlp
+from torch import Tensor, nn
+
+from fm_vit.fusion_attention import FusionAttention
+from fm_vit.mutual_attention import MODES, RULES, MutualAttention, combine, select
+
+
+class CrossModalBlock(nn.Module):
+    """The CMTB of one branch: 16 D^2 + 21 D parameters with both attentions and mlp_ratio 4.
+
+    mma: how the masks of the modalities are combined, None leaves MMA out; rule, share: how a mask is made. mfa: with
+    MFA or without. zero_init: output projections and the last layer of the MLP start at zero, so that the block starts as
+    the identity. ValueError for a value that is not allowed."""
+
+    def __init__(
+        self, dim: int, heads: int, *, mma: str | None = "union", rule: str = "top", share: float = 0.5, mfa: bool = True,
+        mlp_ratio: float = 4.0, zero_init: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        if (mma is not None and mma not in MODES) or rule not in RULES or not 0 < share <= 1:
+            raise ValueError(
+                f"mma={mma!r}, rule={rule!r}, share={share}, allowed: {', '.join(MODES)} or null; {', '.join(RULES)}; "
+                "0 < share <= 1"
+            )
+        self.mode, self.rule, self.share = mma, rule, share
+        self.mma = None if mma is None else MutualAttention(dim, heads)
+        self.mfa = FusionAttention(dim, heads) if mfa else None
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        if zero_init:
+            for last in [m.proj for m in (self.mma, self.mfa) if m is not None] + [self.mlp.fc2]:
+                nn.init.zeros_(last.weight)
+
+
+def cross_modal(
+    tokens: Mapping[str, Tensor], blocks: Mapping[str, CrossModalBlock], kept: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Tokens (B, 1 + N, D) of the modalities present, through the CMTB of each branch; only class tokens change.
+
+    The mapping's order is the canonical one of the modalities. kept: receives the combined mask U (B, N) of every branch
+    with MMA, for the share of patches that it reads."""
+    maps = {m: block.mma.look(tokens[m]) for m, block in blocks.items() if m in tokens and block.mma is not None}
+    masks = {m: select(logits.mean(1), rule=blocks[m].rule, share=blocks[m].share) for m, (logits, _) in maps.items()}
+    patches = [z[:, 1:] for z in tokens.values()]
+    out = {}
+    for m, z in tokens.items():
+        block, c = blocks[m], z[:, 0]
+        if block.mma is not None:
+            assert block.mode is not None
+            mask = combine(masks, m, mode=block.mode)
+            c = c + block.mma.read(*maps[m], mask)
+            if kept is not None:
+                kept[m] = mask
+        if block.mfa is not None:
+            c = c + block.mfa(c, patches)
+        c = c + block.mlp(block.norm(c))
+        out[m] = torch.cat([c[:, None], z[:, 1:]], dim=1)
+    return out

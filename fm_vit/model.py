@@ -1,0 +1,150 @@
+"""FM-ViT: a vision transformer per modality, joined by Cross-Modal Transformer Blocks; and the interface of all models here.
+
+    model = FMViT(["rgb", "depth", "ir"], vit={"name": "vit_small_patch16_224", "pretrained": True})
+    logits = model({"rgb": x, "ir": y})        # any subset; absent means absent -> {"rgb": (B, 2), "ir": (B, 2)}
+    live = model.score(logits)                 # (B,) in 0..1
+
+Every model maps (images, paths) to one dict of named logits per path, a path being the modalities that may see each other.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor, nn
+
+from fm_vit.cross_modal_block import CrossModalBlock, cross_modal
+
+LIVE = 1  # the class index of a live face
+Logits = dict[str, Tensor]
+
+
+def build_trunk(*, name: str | None = None, pretrained: bool = False, weights: str | None = None, **vit: Any) -> Any:
+    """A timm vision transformer without classifier: `name` with timm's weights if pretrained, else one of the options `vit`.
+
+    weights: a state dict file of that architecture instead (a classifier in it is left out).
+    ValueError if the network has no class token, or the file is of another one."""
+    if name is None:
+        trunk = VisionTransformer(num_classes=0, **vit)
+    else:
+        trunk = timm.create_model(name, pretrained=pretrained, num_classes=0, **vit)
+    if not isinstance(trunk, VisionTransformer) or trunk.cls_token is None or trunk.num_prefix_tokens != 1:
+        raise ValueError(f"{name or 'the trunk'} must be a timm VisionTransformer with one class token and no other")
+    if weights is not None:
+        from common.runs import load_checkpoint
+
+        state = load_checkpoint(weights)
+        state = state.get("model", state.get("state_dict", state))
+        missing, extra = trunk.load_state_dict(
+            {k: v for k, v in state.items() if not k.startswith("head")}, strict=False
+        )
+        if missing or extra:
+            raise ValueError(
+                f"{weights} does not fit the trunk: missing {list(missing)[:3]}, unexpected {list(extra)[:3]}"
+            )
+    return trunk
+
+
+def check_images(images: Mapping[str, Tensor], modalities: Sequence[str]) -> list[str]:
+    """The modalities present, in canonical order. ValueError for none, an unknown name, or batches that differ."""
+    if not images:
+        raise ValueError(f"no modality given; allowed: any non-empty subset of {', '.join(modalities)}")
+    if unknown := sorted(set(images) - set(modalities)):
+        raise ValueError(f"unknown modality {', '.join(unknown)}; this model has {', '.join(modalities)}")
+    shapes = {m: tuple(x.shape) for m, x in images.items()}
+    if len({s[:1] + s[2:] for s in shapes.values()}) > 1:
+        raise ValueError(f"batch and image size must be the same in every modality, got {shapes}")
+    return [m for m in modalities if m in images]
+
+
+class Branch(nn.Module):
+    """What is deployed for one modality: trunk, its CMTBs and a two-class head on the normalised class token."""
+
+    def __init__(self, trunk: Any, blocks: int, options: Mapping[str, Any]):
+        super().__init__()
+        dim, heads = trunk.embed_dim, trunk.blocks[0].attn.num_heads
+        self.trunk = trunk
+        self.cmtb = nn.ModuleList(CrossModalBlock(dim, heads, **options) for _ in range(blocks))
+        self.head = nn.Linear(dim, 2)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W), or one channel, which is repeated -> (B, 1 + N, D) with positions."""
+        return self.trunk.norm_pre(self.trunk.patch_drop(self.trunk._pos_embed(self.trunk.patch_embed(repeated(x)))))
+
+    def classify(self, z: Tensor) -> Tensor:
+        return self.head(self.trunk.norm(z[:, 0]))
+
+
+def repeated(x: Tensor) -> Tensor:
+    """One channel three times; three channels as they are. ValueError for another number."""
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise ValueError(f"images must be (B, 3, H, W) or (B, 1, H, W), got {tuple(x.shape)}")
+    return x.expand(-1, 3, -1, -1)
+
+
+class FMViT(nn.Module):
+    """One branch per name in `modalities` (any names, any number, canonical order).
+
+    vit: see `build_trunk`, the same for every branch. after: the CMTBs stand after these trunk blocks, counted from 1 (None:
+    after the last); an empty list leaves them out (late fusion). cmtb: options of `CrossModalBlock`.
+    ValueError for no or repeated names, or a position that is no block."""
+
+    def __init__(
+        self,
+        modalities: Sequence[str],
+        *,
+        vit: Mapping[str, Any],
+        after: Sequence[int] | None = None,
+        cmtb: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.modalities = list(modalities)
+        if not self.modalities or len(set(self.modalities)) < len(self.modalities):
+            raise ValueError(f"modalities={self.modalities}: give one or more different names")
+        trunks = [build_trunk(**vit) for _ in self.modalities]
+        depth = len(trunks[0].blocks)
+        self.after = [depth] if after is None else [int(a) for a in after]
+        if len(set(self.after)) < len(self.after) or not set(self.after) <= set(range(1, depth + 1)):
+            raise ValueError(f"cmtb after blocks {self.after}: different numbers in 1..{depth}")
+        self.branches = nn.ModuleDict(
+            {m: Branch(t, len(self.after), cmtb or {}) for m, t in zip(self.modalities, trunks, strict=True)}
+        )
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, images: Mapping[str, Tensor], paths: Sequence[Sequence[str]] | None = None) -> Any:
+        """images: modality -> (B, 1 or 3, H, W). paths: subsets of the modalities given, each with its own cross-modal blocks;
+        the trunks are shared up to the first of them. Returns a list of {modality: logits (B, 2)}, one per path; without
+        `paths` the one dict of all modalities given. `self.kept` has the masks of the last path."""
+        names = check_images(images, self.modalities)
+        wanted = [names] if paths is None else [[m for m in self.modalities if m in path] for path in paths]
+        for path, found in zip(paths or [names], wanted, strict=True):
+            if not found or set(path) - set(names):
+                raise ValueError(f"path {list(path)}: needs one or more of the modalities given, {names}")
+        branches: dict[str, Any] = {m: self.branches[m] for m in names}
+        tokens = {m: branch.tokens(images[m]) for m, branch in branches.items()}
+        states = [tokens]  # one, until the paths part
+        for depth in range(len(branches[names[0]].trunk.blocks)):
+            states = [{m: branches[m].trunk.blocks[depth](z) for m, z in state.items()} for state in states]
+            if depth + 1 in self.after:
+                states = self._part(states, wanted)
+                blocks = {m: branch.cmtb[self.after.index(depth + 1)] for m, branch in branches.items()}
+                self.kept = {}
+                states = [cross_modal(state, blocks, self.kept) for state in states]
+        states = self._part(states, wanted)
+        outputs = [{m: branches[m].classify(z) for m, z in state.items()} for state in states]
+        return outputs if paths is not None else outputs[0]
+
+    @staticmethod
+    def _part(states: list[dict[str, Tensor]], paths: list[list[str]]) -> list[dict[str, Tensor]]:
+        if len(states) == len(paths) and all([*s] == p for s, p in zip(states, paths, strict=True)):
+            return states
+        return [{m: states[0][m] for m in path} for path in paths]
+
+    @staticmethod
+    def score(logits: Logits) -> Tensor:
+        """Liveness (B,) in 0..1: the mean over the branches of softmax(logits)[live]."""
+        return torch.stack([z.float().softmax(-1)[:, LIVE] for z in logits.values()]).mean(0)
