@@ -135,7 +135,7 @@ def test_the_cue_in_colour_is_weak_and_can_be_removed():
     difference = (with_cue.images - without.images)[:, CHANNELS["rgb"]]
     prints = with_cue.extra["attack"] == 1
     cue = difference[prints].abs().amax(1)
-    assert 0 < cue[with_cue.masks[prints]].mean() < 0.05
+    assert 0.02 < cue[with_cue.masks[prints]].mean() < 0.08  # twice the sensor noise
     live = with_cue.extra["attack"] == 0
     assert difference[live].abs().amax() > 0.02  # live images carry textures too, beside the face
     assert torch.equal(with_cue.images[:, 3:], without.images[:, 3:])
