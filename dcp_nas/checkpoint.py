@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from common import runs
@@ -58,8 +57,7 @@ def search_if_missing(cfg: Any, *, world_size: int) -> None:
         return
     print(f"no genotype at {path} yet: searching it first (python search.py method={cfg.genotype.arm})", flush=True)
     command = [sys.executable, "search.py", f"method={cfg.genotype.arm}", f"seed={cfg.seed}", f"scale={cfg.scale}"]
-    command += [f"run_root={Path(cfg.run_root).absolute()}", "hydra.run.dir=${run_root}/${scale}/${arm}/seed${seed}"]
-    subprocess.run(command, cwd=PAPER, check=True)
+    subprocess.run([*command, f"run_root={Path(cfg.run_root).absolute()}"], cwd=PAPER, check=True)
 
 
 def build_network(
@@ -129,10 +127,3 @@ def build_teacher(*, path: Path | None, timm_name: str | None, classes: int, cha
     if found != classes:
         raise ValueError(f"the teacher {path or timm_name} has {found} classes, the data {classes}")
     return teacher.eval().requires_grad_(False)
-
-
-def check_finite_weights(network: nn.Module) -> None:
-    """ValueError naming a weight that is NaN or infinite."""
-    bad = [k for k, v in network.state_dict().items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
-    if bad:
-        raise ValueError(f"weights that are not finite: {', '.join(bad[:5])}")

@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from dcp_nas.search_space import Genotype, operations
 
@@ -17,7 +18,7 @@ COLOURS = {"max": "#7f7f7f", "avg": "#b0b0b0", "skip": "#d62728", "sep": "#1f77b
 
 def draw_cells(genotype: Genotype, path: str | Path) -> None:
     """Both cells as graphs, one row of nodes each; operations on the edges."""
-    figure, axes = plt.subplots(2, 1, figsize=(2.6 * (genotype.nodes + 2), 7), layout="constrained")
+    figure, axes = plt.subplots(2, 1, figsize=(2.2 * (genotype.nodes + 2), 9), layout="constrained")
     for axis, (kind, edges) in zip(axes, (("normal", genotype.normal), ("reduction", genotype.reduce)), strict=True):
         names = ["c(k-2)", "c(k-1)", *map(str, range(genotype.nodes)), "concat"]
         where = [
@@ -43,15 +44,14 @@ def draw_cells(genotype: Genotype, path: str | Path) -> None:
                 "shrinkB": 14,
             }
             axis.annotate("", (x1, y1), (x0, y0), arrowprops=arrow)
-            span = np.hypot(x1 - x0, y1 - y0)
-            at = ((x0 + x1) / 2 + bend * (y1 - y0) / 2, (y0 + y1) / 2 - bend * span / 2)
+            at = ((x0 + x1) / 2 + bend * (y1 - y0) / 2, (y0 + y1) / 2 - bend * (x1 - x0) / 2)
             axis.text(*at, name.replace("_conv_", " ").replace("_connect", "").replace("_pool_", " "), color=colour, fontsize=9,
                       ha="center", va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
         for j in range(genotype.nodes):
             arrow = {
                 "arrowstyle": "-",
                 "color": "#dddddd",
-                "connectionstyle": "arc3,rad=0.45",
+                "connectionstyle": "arc3,rad=0.3",
                 "shrinkA": 14,
                 "shrinkB": 14,
             }
@@ -59,7 +59,7 @@ def draw_cells(genotype: Genotype, path: str | Path) -> None:
         for name, (x, y) in zip(names, where, strict=True):
             box = {"boxstyle": "round,pad=0.4", "facecolor": "#f2f2f2", "edgecolor": "black"}
             axis.text(x, y, name, ha="center", va="center", bbox=box)
-        axis.set(xlim=(-0.7, where[-1][0] + 0.7), ylim=(-1.9, 1.9), title=f"{kind} cell")
+        axis.set(xlim=(-0.7, where[-1][0] + 0.7), ylim=(-1.8, 1.5), title=f"{kind} cell", aspect="equal")
         axis.axis("off")
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -90,5 +90,7 @@ def draw_search(
     axes[3].axhline(0, color="black", linewidth=0.5)
     if axes[3].get_legend_handles_labels()[0]:
         axes[3].legend(fontsize=7)
+    for axis in axes:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=90)
     plt.close(figure)

@@ -117,6 +117,10 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     """Search to the end (or the budget) and write the genotype; resumes from out/last.ckpt."""
     if fabric.world_size != 1:
         raise ValueError("the search runs on one device: start it without torchrun (train.py takes several)")
+    if cfg.fabric.precision != "32-true":
+        raise ValueError(
+            f"fabric.precision={cfg.fabric.precision}: the search takes second derivatives in 32-true only"
+        )
     if cfg.budget_minutes is not None and cfg.budget_minutes <= 0:
         raise ValueError(f"budget_minutes={cfg.budget_minutes} must be positive, or null for no limit")
     data = build_data(seed=cfg.seed, **cfg.data)

@@ -112,6 +112,7 @@ def test_budget_and_skip_limit_end_a_search_early_with_a_genotype(fabric, tmp_pa
         (["search.shares=[0.5,0.001]"], "0 for alpha: neither may be empty"),
         (["search.batch_size=60"], "fewer than train.batch_size=60"),
         (["budget_minutes=0"], "budget_minutes=0"),
+        (["fabric.precision=16-mixed"], "precision=16-mixed"),
         (["model.channels=3"], "channels=3"),
         (["model.order=pc"], "order='pc'"),
         (["method.decoupled={eta:0.1,psi:0.2,psi_lr_mult:0.1,tau:3,granularity:operation}"], "tau=3"),
@@ -273,6 +274,25 @@ def test_means_of_random_cells(tmp_path):
         mean_of([tmp_path / "0", tmp_path / "2"])
     with pytest.raises(FileNotFoundError, match="no run in"):
         mean_of([tmp_path / "9"])
+
+
+def test_own_images_in_class_folders_are_searched_and_trained(fabric, tmp_path):
+    for split, n in (("train", 8), ("val", 2)):
+        for name in ("a", "b"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(n):
+                Image.new("RGB", (40, 36), (30 * i, 40, 200 if name == "a" else 0)).save(
+                    tmp_path / "data" / split / name / f"{i}.png"
+                )
+    images = ["data.name=folder", f"data.root={tmp_path / 'data'}", "+data.size=32", "model.stem=imagenet"]
+    search.fit(search_config(*images, "search.batch_size=4"), fabric, tmp_path / "search")
+    found = ["genotype.draw=null", f"genotype.file={tmp_path / 'search/genotype.json'}", "train.batch_size=4"]
+    train.fit(config(*images, *found), fabric, tmp_path / "train")
+    assert result(tmp_path / "train")["status"] == "finished"
+    state = runs.load_checkpoint(tmp_path / "train/last.ckpt")
+    assert state["classes"] == 2 and Genotype.parse(state["genotype"]) == Genotype.load(
+        tmp_path / "search/genotype.json"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
