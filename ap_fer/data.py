@@ -70,7 +70,7 @@ def build_data(
     num_classes: int = 7,
     balance: bool = True,
     augment: str = "raf",
-    train_images: int = 1500,
+    train_images: int = 1200,
     test_images: int = 1000,
     occluded: float = 0.5,
     counts: str = "raf_db",

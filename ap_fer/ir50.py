@@ -55,22 +55,18 @@ class IR50(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """The miniature's stem: [conv, BN, PReLU] per width; (B, 3, H, W) -> (B, widths[-1], H / s, W / s), s = prod(strides).
+    """The miniature's stem: [conv, BN, PReLU] per width; (B, 3, H, W) -> (B, widths[-1], H / s, W / s), s = prod(strides)."""
 
-    kernel: of the convolutions with a stride above 1; the others are 3 x 3."""
-
-    def __init__(self, widths: Sequence[int], strides: Sequence[int] = (2, 2), kernel: int = 3):
+    def __init__(self, widths: Sequence[int], strides: Sequence[int] = (2, 2), kernels: Sequence[int] = (3, 3)):
         super().__init__()
-        if not widths or len(widths) != len(strides):
-            raise ValueError(f"widths={list(widths)} and strides={list(strides)}: one stride per width, at least one")
+        if not widths or not len(widths) == len(strides) == len(kernels):
+            raise ValueError(
+                f"widths={list(widths)}, strides={list(strides)}, kernels={list(kernels)}: one of each per convolution"
+            )
         layers: list[nn.Module] = []
-        for channels, width, stride in zip([3, *widths], widths, strides, strict=False):
-            size = kernel if stride > 1 else 3
-            layers += [
-                nn.Conv2d(channels, width, size, stride, size // 2, bias=False),
-                nn.BatchNorm2d(width),
-                nn.PReLU(width),
-            ]
+        for channels, width, stride, size in zip([3, *widths], widths, strides, kernels, strict=False):
+            convolution = nn.Conv2d(channels, width, size, stride, size // 2, bias=False)
+            layers += [convolution, nn.BatchNorm2d(width), nn.PReLU(width)]
         self.layers = nn.Sequential(*layers)
         self.out_channels, self.stride = widths[-1], math.prod(strides)
 

@@ -20,9 +20,10 @@ STEMS = ("ir50", "conv", "patches")
 
 
 class APViT(nn.Module):
-    """stem: ir50 (units, widths: its stages) | conv (widths, strides, kernel) | patches (squares of `patch` pixels).
+    """stem: ir50 (units, widths: its stages) | conv (widths, strides, kernels) | patches (squares of `patch` pixels).
 
-    depth: transformer blocks, 0: none, the stem's features are averaged (the CNN alone). app: keywords of `APP`; atp:
+    depth: transformer blocks, 0: none, the CNN alone: pool=mean averages its features, pool=flatten is the output layer of face
+    networks (BN, dropout, every place its own weights). app: keywords of `APP`; atp:
     keywords of `ATP` with either `rates`, one per block, or `rate` from block `start` on (counted from 0).
     Raises ValueError for anything that does not fit together."""
 
@@ -35,10 +36,11 @@ class APViT(nn.Module):
         units: Sequence[int] = (3, 4, 14),
         widths: Sequence[int] = (64, 128, 256),
         strides: Sequence[int] = (2, 2),
-        kernel: int = 3,
+        kernels: Sequence[int] = (3, 3),
         patch: int = 8,
         dim: int = 768,
         depth: int = 8,
+        pool: str = "mean",
         heads: int = 8,
         mlp_ratio: float = 3.0,
         app: Mapping[str, Any] | None = None,
@@ -49,10 +51,12 @@ class APViT(nn.Module):
             raise ValueError(f"stem={stem!r}; use one of {', '.join(STEMS)}")
         if stem == "patches" and not depth:
             raise ValueError("depth=0 averages the features of a CNN stem; stem='patches' has none")
+        if pool not in ("mean", "flatten"):
+            raise ValueError(f"pool={pool!r}; use one of mean, flatten")
         self.extractor: nn.Module = nn.Identity()
         channels, stride, projection = 3, patch, patch
         if stem != "patches":
-            cnn = IR50(units=units, widths=widths) if stem == "ir50" else ConvStem(widths, strides, kernel)
+            cnn = IR50(units=units, widths=widths) if stem == "ir50" else ConvStem(widths, strides, kernels)
             self.extractor, channels, stride, projection = cnn, cnn.out_channels, cnn.stride, 1
         if image_size < stride or image_size % stride:
             raise ValueError(f"image_size={image_size} is not a positive multiple of the stem's stride {stride}")
@@ -60,15 +64,20 @@ class APViT(nn.Module):
         for module in self.extractor.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
-        self.vit = None
+        self.vit, side, width = None, image_size // stride, dim if depth else channels
+        self.output_layer: nn.Module | None = None
+        if not depth and pool == "flatten":
+            self.output_layer, width = (
+                nn.Sequential(nn.BatchNorm2d(channels), nn.Dropout(), nn.Flatten()),
+                channels * side**2,
+            )
         if depth:
-            side = image_size // stride
             app_options: dict[str, Any] = {"keep": 160} if app is None else dict(app)
             self.vit = PoolingViT(
                 channels=channels, grid=(side, side), dim=dim, heads=heads, mlp_ratio=mlp_ratio, kernel=projection,
                 app=APP(**app_options, channels=dim), atp=token_poolings(depth, atp),
             )  # fmt: skip
-        self.head = nn.ModuleDict({"fc": nn.Linear(dim if depth else channels, num_classes)})
+        self.head = nn.ModuleDict({"fc": nn.Linear(width, num_classes)})
         nn.init.zeros_(self.head["fc"].weight)  # type: ignore[arg-type]  # logits 0 and loss ln C at step 0
         nn.init.zeros_(self.head["fc"].bias)  # type: ignore[arg-type]
 
@@ -79,10 +88,10 @@ class APViT(nn.Module):
                 f"images are {tuple(images.shape)}, the model takes (B, 3, {self.image_size}, {self.image_size})"
             )
         features, kept = self.extractor(images), None
-        if self.vit is None:
-            features = features.mean((2, 3))
-        else:
+        if self.vit is not None:
             features, kept = self.vit(features)
+        else:
+            features = features.mean((2, 3)) if self.output_layer is None else self.output_layer(features)
         logits = self.head["fc"](features)
         return (logits, kept) if details else logits
 

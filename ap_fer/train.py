@@ -187,17 +187,17 @@ def preflight(fabric: Fabric, model, optimizer, batches, epochs: int) -> None:
     )
 
 
-def stem_first(cfg: DictConfig) -> tuple[DictConfig, Path] | None:
-    """Configuration and directory of the stem's pre-training, if this run starts from it and it is not done yet."""
+def stems_first(cfg: DictConfig) -> list[tuple[DictConfig, Path]]:
+    """Configurations and directories of the runs that this one starts from (start.arm) and that are not finished, in order."""
     if cfg.start.arm is None or cfg.preflight:
-        return None
+        return []
     path = sibling(cfg, "last.ckpt").parent
     if (runs.read_json(path / "result.json") or {}).get("status") == "finished":
-        return None
-    same = {"model": {k: cfg.model[k] for k in ("stem", "units", "widths", "strides", "kernel")}}
+        return []
+    same = {"model": {k: cfg.model[k] for k in ("stem", "units", "widths", "strides", "kernels")}}
     same |= {k: cfg[k] for k in ("seed", "scale", "run_root", "threads", "fabric")} | {"data": {"size": cfg.data.size}}
-    base = compose("config", overrides=[f"method={cfg.start.arm}", f"arm={cfg.start.arm}"])
-    return OmegaConf.merge(base, same), path  # type: ignore[return-value]
+    base = OmegaConf.merge(compose("config", overrides=[f"method={cfg.start.arm}", f"arm={cfg.start.arm}"]), same)
+    return [*stems_first(base), (base, path)]  # type: ignore[arg-type,list-item]
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
@@ -207,9 +207,9 @@ def main(cfg: DictConfig) -> None:
         torch.set_num_threads(cfg.threads)
     try:
         fabric = runs.launch(cfg.fabric, loggers=[instantiate(cfg.logger)] if cfg.logger else [])
-        if (start := stem_first(cfg)) is not None:
-            fabric.print(f"the stem {start[1]} comes first")
-            fit(start[0], fabric, start[1])
+        for start, path in stems_first(cfg):
+            fabric.print(f"{path} comes first")
+            fit(start, fabric, path)
         fit(cfg, fabric, Path(out))
     finally:
         runs.remove_if_empty(out, cfg.run_root)

@@ -161,6 +161,14 @@ def test_stems_and_baselines():
         image_size=32, stem="conv", widths=[8, 16], depth=0, num_classes=8, app={"keep": None}, atp={"rates": []}
     )
     assert alone(x).shape == (2, 8) and alone.vit is None and alone(x, details=True)[1] is None
+    flat = APViT(
+        image_size=32, stem="conv", widths=[8, 16], depth=0, pool="flatten", app={"keep": None}, atp={"rates": []}
+    )
+    assert flat(x).shape == (2, 7) and flat.head["fc"].in_features == 16 * 64
+    with pytest.raises(ValueError, match="pool='max'; use one of mean, flatten"):
+        small_model(pool="max")
+    with pytest.raises(ValueError, match="one of each per convolution"):
+        APViT(image_size=32, stem="conv", widths=[8, 16], strides=[2])
     assert set(alone.state_dict()) & set(conv.state_dict()) >= {"extractor.layers.0.weight", "head.fc.weight"}
 
 

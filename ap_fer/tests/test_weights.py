@@ -118,8 +118,8 @@ def test_released_apvit_loads_by_key_and_predicts_the_same(tmp_path):
         load_released(small_model(num_classes=8), model.state_dict())
     with pytest.raises(ValueError, match="other shapes"):
         load_released(
-            small_model(stem="conv", widths=[4], strides=[4]),
-            small_model(stem="conv", widths=[4], strides=[4], dim=32).state_dict(),
+            small_model(stem="conv", widths=[4], strides=[4], kernels=[3]),
+            small_model(stem="conv", widths=[4], strides=[4], kernels=[3], dim=32).state_dict(),
         )
 
 

@@ -1,0 +1,89 @@
+"""Every sweep composes; every claim names arms that are run; every experiment is the recipe it says."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from ap_fer.tests.helpers import CONFIGS, config
+from common import reproduce
+from common.metrics.claims import load_claims, load_document
+
+PAPER = CONFIGS.parent
+SCALES = ("mini", "full", "gpu_faces112", "paper")
+
+
+@pytest.fixture(scope="module")
+def cells():
+    return {scale: reproduce.cells(PAPER, scale, ("data.root=/datasets",)) for scale in SCALES}
+
+
+def test_all_scales_are_here_and_say_what_they_can_show():
+    assert {p.name for p in (CONFIGS / "reproduce").iterdir()} == set(SCALES)
+    for scale in SCALES:
+        text = (CONFIGS / "reproduce" / scale / "README.md").read_text()
+        assert "Can show" in text and "Cannot show" in text
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_claim_names_arms_that_its_scale_runs_on_evidence_seeds(scale, cells):
+    seeds: dict[str, set[int]] = {}
+    for cell in cells[scale]:
+        assert cell.seed not in seeds.setdefault(cell.arm, set()), f"{cell.name()} twice"
+        seeds[cell.arm].add(cell.seed)
+        assert cell.seed >= 100 or cell.script == "counts"
+    claims = [c for c in load_claims(PAPER) if scale in c["scale"] and c["kind"] != "released_weights"]
+    assert claims
+    for claim in claims:
+        assert set(claim["arms"]) <= seeds.keys(), claim["id"]
+        if claim["kind"] in ("ordering", "property"):
+            assert len(set.intersection(*(seeds[a] for a in claim["arms"]))) >= 3, claim["id"]
+
+
+def test_the_miniature_has_five_seeds_of_five_arms_at_two_lengths(cells):
+    arms = {c.arm for c in cells["mini"]}
+    wanted = {"none", "app", "app_atp", "random", "worst"}
+    assert arms == {"counts", "face_net", "stem"} | wanted | {f"{a}_short" for a in wanted}
+    assert all(sum(c.arm == a for c in cells["mini"]) == 5 for a in arms - {"counts"})
+    assert all(c.after == ("11_train_stem",) for c in cells["mini"] if c.stage.startswith("2"))
+
+
+def test_controls_cost_as_much_as_what_they_control(cells):
+    """Equal poolings in everything but the score."""
+
+    def sizes(method):
+        cfg = OmegaConf.to_container(config("config", f"method={method}", "arm=x"), resolve=True)["method"]
+        return cfg["app"]["keep"], cfg["atp"]["rate"], cfg["atp"]["start"]
+
+    assert sizes("app") == sizes("random") == sizes("worst") == sizes("la") == sizes("app_channel") == (24, 1.0, 2)
+    assert sizes("app_atp") == sizes("random_both") == sizes("app_random_atp") == (24, 0.8, 2)
+    assert sizes("atp") == sizes("atp_random") == sizes("atp_softmax") == (None, 0.8, 2)
+
+
+def test_the_recipe_of_raf_db():
+    cfg = OmegaConf.to_container(config("config", "experiment=raf_db", "arm=x", "data.root=/d"), resolve=True)
+    assert cfg["train"] | {"epochs": 40, "batch_size": 128, "clip": 10.0, "eval_every": 1} == cfg["train"]
+    assert cfg["optim"] == {"name": "sgd", "lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4, "no_decay_tokens": False}
+    assert (
+        cfg["schedule"] == {"kind": "cosine_epoch"} and cfg["data"]["size"] == 112 and cfg["data"]["augment"] == "raf"
+    )
+    assert cfg["method"]["app"] == {"keep": 160, "score": "sum_abs_1", "lowest": False, "when": "both"}
+    atp = {"rate": 0.9, "start": 4, "score": "sum", "source": "logits", "lowest": False, "when": "both"}
+    assert (
+        cfg["method"]["atp"] == atp and cfg["start"]["arm"] is None and cfg["start"]["ir50"].startswith("/d/weights/")
+    )
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml")))
+def test_experiments_open_with_command_and_published_number(name):
+    text = (CONFIGS / f"experiment/{name}.yaml").read_text()
+    assert f"experiment={name} " in text and "GPU" in text and "Published: " in text
+    cfg = config("config", f"experiment={name}", "arm=x", "data.root=/d")
+    assert cfg.data.num_classes == (8 if name in ("ferplus", "affectnet8") else 7)
+    if name not in ("raf_db", "faces112"):
+        assert "not published" in text and cfg.optim.lr == 1e-3 and cfg.model.keep == 160
+
+
+def test_numbers_from_memory_are_never_compared():
+    document = load_document(PAPER)
+    sources = {p["id"]: p["source"] for p in document["published"]}
+    assert sources["apvit_ferplus"] == "memory" and sources["apvit_raf_db"] == "code"
+    assert all(c["published"] is None or c["published"]["source"] in ("code", "cited") for c in document["claims"])

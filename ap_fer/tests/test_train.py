@@ -1,0 +1,263 @@
+"""The script as people run it: every arm, resume, two ranks, errors, and what it leaves behind."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf
+
+from ap_fer.build import build, build_optimizer
+from ap_fer.tests.helpers import CONFIGS, SHORT, config, short_config, write_image
+from ap_fer.train import evaluate, fit, stems_first
+from common import runs
+
+PAPER = CONFIGS.parent
+ARMS = sorted(p.stem for p in (CONFIGS / "method").glob("*.yaml"))
+PATCHES = [
+    "model.stem=patches",
+    "model.dim=16",
+    "model.depth=2",
+    "model.start=1",
+    "model.heads=2",
+]  # no batch statistics
+
+
+def script(*args):
+    """A script as people call it, from inside the folder."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *args], cwd=PAPER, env=environment, capture_output=True, text=True)
+
+
+def read(path):
+    return json.loads((path / "result.json").read_text())
+
+
+@pytest.mark.parametrize("method", ARMS)
+def test_every_arm_trains_and_reports(method, fabric, tmp_path):
+    few = ["data.train_images=64", "train.epochs=1"]
+    cfg = short_config(
+        f"method={method}", *SHORT, *few, "model.dim=16", *([] if method in ("stem", "cnn_only") else ["model.depth=3"])
+    )
+    fit(cfg, fabric, tmp_path)
+    result = read(tmp_path)
+    m = result["metrics"]
+    assert (
+        result["status"] == "finished"
+        and 0 <= m["top1"] <= 100
+        and m["top1"] == pytest.approx((m["top1_clean"] + m["top1_occluded"]) / 2)
+    )
+    pooled = {"stem": None, "face_net": None, "cnn_only": None, "none": 64, "plain_vit": 64, "app_train_only": 64}.get(
+        method, 24
+    )
+    if pooled is None:
+        assert "kept_app" not in m and "vit_mmacs" not in m
+    else:
+        assert m["kept_app"] == (64 if method.startswith("atp") else pooled)
+        assert (m["kept_last"] < m["kept_app"]) == (m.get("atp_precision") is not None)
+        assert ("drop_lift" in m) == (m["kept_app"] < 64) and m["vit_mmacs"] <= m["vit_mmacs_unpooled"]
+        assert (m["vit_mmacs"] < m["vit_mmacs_unpooled"]) == (m["kept_last"] < 64)
+
+
+def test_loss_falls_and_equal_seeds_give_equal_numbers(fabric, tmp_path):
+    overrides = ["method=app_atp", "train.epochs=25", "data.train_images=60", "optim.lr=0.005", "data.augment=none"]
+    for name in ("a", "b"):
+        fit(short_config(*overrides), fabric, tmp_path / name)
+    rows = [json.loads(line)["loss"] for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1] < 0.75 * rows[0]
+    assert (tmp_path / "a/metrics.jsonl").read_text() == (tmp_path / "b/metrics.jsonl").read_text()
+    assert read(tmp_path / "a")["metrics"] == read(tmp_path / "b")["metrics"]
+
+
+@pytest.mark.parametrize("method", ["app_atp", "random_both"])  # random scores draw in training and in testing
+def test_resumed_equals_uninterrupted_bit_for_bit(method, fabric, tmp_path, monkeypatch):
+    cfg = short_config(f"method={method}", "train.epochs=3", "train.eval_every=1", "data.train_images=64")
+    fit(cfg, fabric, tmp_path / "whole")
+    log = runs.Run.log
+
+    def killed(self, **row):
+        log(self, **row)
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt  # after the epoch, before its checkpoint
+
+    monkeypatch.setattr(runs.Run, "log", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fit(cfg, fabric, tmp_path / "parts")
+    monkeypatch.setattr(runs.Run, "log", log)
+    fit(cfg, fabric, tmp_path / "parts")
+    whole, parts = (runs.load_checkpoint(tmp_path / n / "last.ckpt") for n in ("whole", "parts"))
+    torch.testing.assert_close(parts["model"], whole["model"], rtol=0, atol=0)
+    assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
+    found = read(tmp_path / "parts")["metrics"]
+    assert found == read(tmp_path / "whole")["metrics"]
+    rows = [json.loads(line)["top1"] for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert (
+        found["top1_best_epoch"] == max(rows)
+        and rows[int(found["best_epoch"]) - 1] == max(rows)
+        and found["top1"] == rows[-1]
+    )
+
+
+def folders(root):
+    """Seven classes of two training and one test image."""
+    for split, n in (("train", 2), ("val", 1)):
+        for c, name in enumerate(("anger", "disgust", "fear", "sadness", "happiness", "surprise", "neutral")):
+            for i in range(n):
+                write_image(root / split / name / f"{i}.png", 7 * i + c, size=(32, 32))
+    return root
+
+
+def folder_arm(root):
+    return [
+        "data=folder",
+        f"data.root={root}",
+        "data.workers=0",
+        "data.size=48",
+        "data.augment=flip",
+        "train.batch_size=4",
+        *PATCHES,
+    ]
+
+
+FOLDER = ["train.epochs=2", "train.save_every=1", "start.arm=null"]
+
+
+def folder_config(root, *overrides):
+    return config("config", "arm=test", *FOLDER, *folder_arm(root), *overrides)
+
+
+def test_accumulation_equals_the_whole_batch_without_batch_statistics(fabric, tmp_path):
+    root = folders(tmp_path / "data")
+    fit(folder_config(root), fabric, tmp_path / "one")
+    fit(folder_config(root, "train.accumulation=2"), fabric, tmp_path / "two")
+    a, b = (runs.load_checkpoint(tmp_path / n / "last.ckpt")["model"] for n in ("one", "two"))
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_two_ranks_equal_one_process_at_equal_global_batch(fabric, tmp_path):
+    root = folders(tmp_path / "data")
+    args = [*FOLDER, *folder_arm(root), "optim.name=sgd", "optim.lr=0.05", "fabric.accelerator=cpu"]
+    fit(folder_config(root, *args), fabric, tmp_path / "one")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    two = script(*torchrun, *args, f"hydra.run.dir={tmp_path / 'two'}")
+    assert two.returncode == 0, two.stderr
+    assert "2 devices x 1 micro-steps x 2" in two.stdout
+    a, b = (runs.load_checkpoint(tmp_path / n / "last.ckpt")["model"] for n in ("one", "two"))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    metrics = [read(tmp_path / n)["metrics"] for n in ("one", "two")]
+    assert metrics[0] == pytest.approx(metrics[1], abs=1e-3)
+
+
+def test_an_arm_starts_from_the_stem_of_its_seed_by_command_line(fabric, tmp_path):
+    """python train.py with a chain of two that are there: nothing is trained first, and the stem's weights are the start."""
+    short = [*SHORT, "train.epochs=1", "data.train_images=70", f"run_root={tmp_path}", "threads=1"]
+    for method in ("face_net", "stem"):
+        fit(config("config", f"method={method}", f"arm={method}", *short), fabric, tmp_path / f"default/{method}/seed0")
+    done = script("train.py", *short)
+    assert done.returncode == 0 and "comes first" not in done.stdout, done.stdout + done.stderr
+    checkpoints = {p.relative_to(tmp_path / "default").parts[0]: p for p in tmp_path.rglob("last.ckpt")}
+    cfg = OmegaConf.create(runs.load_checkpoint(checkpoints["app_atp"])["config"])
+    trained = {
+        k: v for k, v in runs.load_checkpoint(checkpoints["stem"])["model"].items() if k.startswith("extractor.")
+    }
+    start = build(cfg, 7).state_dict()
+    assert len(trained) > 10 and all(torch.equal(start[k], v) for k, v in trained.items())
+    first = runs.load_checkpoint(checkpoints["face_net"])["model"]
+    stem = build(OmegaConf.create(runs.load_checkpoint(checkpoints["stem"])["config"]), 7).state_dict()
+    assert all(torch.equal(stem[k], first[k]) for k in trained)
+    with pytest.raises(ValueError, match="not this model's: delete that run"):
+        build(OmegaConf.merge(cfg, {"model": {"widths": [8, 8, 8]}}), 7)
+
+
+def test_what_is_missing_comes_first_in_order(tmp_path):
+    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
+        cfg = compose("config", overrides=["arm=app", f"run_root={tmp_path}", "seed=3", "model.widths=[8,8,8]"])
+        order = stems_first(cfg)
+        assert [path for _, path in order] == [tmp_path / f"default/{arm}/seed3" for arm in ("face_net", "stem")]
+        assert all(c.seed == 3 and list(c.model.widths) == [8, 8, 8] and c.model.depth == 0 for c, _ in order)
+        assert [c.model.pool for c, _ in order] == ["flatten", "mean"] and order[1][0].start.arm == "face_net"
+        done = tmp_path / "default/stem/seed3/result.json"
+        done.parent.mkdir(parents=True)
+        done.write_text('{"status": "finished"}')
+        assert stems_first(cfg) == []
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+def test_a_misspelt_arm_lists_the_choices():
+    with pytest.raises(MissingConfigException, match=r"(?s)apps.*app_atp"):
+        short_config("method=apps")
+
+
+@pytest.mark.parametrize("override", ["+method.app.kep=3", "+method.atp.rat=1", "+data.imags=10", "+model.dims=3"])
+def test_a_misspelt_key_fails_with_its_name(override, fabric, tmp_path):
+    with pytest.raises(TypeError, match=override.split(".")[-1].split("=")[0]):
+        fit(short_config(override), fabric, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [
+        ("method.app.keep=65", "keep=65 of 64 patches; allowed are 1..64"),
+        ("method.app.keep=0", "keep=0"),
+        ("method.app.score=mean", "score='mean'; use one of sum"),
+        ("method.atp.rate=0", r"not in \(0, 1\]"),
+        ("method.atp.start=5", "start=5; allowed are 0..4"),
+        ("method.atp.source=both", "source='both'; use one of logits, softmax"),
+        ("schedule.kind=step", "allowed: one_cycle, cosine_epoch"),
+        ("optim.name=adam", r"optim.name='adam', allowed: sgd, adamw"),
+        ("data.size=40", "image_size=40 is not a positive multiple of the stem's stride 6"),
+        ("data.counts=long", "data.counts='long', allowed: raf_db, equal"),
+        ("train.accumulation=5", "multiple of"),
+        ("train.batch_size=512", r"fewer than train\.batch_size=512"),
+    ],
+)
+def test_a_wrong_value_names_what_is_allowed_and_writes_nothing(override, error, fabric, tmp_path):
+    with pytest.raises(ValueError, match=error):
+        fit(short_config(override), fabric, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nan_loss_stops_the_run_and_names_the_term(fabric, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step \d+: .*(loss|gradient norm)=(nan|inf)"):
+        fit(short_config("optim.lr=1e20", "train.epochs=10"), fabric, tmp_path)
+    assert read(tmp_path)["status"] == "failed"
+
+
+def test_preflight_and_missing_data_leave_nothing_behind(fabric, tmp_path, capsys):
+    fit(short_config("preflight=true"), fabric, tmp_path / "run")
+    assert "preflight: data found, 32 images" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    missing = script(
+        "train.py", "experiment=raf_db", f"data.root={tmp_path / 'nowhere'}", f"run_root={tmp_path / 'runs'}"
+    )
+    assert missing.returncode != 0 and "nowhere" in missing.stderr and not (tmp_path / "runs").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- the pieces
+def test_weight_decay_leaves_out_tokens_only_on_request():
+    cfg = short_config("optim.name=sgd")
+    model = build(cfg, 7)
+    groups = build_optimizer(model, cfg).param_groups
+    assert [g["weight_decay"] for g in groups] == [0.05, 0.0] and len(groups[1]["params"]) == 3
+    cfg.optim.no_decay_tokens = False
+    (only,) = build_optimizer(model, cfg).param_groups
+    assert (
+        len(only["params"]) == len(list(model.parameters()))
+        and only["weight_decay"] == 0.05
+        and only["momentum"] == 0.9
+    )
+
+
+def test_evaluation_is_repeatable_for_random_scores_and_does_not_touch_the_global_stream(fabric):
+    from ap_fer.data import build_data
+
+    cfg = short_config("method=random")
+    data, model = build_data(seed=0, **cfg.data), fabric.setup_module(build(cfg, 7))
+    torch.nn.init.normal_(model.module.head["fc"].weight)
+    before = torch.get_rng_state()
+    a, b = (evaluate(fabric, model, data, batch_size=20, workers=0)[0] for _ in range(2))
+    assert a == b and torch.equal(before, torch.get_rng_state())
