@@ -26,7 +26,10 @@ from dcp_nas.supernet import Supernet
 from dcp_nas.tangent_propagation import (
     child_gradient,
     child_likelihood,
+    chunk_gradients,
     discrepancy,
+    discrepancy_gradient,
+    empirical_fisher_vector,
     flatten,
     parent_tangent,
     unflatten,
@@ -74,13 +77,19 @@ def examine(
 
     for images, _ in batches:
         target = search.target(images)
-        rules = {}
-        for rule in ("exact", *COMPARED[:-1]):
-            options = {"lam": lam, "hessian": rule, "chunks": chunks}
-            rules[rule] = child_gradient(lambda a, x=images: net(x, tuple(a)), alphas, target, t, **options)
-        g = rules["exact"]["g"]
-        terms = {rule: r["tangent_term"] for rule, r in rules.items()}
-        terms["random"] = torch.randn(len(g), generator=generator).to(g)
+        rules = {
+            rule: child_gradient(lambda a, x=images: net(x, tuple(a)), alphas, target, t, lam=lam, hessian=rule)
+            for rule in ("exact", "ggn")
+        }
+        g, d = rules["exact"]["g"], discrepancy_gradient(rules["exact"]["g"], t)
+        rows = chunk_gradients(child_likelihood(net(images, alphas), target), alphas, chunks)
+        size = len(images) // chunks
+        terms = {rule: r["tangent_term"] for rule, r in rules.items()} | {
+            "fisher_empirical": -lam * empirical_fisher_vector(rows, d, chunk_size=size),
+            "ggn_diag": -lam * empirical_fisher_vector(rows, d, chunk_size=size, diagonal=True),
+            "ggn_rank1": -lam * g * (g @ d),
+            "random": torch.randn(len(g), generator=generator).to(g),
+        }
         before = discrepancy(g, t).item()
         for rule in STEPPED:
             # The control goes along a random direction and against it, which halves its noise.

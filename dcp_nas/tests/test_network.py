@@ -88,8 +88,9 @@ def test_factorized_reduction_sees_every_second_pixel_in_each_half():
     layer = FactorizedReduce(1, 2, Bits())
     x = torch.zeros(1, 1, 4, 4)
     x[0, 0, 1, 1] = 1.0
-    layer.norm_in = nn.Identity()
-    assert layer.even(x).abs().sum() == 0 and layer.odd(x[:, :, 1:, 1:]).abs().sum() > 0
+    layer.norm_in = layer.norm = layer.act = nn.Identity()
+    even, odd = layer(x)[0]  # the pixel at (1, 1) belongs to the odd ones
+    assert even.abs().sum() == 0 and odd[0, 0] == layer.odd.weight.flatten() and odd.count_nonzero() == 1
     with pytest.raises(ValueError, match="a map of 7x8 cannot be halved"):
         layer(torch.zeros(1, 1, 7, 8))
     with pytest.raises(ValueError, match="3 output channels: .*even"):
@@ -171,6 +172,11 @@ def test_image_net_stem_strides_channels_and_features_only():
         features(x), features.feature_info.channels(), features.feature_info.reduction(), strict=True
     ):
         assert map_.shape == (2, c, 64 // s, 96 // s)
+    outputs = []
+    for cell in net.cells:
+        cell.register_forward_hook(lambda module, args, out: outputs.append(out))
+    maps = features.eval()(x)  # the stem, and the last cells before the reductions at 2 and 4
+    assert all(torch.equal(m, outputs[i]) for m, i in zip(maps[1:], (1, 3, 5), strict=True))
     some = Features(
         Network(GENOTYPES["CHL_I6"], num_classes=5, channels=8, cells=6, stem="imagenet", bits=BINARY),
         out_indices=(1, 3),
