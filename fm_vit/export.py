@@ -1,6 +1,6 @@
 """Export a checkpoint to ONNX for one set of sensors, and check it with onnxruntime.
 
-python export.py weights=runs/default/fmvit/seed0/last.ckpt modalities=[rgb] out=rgb.onnx       one branch: a third of the parameters
+python export.py weights=runs/default/fmvit/seed0/last.ckpt modalities=[rgb] out=rgb.onnx     one branch of three
 python export.py weights=... modalities=[rgb,depth,ir] out=fused.onnx
 """
 
@@ -43,7 +43,7 @@ def one_set(model: Any, names: list[str]) -> Deployed:
     if isinstance(model, FMViT):
         model.branches = nn.ModuleDict({m: model.branches[m] for m in names})
         model.modalities = names
-    return Deployed(model.eval(), names)
+    return Deployed(model, names).eval()
 
 
 def export(cfg: DictConfig) -> Path:

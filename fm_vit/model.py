@@ -32,6 +32,9 @@ def build_trunk(*, name: str | None = None, pretrained: bool = False, weights: s
         trunk = timm.create_model(name, pretrained=pretrained, num_classes=0, **vit)
     if not isinstance(trunk, VisionTransformer) or trunk.cls_token is None or trunk.num_prefix_tokens != 1:
         raise ValueError(f"{name or 'the trunk'} must be a timm VisionTransformer with one class token and no other")
+    (height, width), (ph, pw) = trunk.patch_embed.img_size, trunk.patch_embed.patch_size  # pyright: ignore
+    if height % ph or width % pw:
+        raise ValueError(f"images of {height} x {width} are no multiple of patches of {ph} x {pw}")
     if weights is not None:
         from common.runs import load_checkpoint
 
@@ -132,8 +135,10 @@ class FMViT(nn.Module):
             if depth + 1 in self.after:
                 states = self._part(states, wanted)
                 blocks = {m: branch.cmtb[self.after.index(depth + 1)] for m, branch in branches.items()}
-                self.kept = {}
-                states = [cross_modal(state, blocks, self.kept) for state in states]
+                kept: dict[str, Tensor] = {}
+                states = [cross_modal(state, blocks, kept) for state in states]
+                if not torch.compiler.is_compiling():  # an exported graph has no attributes to write
+                    self.kept = kept
         states = self._part(states, wanted)
         outputs = [{m: branches[m].classify(z) for m, z in state.items()} for state in states]
         return outputs if paths is not None else outputs[0]

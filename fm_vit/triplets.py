@@ -50,12 +50,12 @@ def read_frame(path: Path, *, depth_max: float | None = None) -> Tensor:
     return (pixels / depth_max).clamp(0, 1).expand(3, -1, -1)
 
 
-def geometry(size: int, *, train: bool, rotation: int = 10) -> v2.Transform:
+def geometry(size: int, *, train: bool, rotation: float = 10.0) -> v2.Transform:
     """Resize to size x size; for training a crop of 80 to 100 % of the area, a rotation and a flip."""
     if not train:
         return v2.Resize((size, size), antialias=True)
     return v2.Compose([
-        v2.RandomRotation(rotation), v2.RandomResizedCrop(size, scale=(0.8, 1.0), ratio=(0.9, 1.1), antialias=True),
+        v2.RandomRotation([-rotation, rotation]), v2.RandomResizedCrop(size, scale=(0.8, 1.0), ratio=(0.9, 1.1), antialias=True),
         v2.RandomHorizontalFlip(),
     ])  # fmt: skip
 

@@ -1,0 +1,214 @@
+"""FM-ViT and the baselines: every subset, independence of absent branches, counts, losses, weights."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+
+from common.metrics.claims import load_claims
+from fm_vit import counts
+from fm_vit.baselines import ConcatFusion, CrossAttentionFusion, SharedViT, TwoBranchCMFL, cross_modal_focal
+from fm_vit.losses import path_losses, subsets, training_paths
+from fm_vit.model import FMViT, build_trunk
+from fm_vit.tests.helpers import PAPER
+
+NAMES = ["rgb", "depth", "ir"]
+VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
+
+
+def images(names=NAMES, batch=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    made = {m: torch.randn(batch, 3, 16, 16, generator=g) for m in NAMES}
+    return {m: made[m] for m in names}
+
+
+def model(**options):
+    torch.manual_seed(0)
+    return FMViT(NAMES, vit=VIT, **options).eval()
+
+
+def test_subsets_of_three_are_seven():
+    assert [len(s) for s in subsets(NAMES)] == [1, 1, 1, 2, 2, 2, 3]
+    assert training_paths(NAMES, ["single", "cross"]) == [
+        ("single", ("rgb",)), ("single", ("depth",)), ("single", ("ir",)), ("cross", ("rgb", "depth", "ir")),
+    ]  # fmt: skip
+    assert training_paths(["rgb"], ["single", "cross"]) == [("cross", ("rgb",))]
+    assert len(training_paths(NAMES, ["single", "pairs", "cross"])) == 7
+    with pytest.raises(ValueError, match="triple"):
+        training_paths(NAMES, ["triple"])
+    with pytest.raises(ValueError, match="one or more"):
+        training_paths(NAMES, [])
+
+
+@pytest.mark.parametrize("after", [None, [1], [1, 2], []])
+def test_paths_share_the_trunk_and_equal_separate_passes(after):
+    net, x = model(after=after), images()
+    paths = subsets(NAMES)
+    together = net(x, paths)
+    for path, out in zip(paths, together, strict=True):
+        alone = net({m: x[m] for m in path})
+        assert list(out) == list(alone) == list(path)
+        for m in path:
+            torch.testing.assert_close(out[m], alone[m])
+    one = net({"ir": x["ir"]})["ir"]
+    assert torch.equal(net({"ir": x["ir"]}, [["ir"]])[0]["ir"], one)
+    reordered = net(dict(reversed(x.items())))
+    assert list(reordered) == NAMES and torch.equal(reordered["rgb"], net(x)["rgb"])
+
+
+def test_one_modality_depends_on_its_branch_only():
+    net = model()
+    net({"depth": images()["depth"]})["depth"].sum().backward()
+    for name, p in net.named_parameters():
+        used = name.startswith("branches.depth.")
+        assert (p.grad is not None) == used, name
+
+
+def test_in_the_cross_path_every_branch_sees_the_others():
+    net, x = model(), {m: v.requires_grad_() for m, v in images().items()}
+    net(x)["rgb"].sum().backward()
+    assert all(v.grad.abs().sum() > 0 for v in x.values())
+    late, x = model(after=[]), {m: v.requires_grad_() for m, v in images().items()}
+    late(x)["rgb"].sum().backward()
+    assert x["ir"].grad is None or not x["ir"].grad.any()
+
+
+def test_grey_images_are_repeated_and_bad_input_is_named():
+    net, x = model(), images(["ir"])
+    grey = x["ir"][:, :1]
+    assert torch.equal(net({"ir": grey})["ir"], net({"ir": grey.repeat(1, 3, 1, 1)})["ir"])
+    for bad, message in (
+        ({}, "no modality"),
+        ({"thermal": x["ir"]}, "thermal"),
+        ({"rgb": x["ir"][:2], "ir": x["ir"]}, "batch and image size"),
+        ({"ir": x["ir"][:, :2]}, r"\(3, 2, 16, 16\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            net(bad)
+    with pytest.raises(ValueError, match="needs one or more"):
+        net(x, [["rgb"]])
+    with pytest.raises(ValueError, match="different names"):
+        FMViT(["a", "a"], vit=VIT)
+    with pytest.raises(ValueError, match="after blocks"):
+        model(after=[3])
+    with pytest.raises(AssertionError):  # timm: the size must be that of the position table
+        net({"ir": torch.zeros(1, 3, 20, 20)})
+
+
+def test_any_names_and_one_state_dict_for_every_subset():
+    net = FMViT(["swir", "thermal"], vit=VIT)
+    assert [*net({"thermal": images()["ir"]})] == ["thermal"]
+    torch.testing.assert_close(
+        net.score({"a": torch.tensor([[0.0, math.log(3)]]), "b": torch.zeros(1, 2)}), torch.tensor([0.625])
+    )
+
+
+def test_counts_are_those_of_the_specification_and_of_the_formulas():
+    found = counts.count()
+    published = {c["metric"]: c for c in load_claims(PAPER) if c["kind"] == "exact"}
+    assert published
+    for size, (dim, _) in counts.SIZES.items():
+        assert found[f"params_cmtb_{size}"] == counts.cmtb_parameters(dim)
+        assert found[f"macs_cmtb_single_{size}"] == counts.cmtb_macs(dim, 1)
+        assert found[f"macs_cmtb_fused_{size}"] == counts.cmtb_macs(dim, 3)
+    assert found["params_branch_small"] == 24_033_794 and found["macs_cmtb_fused_small"] == 233_878_272
+    assert set(published) <= set(found)
+
+
+def test_trunk_from_a_file_and_wrong_architectures(tmp_path):
+    trunk = VisionTransformer(num_classes=10, **VIT)
+    torch.save(trunk.state_dict(), tmp_path / "vit.pth")
+    net = FMViT(["rgb"], vit={**VIT, "weights": str(tmp_path / "vit.pth")})
+    assert torch.equal(net.branches["rgb"].trunk.pos_embed, trunk.pos_embed)
+    with pytest.raises(ValueError, match="does not fit"):
+        build_trunk(**{**VIT, "depth": 3}, weights=str(tmp_path / "vit.pth"))
+    for name in ("resnet18", "deit_tiny_distilled_patch16_224"):
+        with pytest.raises(ValueError, match="one class token"):
+            build_trunk(name=name)
+
+
+# ------------------------------------------------------------------------------------------------------------ baselines
+def test_shared_vit_is_one_network():
+    torch.manual_seed(0)
+    net, x = SharedViT(NAMES, vit=VIT).eval(), images()
+    out = net(x)
+    torch.testing.assert_close(out["ir"], net({"rgb": x["ir"]})["rgb"])
+    assert [*net(x, [["rgb"], ["rgb", "ir"]])[1]] == ["rgb", "ir"]
+
+
+@pytest.mark.parametrize("kind", [ConcatFusion, CrossAttentionFusion])
+def test_zero_filled_fusion(kind):
+    torch.manual_seed(0)
+    net, x = kind(NAMES, vit=VIT).eval(), images()
+    zeros = torch.zeros_like(x["rgb"])
+    torch.testing.assert_close(
+        net({"rgb": x["rgb"]})["fused"], net({"rgb": x["rgb"], "depth": zeros, "ir": zeros})["fused"]
+    )
+    many = net(x, [["rgb"], ["rgb", "depth", "ir"]])
+    torch.testing.assert_close(many[1]["fused"], net(x)["fused"])
+    black = kind(NAMES, vit=VIT, fill="black")
+    black.load_state_dict(net.state_dict())
+    black.eval()
+    torch.testing.assert_close(
+        black({"rgb": x["rgb"]})["fused"], net({"rgb": x["rgb"], "depth": zeros - 1, "ir": zeros - 1})["fused"]
+    )
+    with pytest.raises(ValueError, match="grey"):
+        kind(NAMES, vit=VIT, fill="grey")
+
+
+def test_modality_dropout_spares_the_first_modality_and_evaluation():
+    torch.manual_seed(0)
+    net = ConcatFusion(NAMES, vit=VIT, dropout=1.0)
+    x = images()
+    rgb = net.train()({"rgb": x["rgb"]})["fused"]
+    torch.testing.assert_close(net(x)["fused"], rgb)
+    assert not torch.allclose(net.eval()(x)["fused"], rgb)
+    mismatch = ConcatFusion(NAMES, vit=VIT, train_fill="black")
+    assert not torch.allclose(mismatch.train()({"rgb": x["rgb"]})["fused"], mismatch.eval()({"rgb": x["rgb"]})["fused"])
+
+
+def test_cross_attention_is_over_channels():
+    torch.manual_seed(0)
+    net, x = CrossAttentionFusion(["rgb", "ir"], vit=VIT).eval(), images(["rgb", "ir"])
+    a, b = (net.trunks[m].forward_features(x[m])[:, 1:] for m in ("rgb", "ir"))
+    attended = torch.einsum("bij,bnj->bni", torch.einsum("bni,bnj->bij", b, a).softmax(2), a)
+    conv, norm, relu = net.mix["ir"]
+    mixed = b + relu(norm(conv(attended.mT))).mT
+    expected = net.head(torch.cat([a.mean(1), mixed.mean(1)], 1))
+    torch.testing.assert_close(net(x)["fused"], expected)
+
+
+def test_cmfl():
+    """w at (p, q) = (.5, .8) is .8 * .8 / 1.3; alpha (1 - w)^gamma -log p, by hand."""
+    p, q = 0.5, 0.8
+    logits = torch.tensor([[0.0, 0.0]])
+    other = torch.tensor([[math.log(1 - q), math.log(q)]])
+    w = q * 2 * p * q / (p + q)
+    value = cross_modal_focal(logits, other, torch.tensor([1]), alpha=2.0, gamma=3.0)
+    assert value.item() == pytest.approx(2 * (1 - w) ** 3 * -math.log(p), rel=1e-5)
+    torch.testing.assert_close(
+        cross_modal_focal(logits, other, torch.tensor([1]), gamma=0.0), F.cross_entropy(logits, torch.tensor([1]))
+    )
+    net = TwoBranchCMFL(["rgb", "depth"], vit=VIT)
+    x = images(["rgb", "depth"])
+    out = net(x, [["rgb"], ["rgb", "depth"]])
+    assert [*out[0]] == ["rgb"] and [*out[1]] == ["rgb", "depth", "joint"]
+    torch.testing.assert_close(net.score(out[1]), out[1]["joint"].softmax(-1)[:, 1])
+    labels = torch.tensor([0, 1, 1])
+    terms = path_losses(net, out[1:], ["cross"], labels, cmfl=0.0)
+    torch.testing.assert_close(terms["loss_cross"], F.cross_entropy(out[1]["joint"], labels))
+    with pytest.raises(ValueError, match="two modalities"):
+        TwoBranchCMFL(NAMES, vit=VIT)
+
+
+def test_losses_are_sums_over_heads_and_means_over_images():
+    net, x, labels = model(), images(), torch.tensor([0, 1, 1])
+    paths = training_paths(NAMES, ["single", "cross"])
+    outputs = net(x, [names for _, names in paths])
+    terms = path_losses(net, outputs, [kind for kind, _ in paths], labels, weights={"cross": 0.5})
+    single = sum(F.cross_entropy(net({m: x[m]})[m], labels) for m in NAMES)
+    cross = sum(F.cross_entropy(z, labels) for z in net(x).values())
+    torch.testing.assert_close(terms["loss_single"], single)
+    torch.testing.assert_close(terms["loss_cross"], 0.5 * cross)
