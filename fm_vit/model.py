@@ -56,8 +56,9 @@ def check_images(images: Mapping[str, Tensor], modalities: Sequence[str]) -> lis
         raise ValueError(f"no modality given; allowed: any non-empty subset of {', '.join(modalities)}")
     if unknown := sorted(set(images) - set(modalities)):
         raise ValueError(f"unknown modality {', '.join(unknown)}; this model has {', '.join(modalities)}")
-    shapes = {m: tuple(x.shape) for m, x in images.items()}
-    if len({s[:1] + s[2:] for s in shapes.values()}) > 1:
+    first = next(iter(images.values()))
+    if any(x.shape[0] != first.shape[0] or x.shape[2:] != first.shape[2:] for x in images.values()):
+        shapes = {m: tuple(x.shape) for m, x in images.items()}
         raise ValueError(f"batch and image size must be the same in every modality, got {shapes}")
     return [m for m in modalities if m in images]
 

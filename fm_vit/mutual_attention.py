@@ -30,8 +30,11 @@ def select(relevance: Tensor, *, rule: str = "top", share: float = 0.5) -> Tenso
     relevance = relevance.detach().float()
     if rule == "top":
         count = math.ceil(share * relevance.shape[1] - 1e-9)
-        first = relevance.argsort(dim=1, descending=True, stable=True)[:, :count]
-        return torch.zeros_like(relevance, dtype=torch.bool).scatter_(1, first, True)
+        # Ranks by comparison: exact with ties on every device, and exportable, which a stable sort is not.
+        mine, other = relevance[:, :, None], relevance[:, None, :]
+        n = relevance.shape[1]
+        earlier = torch.ones(n, n, dtype=torch.bool, device=relevance.device).tril(-1)
+        return ((other > mine) | ((other == mine) & earlier)).sum(2) < count
     low, high = relevance.amin(1, keepdim=True), relevance.amax(1, keepdim=True)
     if rule == "max":
         return relevance >= low + share * (high - low)
