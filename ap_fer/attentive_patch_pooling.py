@@ -91,7 +91,7 @@ class APP(nn.Module):
         tokens = x if position is None else x + position
         n = x.shape[1]
         if self.keep is None or self.keep == n or not active(self.when, self.training):
-            return tokens, torch.arange(n, device=x.device).expand(len(x), -1)
+            return tokens, torch.arange(n, device=x.device).expand(x.shape[0], -1)
         k = check_keep(self.keep, n)
         index = select(patch_score(x, self.score) if scores is None else scores, k, lowest=self.lowest)
         return gather_tokens(tokens, index), index

@@ -74,7 +74,7 @@ class ATP(nn.Module):
     def forward(self, u: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
         n, p = u.shape[1] - self.prefix, self.prefix
         if not self.drops(n):
-            return u, torch.arange(n, device=u.device).expand(len(u), -1)
+            return u, torch.arange(n, device=u.device).expand(u.shape[0], -1)
         scores = token_score(row, self.score, source=self.source, prefix=p)
         index = select(scores, keep_count(n, self.rate), lowest=self.lowest)
         return torch.cat([u[:, :p], gather_tokens(u[:, p:], index)], 1), index

@@ -152,9 +152,11 @@ def _faces(
     data = _rendered(sum(counts), "train", stream(seed, draw), size, occluded, tuple(counts))
     indices = repeated_indices(data.targets.tolist(), repeat_factors(counts) if balance else [1] * len(counts))
     held, truth = _test_faces(test, size, seed)
-    shift = CropFlip(padding=2) if augment == "flip" else None
+    mirror = CropFlip(padding=0) if augment == "flip" else None
 
     def make(plan: Plan, device: torch.device) -> TensorBatches:
-        return TensorBatches(normalise(data.images[indices]), data.targets[indices], plan, device=device, augment=shift)
+        return TensorBatches(
+            normalise(data.images[indices]), data.targets[indices], plan, device=device, augment=mirror
+        )
 
     return Data(names, counts, indices, held, make, {"clean": slice(0, test), "occluded": slice(test, 2 * test)}, truth)

@@ -4,16 +4,28 @@ python export.py weights=runs/default/app_atp/seed0/last.ckpt out=apvit.onnx
 
 The number of tokens of every block is a constant of the configuration, so the poolings are TopK and GatherElements."""
 
+import warnings
 from pathlib import Path
 
 import hydra
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from ap_fer.evaluate import load
 from ap_fer.model import APViT
+
+
+class Logits(nn.Module):
+    """The forward pass with one argument: the exporter does not know keyword-only ones."""
+
+    def __init__(self, model: APViT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
 
 
 def export(model: APViT, path: str | Path) -> None:
@@ -25,10 +37,12 @@ def export(model: APViT, path: str | Path) -> None:
     if random:
         raise ValueError("a pooling with random scores is a control, not a model to export")
     example = torch.zeros(2, 3, model.image_size, model.image_size)
-    torch.onnx.export(
-        model.eval(), (example,), str(path), input_names=["images"], output_names=["logits"], opset_version=17, dynamo=False,
-        dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # numbers of tokens are constants, on purpose
+        torch.onnx.export(
+            Logits(model).eval(), (example,), str(path), input_names=["images"], output_names=["logits"], opset_version=17,
+            dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}}, dynamo=False,
+        )  # fmt: skip
 
 
 def onnx_logits(path: str | Path, images: Tensor, *, threads: int = 0) -> np.ndarray:

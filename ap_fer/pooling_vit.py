@@ -121,7 +121,7 @@ class PoolingViT(nn.Module):
             )
         patches, index = self.app(x.flatten(2).transpose(1, 2), self.patch_pos_embed)
         kept = Kept(index)
-        z = torch.cat([(self.cls_token + self.cls_pos_embed).expand(len(x), -1, -1), patches], 1)
+        z = torch.cat([(self.cls_token + self.cls_pos_embed).expand(x.shape[0], -1, -1), patches], 1)
         for block in self.blocks:
             z, chosen = block(z)
             index = index if chosen is None else index.gather(1, chosen)

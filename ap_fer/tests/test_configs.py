@@ -1,6 +1,9 @@
 """Every sweep composes; every claim names arms that are run; every experiment is the recipe it says."""
 
+import itertools
+
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from ap_fer.tests.helpers import CONFIGS, config
@@ -11,9 +14,25 @@ PAPER = CONFIGS.parent
 SCALES = ("mini", "full", "gpu_faces112", "paper")
 
 
-@pytest.fixture(scope="module")
-def cells():
-    return {scale: reproduce.cells(PAPER, scale, ("data.root=/datasets",)) for scale in SCALES}
+def sweep_cells(scale):
+    """(sweep file, its content, the chosen overrides) of every cell, read from the YAML alone."""
+    for file in sorted((CONFIGS / "reproduce" / scale).glob("*.yaml")):
+        sweep = yaml.safe_load(file.read_text())
+        choices = [
+            [(k, v) for v in str(values).split(",")] for k, values in sweep["hydra"]["sweeper"]["params"].items()
+        ]
+        for chosen in itertools.product(*choices):
+            yield file, sweep, dict(chosen)
+
+
+def arm_name(file, sweep, chosen):
+    """The directory of the cell between scale and seed."""
+    if "_counts" in file.stem:
+        return "counts"
+    suffix = sweep.get("arm", "").removeprefix("${hydra:runtime.choices.method}")
+    experiment = f"_{chosen['experiment']}" if "experiment" in chosen else ""
+    others = ",".join(sorted(f"{k}={v}" for k, v in chosen.items() if k not in ("method", "seed", "experiment")))
+    return "/".join([chosen["method"] + suffix + experiment, *([others] if others else [])])
 
 
 def test_all_scales_are_here_and_say_what_they_can_show():
@@ -24,12 +43,13 @@ def test_all_scales_are_here_and_say_what_they_can_show():
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_every_claim_names_arms_that_its_scale_runs_on_evidence_seeds(scale, cells):
+def test_every_claim_names_arms_that_its_scale_runs_on_evidence_seeds(scale):
     seeds: dict[str, set[int]] = {}
-    for cell in cells[scale]:
-        assert cell.seed not in seeds.setdefault(cell.arm, set()), f"{cell.name()} twice"
-        seeds[cell.arm].add(cell.seed)
-        assert cell.seed >= 100 or cell.script == "counts"
+    for file, sweep, chosen in sweep_cells(scale):
+        arm, seed = arm_name(file, sweep, chosen), int(chosen["seed"])
+        assert seed not in seeds.setdefault(arm, set()), f"{arm}/seed{seed} twice"
+        seeds[arm].add(seed)
+        assert seed >= 100 or arm == "counts"
     claims = [c for c in load_claims(PAPER) if scale in c["scale"] and c["kind"] != "released_weights"]
     assert claims
     for claim in claims:
@@ -38,15 +58,30 @@ def test_every_claim_names_arms_that_its_scale_runs_on_evidence_seeds(scale, cel
             assert len(set.intersection(*(seeds[a] for a in claim["arms"]))) >= 3, claim["id"]
 
 
-def test_the_miniature_has_five_seeds_of_five_arms_at_two_lengths(cells):
-    arms = {c.arm for c in cells["mini"]}
+@pytest.mark.parametrize("scale", SCALES)
+def test_sweeps_compose_as_hydra_will_run_them(scale, monkeypatch):
+    first = {}
+    for cell in sweep_cells(scale):
+        first.setdefault(cell[0].stem, cell)
+    monkeypatch.setattr(reproduce, "_choices", lambda override: [override.split(",")[0]])  # one cell of every sweep
+    extra = ("data.root=/datasets",) if scale == "paper" else ()
+    cells = {c.stage: c for c in reproduce.cells(PAPER, scale, extra)}
+    assert list(cells) == sorted(first)
+    for stage, cell in cells.items():
+        assert cell.arm == arm_name(*first[stage]) and cell.seed == int(first[stage][2]["seed"]), stage
+        assert cell.dir.is_relative_to(PAPER / "runs" / scale)
+
+
+def test_the_miniature_has_five_seeds_of_five_arms_at_two_lengths():
+    cells = [(arm_name(*cell), cell[1].get("after")) for cell in sweep_cells("mini")]
     wanted = {"none", "app", "app_atp", "random", "worst"}
+    arms = {arm for arm, _ in cells}
     assert arms == {"counts", "face_net", "stem"} | wanted | {f"{a}_short" for a in wanted}
-    assert all(sum(c.arm == a for c in cells["mini"]) == 5 for a in arms - {"counts"})
-    assert all(c.after == ("11_train_stem",) for c in cells["mini"] if c.stage.startswith("2"))
+    assert all(sum(arm == a for arm, _ in cells) == 5 for a in arms - {"counts"})
+    assert all(after == ["11_train_stem"] for arm, after in cells if arm.removesuffix("_short") in wanted)
 
 
-def test_controls_cost_as_much_as_what_they_control(cells):
+def test_controls_cost_as_much_as_what_they_control():
     """Equal poolings in everything but the score."""
 
     def sizes(method):
