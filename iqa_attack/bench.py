@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from common.runs import provenance
-from iqa_attack.export import Unchecked, export_onnx
+from iqa_attack.export import export_onnx
 from iqa_attack.fidelity import C1, C2, SSIM, grey
 from iqa_attack.filters import gaussian_window
 from iqa_attack.natural_scene_statistics import ggd_ratio, shape_of_ratio
@@ -90,7 +90,7 @@ def bench(cfg: DictConfig) -> list[dict]:
         raise ValueError("the two searches disagree")
     times = [milliseconds(c, cfg.seconds) for c in (lambda: shape_of_ratio(ratio, "none"), lambda: argmin_shape(ratio))]
     row("shape of a generalised Gaussian: bisection vs argmin", *times, 64)
-    model = Unchecked(Scored(Unique(backbone="small"), 0.0, 1.0).eval())
+    model = Scored(Unique(backbone="small"), 0.0, 1.0).eval()
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         import onnxruntime
 

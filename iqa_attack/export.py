@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from iqa_attack.nr_models import Scored, load_official, load_trained
+from iqa_attack.nr_models import load_official, load_trained
 
 
 def export_onnx(model: torch.nn.Module, out: Path, *, size: int, tolerance: float) -> float:
@@ -45,17 +45,6 @@ def export_onnx(model: torch.nn.Module, out: Path, *, size: int, tolerance: floa
     return worst
 
 
-class Unchecked(torch.nn.Module):
-    """A network and its logistic without the checks of the input, whose branches depend on pixel values."""
-
-    def __init__(self, scored: Scored):
-        super().__init__()
-        self.scored = scored
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.scored(x)
-
-
 def export(cfg: DictConfig) -> Path:
     """Writes cfg.out and returns its path; see configs/export.yaml."""
     if cfg.model not in ("ma19", "unique"):
@@ -65,9 +54,7 @@ def export(cfg: DictConfig) -> Path:
     models = {cfg.model: load_official(cfg.model, cfg.weights)} if cfg.official else load_trained(cfg.weights)
     if cfg.model not in models:
         raise ValueError(f"{cfg.weights} has no {cfg.model}, it holds {', '.join(models)}")
-    worst = export_onnx(
-        Unchecked(models[cfg.model].cpu().eval()), Path(cfg.out), size=cfg.size, tolerance=cfg.tolerance
-    )
+    worst = export_onnx(models[cfg.model].cpu().eval(), Path(cfg.out), size=cfg.size, tolerance=cfg.tolerance)
     print(
         f"{cfg.out}: {cfg.model} with its logistic, images of {cfg.size} x {cfg.size}, largest difference to torch {worst:.2g}"
     )

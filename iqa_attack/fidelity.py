@@ -21,10 +21,11 @@ def grey(x: Tensor) -> Tensor:
 def ssim_maps(x: Tensor, y: Tensor, *, padding: str = "valid") -> tuple[Tensor, Tensor]:
     """(SSIM, contrast-structure) maps of x, y (B, C, H, W) in 0..1: 11 x 11 Gaussian windows of sigma 1.5.
 
-    padding: valid (MATLAB's convention: whole windows only) or replicate (a map as large as the image). Population
+    padding: valid (MATLAB's convention: whole windows only) or replicate, reflect (a map as large as the image;
+    reflect is torchmetrics' convention). Population
     covariances."""
-    if padding not in ("valid", "replicate"):
-        raise ValueError(f"padding={padding!r}, allowed: valid, replicate")
+    if padding not in ("valid", "replicate", "reflect"):
+        raise ValueError(f"padding={padding!r}, allowed: valid, replicate, reflect")
     if min(x.shape[2:]) < 11:
         raise ValueError(f"SSIM needs images of at least 11 x 11 pixels, got {x.shape[2]} x {x.shape[3]}")
     stack = gaussian_filter(torch.stack([x, y, x * x, y * y, x * y]), size=11, sigma=1.5, padding=padding)
@@ -70,17 +71,24 @@ class SSIM(nn.Module):
 
 
 class MSSSIM(nn.Module):
-    """1 - MS-SSIM over five scales, grey. Sides of at least 161 pixels, so that the last scale holds a window."""
+    """1 - MS-SSIM over five scales, grey. Sides of at least 161 pixels, so that the last scale holds a window.
+
+    last: padding of the last scale; torchmetrics reflects there."""
 
     minimum = 161
+
+    def __init__(self, *, last: str = "valid"):
+        super().__init__()
+        self.last = last
 
     def forward(self, x: Tensor, x0: Tensor) -> Tensor:
         if min(x.shape[2:]) < self.minimum:
             raise ValueError(f"MS-SSIM needs sides of at least {self.minimum} pixels, got {x.shape[2]} x {x.shape[3]}")
         x, x0, product = grey(x), grey(x0), x.new_ones(len(x))
         for i, weight in enumerate(MS_WEIGHTS):
-            full, cs = ssim_maps(x, x0)
-            value = (full if i == len(MS_WEIGHTS) - 1 else cs).mean((1, 2, 3))
+            final = i == len(MS_WEIGHTS) - 1
+            full, cs = ssim_maps(x, x0, padding=self.last if final else "valid")
+            value = (full if final else cs).mean((1, 2, 3))
             product = product * value.clamp(min=1e-6) ** weight
             x, x0 = F.avg_pool2d(x, 2), F.avg_pool2d(x0, 2)
         return 1 - product

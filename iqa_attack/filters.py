@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-PADDINGS = ("constant", "replicate", "valid")
+PADDINGS = ("constant", "replicate", "reflect", "valid")
 
 
 def gaussian_window(size: int, sigma: float) -> Tensor:
@@ -25,6 +25,8 @@ def _matrix(n: int, size: int, sigma: float, padding: str, dtype: torch.dtype, d
     weights = window.expand(len(centres), size).clone()
     if padding == "constant":
         weights[(source < 0) | (source >= n)] = 0
+    if padding == "reflect":
+        source = torch.where(source < 0, -source, torch.where(source >= n, 2 * (n - 1) - source, source))
     matrix = torch.zeros(len(centres), n, dtype=torch.float64)
     matrix.scatter_add_(1, source.clamp(0, n - 1), weights)
     return matrix.to(device, dtype)

@@ -60,7 +60,9 @@ def brisque(photos):
 
 @pytest.fixture(scope="session")
 def cornia(photos):
-    return fit_cornia(photos["train"].stack(), photos["train"].mos, words=16, seed=0, patches=100, codebook_patches=2000)
+    return fit_cornia(
+        photos["train"].stack(), photos["train"].mos, words=16, seed=0, patches=100, codebook_patches=2000
+    )
 
 
 @pytest.fixture(scope="session")

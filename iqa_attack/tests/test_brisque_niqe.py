@@ -21,7 +21,14 @@ def regression(seed=0, n=5):
 def write(r, folder, kind):
     if kind == "npz":
         path = folder / "svr.npz"
-        np.savez(path, support_vectors=r["vectors"], alpha=r["coef"], rho=r["rho"], gamma=r["gamma"], feature_range=r["range"])
+        np.savez(
+            path,
+            support_vectors=r["vectors"],
+            alpha=r["coef"],
+            rho=r["rho"],
+            gamma=r["gamma"],
+            feature_range=r["range"],
+        )
     elif kind == "yml":
         path = folder / "my_model.yml"
         rows = "".join("      - [ " + ", ".join(f"{v:.17e}" for v in row) + " ]\n" for row in r["vectors"])
@@ -47,7 +54,12 @@ def test_published_formats_give_the_formula(kind, tmp_path, images):
     model = load_brisque(write(r, tmp_path, kind))
     f = model.features(images).double().numpy()
     scaled = 2 * (f - r["range"][0]) / (r["range"][1] - r["range"][0]) - 1
-    raw = np.array([sum(c * np.exp(-0.05 * np.sum((row - v) ** 2)) for c, v in zip(r["coef"], r["vectors"], strict=True)) for row in scaled])
+    raw = np.array(
+        [
+            sum(c * np.exp(-0.05 * np.sum((row - v) ** 2)) for c, v in zip(r["coef"], r["vectors"], strict=True))
+            for row in scaled
+        ]
+    )
     np.testing.assert_allclose(model(images), -(raw - r["rho"]), rtol=1e-4)
     turned = load_brisque(tmp_path / write(r, tmp_path, kind).name, higher_is_better=True)
     torch.testing.assert_close(turned(images), -model(images))
@@ -131,14 +143,18 @@ def test_niqe_prefers_what_looks_like_its_pristine_set_and_has_a_gradient(niqe):
 
 def test_niqe_patches_are_cut_row_by_row(niqe):
     x = pristine()[2][None]
-    shifted = torch.cat([x[..., 24:], x[..., :24]], dim=-1)  # the luma of whole patches moves, borders of their neighbours change little
+    shifted = torch.cat(
+        [x[..., 24:], x[..., :24]], dim=-1
+    )  # the luma of whole patches moves, borders of their neighbours change little
     a, b = niqe.features(x)[1].view(4, 6), niqe.features(shifted)[1].view(4, 6)
     torch.testing.assert_close(a[:, 2:5], b[:, 1:4], rtol=1e-3, atol=1e-2)
 
 
 def test_niqe_files_and_errors(niqe, tmp_path):
     arrays = {"mu": niqe.mean.numpy()[None], "cov": niqe.covariance.numpy()}
-    np.savez(tmp_path / "p.npz", mu_pris_param=arrays["mu"], cov_pris_param=arrays["cov"], gaussian_window=np.ones((7, 7)))
+    np.savez(
+        tmp_path / "p.npz", mu_pris_param=arrays["mu"], cov_pris_param=arrays["cov"], gaussian_window=np.ones((7, 7))
+    )
     scipy.io.savemat(tmp_path / "p.mat", {"mu_prisparam": arrays["mu"], "cov_prisparam": arrays["cov"]})
     x = pristine()[0][None]
     for name in ("p.npz", "p.mat"):

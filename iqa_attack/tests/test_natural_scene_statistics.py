@@ -97,9 +97,7 @@ def test_filter_and_mscn_against_scipy(padding, mode):
 
 def test_mscn_does_not_see_a_constant_that_is_added():
     x = torch.from_numpy(RNG.uniform(0, 200, (1, 1, 24, 24)))
-    torch.testing.assert_close(
-        mscn(x, padding="replicate"), mscn(x + 40, padding="replicate"), rtol=1e-6, atol=1e-6
-    )
+    torch.testing.assert_close(mscn(x, padding="replicate"), mscn(x + 40, padding="replicate"), rtol=1e-6, atol=1e-6)
     assert not torch.allclose(mscn(x), mscn(x + 40), atol=1e-2), "zeros outside see the constant at the border"
 
 

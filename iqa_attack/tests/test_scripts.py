@@ -1,0 +1,445 @@
+"""The scripts as people run them: training, attack, resume, control, tables, evaluation, the study, errors."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hydra.errors import MissingConfigException
+from PIL import Image
+
+from common import runs
+from iqa_attack import attack, collect, evaluate, train
+from iqa_attack.images import read_image
+from iqa_attack.jnd import CsvObserver
+from iqa_attack.tables import read_cells, summarise, write_tables
+from iqa_attack.tests.conftest import CONFIGS, PAPER, SMALL, attack_config, config, train_config
+
+NETS = ["networks.ma19.epochs=3", "networks.unique.epochs=3"]
+
+
+def script(name, *args, **kwargs):
+    return subprocess.run(
+        [sys.executable, name, *args],
+        cwd=PAPER,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        **kwargs,
+    )
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_all_models_are_trained_and_reported(trained_root):
+    out = trained_root / "default/all/seed0"
+    found = result(out)
+    assert found["status"] == "finished"
+    for name in ("brisque", "cornia", "ma19", "unique"):
+        assert {f"{k}_test_{name}" for k in ("srcc", "krcc", "plcc", "rmse")} <= found["metrics"].keys()
+    assert found["metrics"]["srcc_test_brisque"] > 0.4
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["model"], r["epoch"]) for r in rows] == [("ma19", 1), ("ma19", 2), ("unique", 1), ("unique", 2)]
+    assert rows[3]["fidelity"] < rows[2]["fidelity"]
+
+
+def test_niqe_is_fitted(fabric, tmp_path):
+    train.fit(train_config("method=niqe"), fabric, tmp_path)
+    assert "srcc_test_niqe" in result(tmp_path)["metrics"]
+
+
+@pytest.mark.parametrize("stop", [("ma19", 2), ("unique", 1)])
+def test_resumed_training_equals_uninterrupted_bit_for_bit(stop, fabric, tmp_path, monkeypatch):
+    cfg = train_config("method.models=[cornia,ma19,unique]", *NETS)
+    train.fit(cfg, fabric, tmp_path / "whole")
+    log = runs.Run.log
+
+    def killed(self, **row):
+        log(self, **row)
+        if (row["model"], row["epoch"]) == stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.Run, "log", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(cfg, fabric, tmp_path / "parts")
+    monkeypatch.setattr(runs.Run, "log", log)
+    train.fit(cfg, fabric, tmp_path / "parts")
+    whole, parts = (runs.load_checkpoint(tmp_path / n / "last.ckpt")["trained"] for n in ("whole", "parts"))
+    torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+    assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
+    assert result(tmp_path / "whole")["metrics"] == result(tmp_path / "parts")["metrics"]
+
+
+def test_two_ranks_train_together(tmp_path):
+    args = [
+        *SMALL,
+        "method=unique",
+        "networks.unique.epochs=1",
+        "fabric.accelerator=cpu",
+        f"hydra.run.dir={tmp_path / 'two'}",
+    ]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    done = script(*torchrun, *args)
+    assert done.returncode == 0, done.stderr
+    assert "2 devices x 8" in done.stdout and result(tmp_path / "two")["status"] == "finished"
+
+
+def test_a_killed_training_goes_on_from_inside_its_folder(tmp_path):
+    args = [*SMALL, "method=unique", "networks.unique.epochs=40", f"run_root={tmp_path}"]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *args],
+        cwd=PAPER,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+    )
+    checkpoint, deadline = None, time.monotonic() + 120
+    while checkpoint is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+        checkpoint = next(tmp_path.rglob("last.ckpt"), None)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint is not None, "no checkpoint within two minutes"
+    reached = runs.load_checkpoint(checkpoint)["current"]["epoch"]
+    again = script("train.py", *args)
+    assert again.returncode == 0 and f"epochs {reached + 1}..40" in again.stdout, again.stdout + again.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "kind"),
+    [
+        (["+networks.ma19.model.widht=3"], "widht", TypeError),
+        (["+statistics.brisque.cc=3", "method=brisque"], "cc", TypeError),
+        (["networks.unique.batch_size=0", "method=unique"], "batch_size=0", ValueError),
+        (["method.models=[brisk]"], r"names \['brisk'\], allowed: brisque", ValueError),
+        (["+data.crop=3"], "crop", TypeError),
+        (["networks.unique.batch_size=4096", "method=unique"], "fewer than train.batch_size=4096", ValueError),
+    ],
+)
+def test_training_errors_name_the_key(overrides, error, kind, fabric, tmp_path):
+    with pytest.raises(kind, match=error):
+        train.fit(train_config(*overrides), fabric, tmp_path / "run")
+
+
+def test_a_misspelt_arm_lists_the_choices():
+    with pytest.raises(MissingConfigException, match=r"(?s)brisk.*brisque"):
+        train_config("method=brisk")
+    with pytest.raises(MissingConfigException, match=r"(?s)psnr.*chebyshev"):
+        config("attack", "fr=psnr")
+
+
+def test_ma19_needs_originals_and_nan_stops_the_run(fabric, tmp_path):
+    from iqa_attack.tests.test_data import write_layout
+
+    write_layout("kadid", tmp_path / "kadid")
+    with pytest.raises(ValueError, match="ma19 learns from full-reference annotators"):
+        train.fit(
+            config(
+                "config", "arm=t", "data=sets", f"data.root={tmp_path / 'kadid'}", "data.test_share=0.5", "method=ma19"
+            ),
+            fabric,
+            tmp_path / "a",
+        )
+    with pytest.raises(FloatingPointError, match=r"not finite at step \d+"):
+        train.fit(train_config("method=ma19", "networks.ma19.lr=1e18"), fabric, tmp_path / "b")
+    assert result(tmp_path / "b")["status"] == "failed"
+
+
+def test_preflight_writes_nothing(fabric, tmp_path, capsys):
+    train.fit(train_config("preflight=true", "method=all"), fabric, tmp_path / "run")
+    out = capsys.readouterr().out
+    assert (
+        "preflight: unique: data found" in out
+        and "training images for cornia" in out
+        and not (tmp_path / "run").exists()
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- attack.py
+@pytest.fixture(scope="module")
+def attacked(fabric, trained_root):
+    """BRISQUE under Chebyshev and SSIM, with candidates saved; its folder."""
+    for fr, more in (("chebyshev", ["save_candidates=true", "strengths=[1,3]"]), ("ssim", ["strengths=[100,10000]"])):
+        out = trained_root / f"default/brisque_{fr}_perceptual/seed0"
+        attack.fit(attack_config(f"run_root={trained_root}", f"fr={fr}", *more), fabric, out)
+    return trained_root / "default/brisque_chebyshev_perceptual/seed0"
+
+
+def test_an_attack_leaves_images_pictures_scores(attacked):
+    rows = list(csv.DictReader((attacked / "counterexamples.csv").open()))
+    assert len(rows) == 4 and {"image", "mos", "distance", "visibility", "before_unique", "after_cornia"} <= set(
+        rows[0]
+    )
+    for row in rows:
+        x = read_image(attacked / f"counterexamples/{row['image']}.png")
+        x0 = read_image(attacked / f"candidates/{row['image']}/original.png")
+        assert float((x - x0).abs().max()) == pytest.approx(float(row["distance"]), abs=1e-6) and float(
+            row["max_change"]
+        ) in (1.0, 3.0)
+        chosen = read_image(attacked / f"candidates/{row['image']}/{row['candidate']}.png")
+        assert torch.equal(x, chosen)
+    assert len(list((attacked / "pictures").glob("*.png"))) == 1
+    metrics = result(attacked)["metrics"]
+    assert metrics["r_intra"] == metrics["r_brisque"] and metrics["success"] == 1 and metrics["visibility"] <= 0.778
+    assert {"srcc_clean_cornia", "srcc24_ma19", "r_transfer", "plcc12_unique"} <= metrics.keys()
+
+
+def test_scores_after_are_those_of_the_saved_file(attacked, trained_root):
+    from iqa_attack.nr_models import load_trained
+
+    model = load_trained(trained_root / "default/all/seed0/last.ckpt")["brisque"]
+    for row in csv.DictReader((attacked / "counterexamples.csv").open()):
+        with torch.no_grad():
+            s = float(model(read_image(attacked / f"counterexamples/{row['image']}.png")[None]))
+        assert s == pytest.approx(float(row["after_brisque"]), abs=1e-3)
+
+
+def test_a_control_has_the_distances_of_its_attack(attacked, trained_root, fabric, tmp_path):
+    for fr in ("chebyshev", "ssim"):
+        attack.fit(
+            attack_config(f"run_root={trained_root}", f"fr={fr}", "attack=random"),
+            fabric,
+            trained_root / f"default/brisque_{fr}_random/seed0",
+        )
+        rows = runs.load_checkpoint(trained_root / f"default/brisque_{fr}_random/seed0/last.ckpt")["rows"]
+        wanted = {
+            r["image"]: r["distance"]
+            for r in runs.load_checkpoint(trained_root / f"default/brisque_{fr}_perceptual/seed0/last.ckpt")["rows"]
+        }
+        assert len(rows) == 16 and {r["draw"] for r in rows} == {0, 1, 2, 3}
+        for r in rows:
+            assert r["distance"] == pytest.approx(wanted[r["image"]], rel=1e-3 if fr == "chebyshev" else 0.3)
+        assert len({r["after_brisque"] for r in rows}) > 8
+    cells = {}
+    for kind in ("perceptual", "random"):
+        cfg = config("tables", f"run_root={trained_root}", "attacked=[brisque]", f"made_by={kind}")
+        cells[kind] = read_cells(cfg)
+        write_tables(cells[kind], tmp_path, kind)
+    assert (tmp_path / "transfer_ssim.png").stat().st_size > 1000 and len(
+        (tmp_path / "table.csv").read_text().splitlines()
+    ) == 9
+    a, b = (summarise(cells[k]) for k in ("perceptual", "random"))
+    assert a["change_diagonal"] > b["change_diagonal"] and "r_gap" in a
+    with pytest.raises(
+        FileNotFoundError, match="run `python attack.py nr=cornia fr=chebyshev attack=perceptual` first"
+    ):
+        read_cells(config("tables", f"run_root={trained_root}"))
+    with pytest.raises(FileNotFoundError, match="the control takes its distances, run"):
+        attack.fit(attack_config(f"run_root={trained_root}", "nr=cornia", "attack=random"), fabric, tmp_path / "x")
+
+
+def test_an_interrupted_attack_equals_an_uninterrupted_one(trained_root, fabric, tmp_path, monkeypatch):
+    cfg = attack_config(f"run_root={trained_root}", "images_per_batch=1", "strengths=[2]")
+    attack.fit(cfg, fabric, tmp_path / "whole")
+    save, count = runs.Run.save_checkpoint, []
+
+    def killed(self, state, name="last.ckpt"):
+        save(self, state, name)
+        count.append(1)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.Run, "save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        attack.fit(cfg, fabric, tmp_path / "parts")
+    monkeypatch.setattr(runs.Run, "save_checkpoint", save)
+    attack.fit(cfg, fabric, tmp_path / "parts")
+    assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
+    assert result(tmp_path / "whole")["metrics"] == result(tmp_path / "parts")["metrics"]
+
+
+@pytest.mark.parametrize("arm", ["random_jnd", "enhance", "both", "fgsm", "threshold", "spsa", "square"])
+def test_every_arm_of_the_attack_runs(arm, trained_root, fabric, tmp_path):
+    few = ["strengths=[0]"] if arm == "enhance" else ["strengths=[2]"]
+    more = ["spsa.samples=2"] if arm == "spsa" else []
+    fr = "ssim" if arm == "enhance" else "chebyshev"
+    attack.fit(attack_config(f"run_root={trained_root}", f"fr={fr}", f"attack={arm}", *few, *more), fabric, tmp_path)
+    metrics = result(tmp_path)["metrics"]
+    assert np.isfinite(list(metrics.values())).all() and metrics["max_change"] > 0
+    if arm == "enhance":
+        rows = runs.load_checkpoint(tmp_path / "last.ckpt")["rows"]
+        assert metrics["share_up"] == 1 and all(r["after_brisque"] > r["before_brisque"] for r in rows)
+
+
+def test_bisection_and_presets_run(trained_root, fabric, tmp_path):
+    options = ["fr=ssim", "strengths=[1000]", "nr=unique"]
+    attack.fit(
+        attack_config(f"run_root={trained_root}", *options, "bisect=2", "preset=paper", "pictures=0"),
+        fabric,
+        tmp_path / "a",
+    )
+    rows = runs.load_checkpoint(tmp_path / "a/last.ckpt")["rows"]
+    assert {r["candidates"] for r in rows} == {3}
+    with pytest.raises(ValueError, match="bisect: projected candidates"):
+        attack.fit(attack_config(f"run_root={trained_root}", "bisect=2", "strengths=[2]"), fabric, tmp_path / "b")
+
+
+def test_a_persons_own_folder(trained_root, fabric, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    for i, shape in enumerate(((51, 64, 3), (48, 48, 3))):
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(photos / f"{i}.png")
+    cfg = config(
+        "attack",
+        "arm=t",
+        "fr_name=chebyshev",
+        f"run_root={trained_root}",
+        "data=folder",
+        f"data.root={photos}",
+        "recipe.steps=2",
+        "strengths=[2]",
+    )
+    attack.fit(cfg, fabric, tmp_path / "run")
+    assert len(list((tmp_path / "run/pictures").glob("*.png"))) == 2
+    metrics = result(tmp_path / "run")["metrics"]
+    assert "r_brisque" in metrics and "srcc24_brisque" not in metrics
+    for name, image, error in (
+        ("flat", np.full((64, 64, 3), 9, dtype=np.uint8), "flat.png is constant"),
+        ("tiny", rng.integers(0, 256, (20, 40, 3), dtype=np.uint8), "tiny.png has 40 x 20 pixels, brisque needs 32"),
+    ):
+        bad = tmp_path / name
+        bad.mkdir()
+        Image.fromarray(image).save(bad / f"{name}.png")
+        with pytest.raises(ValueError, match=error):
+            attack.fit(
+                config(
+                    "attack",
+                    "arm=t",
+                    "fr_name=chebyshev",
+                    f"run_root={trained_root}",
+                    "data=folder",
+                    f"data.root={bad}",
+                ),
+                fabric,
+                tmp_path / "no",
+            )
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "kind"),
+    [
+        (["nr=musiq"], "nr='musiq', allowed here: brisque, cornia, ma19, unique", ValueError),
+        (["fr=lpips", "strengths=[1]"], "need the ImageNet weights of VGG-16", ValueError),
+        (["method=pgd"], "method='pgd'", ValueError),
+        (["preset=best"], "preset='best'", ValueError),
+        (["strengths=[-1]"], "numbers >= 0", ValueError),
+        (["seed=7"], "run `python train.py method=all seed=7` first", FileNotFoundError),
+        (["+recipe.step=3"], "step", TypeError),
+        (["pyiqa=[musiq]"], "needs the package pyiqa", ImportError),
+    ],
+)
+def test_attack_errors_name_the_key(overrides, error, kind, trained_root, fabric, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyiqa", None)
+    with pytest.raises(kind, match=error):
+        attack.fit(attack_config(f"run_root={trained_root}", *overrides), fabric, tmp_path / "run")
+
+
+def test_a_model_without_gradient_stops_the_attack(trained_root, fabric, tmp_path, monkeypatch):
+    from iqa_attack.nr_models import CallableMetric, Scored
+
+    blind = {
+        "blind": Scored(CallableMetric(lambda x: (x * 255).round().mean((1, 2, 3)), higher_is_better=True), 100.0, 50.0)
+    }
+    monkeypatch.setattr(attack, "load_models", lambda cfg: blind)
+    with pytest.raises(ValueError, match="gradient of blind is zero.*not robustness"):
+        attack.fit(attack_config("nr=blind", "strengths=[2]"), fabric, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    attack.fit(attack_config("nr=blind", "attack=square", "strengths=[4]"), fabric, tmp_path / "run")
+    assert result(tmp_path / "run")["metrics"]["change_intra"] > 0
+
+
+def test_evaluate_a_checkpoint_a_set_and_a_folder(trained_root, tmp_path, capsys):
+    from iqa_attack.tests.test_brisque_niqe import regression, write
+    from iqa_attack.tests.test_data import save
+
+    weights = trained_root / "default/all/seed0/last.ckpt"
+    out = f"out={tmp_path / 'scores.csv'}"
+    metrics = evaluate.evaluate(
+        config("evaluate", f"weights={weights}", out, "record=true", f"record_to={tmp_path / 'rec'}")
+    )
+    trained = result(weights.parent)["metrics"]
+    for name in ("brisque", "unique"):
+        assert metrics[f"srcc_{name}"] == pytest.approx(trained[f"srcc_test_{name}"], abs=1e-9)
+    record = json.loads(next((tmp_path / "rec").glob("*.json")).read_text())
+    assert len(record["weights_sha256"]) == 64 and record["n"] > 0
+    rng = np.random.default_rng(1)
+    for i in range(4):
+        save(tmp_path / f"set/{i}.png", (64, 48))
+    with (tmp_path / "set/labels.csv").open("w") as f:
+        f.write("path,mos\n" + "".join(f"{i}.png,{rng.random()}\n" for i in range(4)))
+    path = write(regression(), tmp_path, "npz")
+    metrics = evaluate.evaluate(
+        config("evaluate", f"weights={path}", "kind=brisque", f"data.root={tmp_path / 'set'}", out, "refit=true")
+    )
+    assert -1 <= metrics["srcc_brisque"] <= 1
+    (tmp_path / "set/labels.csv").unlink()
+    assert (
+        evaluate.evaluate(config("evaluate", f"weights={path}", "kind=brisque", f"data.root={tmp_path / 'set'}", out))
+        == {}
+    )
+    rows = list(csv.DictReader((tmp_path / "scores.csv").open()))
+    assert len(rows) == 4 and rows[0]["mos"] == "nan"
+    with pytest.raises(ValueError, match="data.root is not set"):
+        evaluate.evaluate(config("evaluate", f"weights={path}", "kind=brisque", out))
+
+
+# ---------------------------------------------------------------------------------------------------------------- the study
+def test_the_study_serves_collects_and_selects(attacked, trained_root, fabric, tmp_path):
+    answers = tmp_path / "answers.csv"
+    study = collect.Study(attacked, subject="anna", file=answers, training=2)
+    assert len(study.trials) == 8
+    other = collect.Study(attacked, subject="ben", file=answers)
+    assert other.trials != study.trials and sorted(map(str, other.trials)) == sorted(map(str, study.trials))
+    server = collect.serve(study, 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base = f"http://127.0.0.1:{server.server_port}"
+    try:
+        page = urllib.request.urlopen(base + "/").read().decode()
+        assert "same or different" in page and "/answer" in page
+        plan = json.loads(urllib.request.urlopen(base + "/study").read())
+        first = plan["trials"][0]
+        png = urllib.request.urlopen(f"{base}/candidates/{first['image']}/{first['candidate']}.png").read()
+        assert png == (attacked / f"candidates/{first['image']}/{first['candidate']}.png").read_bytes()
+        for path in ("/candidates/..%2F..%2Fresult/0.png", "/config.yaml", "/candidates/../0.png"):
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                urllib.request.urlopen(base + path)
+        for i, t in enumerate(plan["trials"]):
+            body = json.dumps(
+                {**t, "answer": "different" if t["candidate"] == "1" else "same", "order": i, "seconds": 0.5}
+            )
+            assert urllib.request.urlopen(base + "/answer", data=body.encode()).status == 204
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            urllib.request.urlopen(base + "/answer", data=b'{"image": "none", "candidate": "0", "answer": "same"}')
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert collect.Study(attacked, subject="anna", file=answers).trials == [], "an answered study has nothing left"
+    assert len(collect.Study(attacked, subject="ben", file=answers).trials) == 8
+    assert CsvObserver(file=answers).trials.total() == 8
+    cfg = attack_config(
+        f"run_root={trained_root}", f"reuse={attacked}", f"observer={{kind: csv, file: {answers}}}", "strengths=[1,3]"
+    )
+    attack.fit(cfg, fabric, tmp_path / "judged")
+    assert {r["candidate"] for r in runs.load_checkpoint(tmp_path / "judged/last.ckpt")["rows"]} == {0}
+    with pytest.raises(FileNotFoundError, match="save_candidates=true first"):
+        collect.Study(trained_root / "default/brisque_ssim_perceptual/seed0", subject="anna", file=answers)
+    with pytest.raises(ValueError, match="subject='a b'"):
+        collect.Study(attacked, subject="a b", file=answers)
+
+
+def test_configs_of_all_entries_parse():
+    for file in CONFIGS.glob("*.yaml"):
+        assert file.read_text().startswith("#") and yaml.safe_load(file.read_text()), file
