@@ -137,6 +137,18 @@ def _without(x, patches):
     return x
 
 
+def test_the_transformer_is_its_parts_and_reads_out_the_class_token():
+    model = randomised()
+    vit, x = model.vit, torch.randn(2, 3, 24, 24)
+    features = vit.projs[0](x).flatten(2).transpose(1, 2)
+    kept = features.abs().sum(-1).topk(20).indices.sort().values
+    patches = torch.stack([(features + vit.patch_pos_embed)[b, kept[b]] for b in range(2)])
+    z = torch.cat([(vit.cls_token + vit.cls_pos_embed).repeat(2, 1, 1), patches], 1)
+    for block in vit.blocks:
+        z, _ = block(z)
+    torch.testing.assert_close(model(x), model.head["fc"](vit.norm(z[:, 0])), rtol=1e-4, atol=1e-5)
+
+
 def test_patches_are_a_set_when_they_move_together_with_their_positions():
     model = randomised()
     features = torch.randn(2, 16, 36)
