@@ -6,7 +6,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from ap_fer.tests.helpers import CONFIGS, config
+from ap_fer.expressions import FERPLUS
+from ap_fer.tests.helpers import CONFIGS, config, write_image
+from ap_fer.train import fit
 from common import reproduce
 from common.metrics.claims import load_claims, load_document
 
@@ -122,3 +124,58 @@ def test_numbers_from_memory_are_never_compared():
     sources = {p["id"]: p["source"] for p in document["published"]}
     assert sources["apvit_ferplus"] == "memory" and sources["apvit_raf_db"] == "code"
     assert all(c["published"] is None or c["published"]["source"] in ("code", "cited") for c in document["claims"])
+
+
+SMALL = [
+    "arm=x", "preflight=true", "start.ir50=null", "start.vit=null", "data.workers=0", "train.batch_size=4", "model.units=[1,1,1]",
+    "model.widths=[4,4,8]", "model.dim=16", "model.depth=2", "model.heads=2", "model.start=1", "model.keep=100",
+]  # fmt: skip
+
+
+def test_preflight_of_raf_db(raf, fabric, capsys, tmp_path):
+    """The released recipe (augmentation, SGD, clipping, 112 pixels) makes a step on a tiny folder in the real layout."""
+    fit(config("config", "experiment=raf_db", f"data.root={raf}", *SMALL), fabric, tmp_path / "run")
+    assert "preflight: data found, 4 images" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["sfew", "expw", "affectnet8", "ferplus", "affwild2"])
+def test_preflight_of_the_other_sets(name, fabric, capsys, tmp_path):
+    write_tiny(name, tmp_path / config("config", f"experiment={name}", "arm=x", "data.root=/d").data.folder)
+    fit(config("config", f"experiment={name}", f"data.root={tmp_path}", *SMALL), fabric, tmp_path / "run")
+    assert "preflight: data found, 4 images" in capsys.readouterr().out
+
+
+def write_tiny(name, root):
+    """One image of every class in both splits."""
+    if name == "sfew":
+        for split, label in itertools.product(
+            ("Train", "Val"), ("Angry", "Disgust", "Fear", "Happy", "Neutral", "Sad", "Surprise")
+        ):
+            write_image(root / split / label / "0.png")
+    elif name == "expw":
+        images = [f"{i:02d}.jpg" for i in range(8)]
+        rows = [f"{image} 0 0 0 40 40 9.0 {label}" for image in images for label in range(7)]
+        for image in images:
+            write_image(root / "origin" / image)
+        (root / "label.lst").write_text("\n".join(rows))
+    elif name == "affectnet8":
+        write_image(root / "Manually_Annotated_Images/1/x.jpg")
+        for split in ("training", "validation"):
+            rows = [f"1/x.jpg,{label}" for label in range(11)]
+            (root / f"{split}.csv").write_text("\n".join(["subDirectory_filePath,expression", *rows]))
+    elif name == "ferplus":
+        columns = ["Usage", "Image name", *FERPLUS, "unknown", "NF"]
+        rows = []
+        for (usage, folder), c in itertools.product((("Training", "Train"), ("PrivateTest", "Test")), range(8)):
+            write_image(root / f"FER2013{folder}/{c}.png", mode="L", size=(48, 48))
+            rows.append(",".join([usage, f"{c}.png", *("10" if i == c else "0" for i in range(10))]))
+        (root / "fer2013new.csv").write_text("\n".join([",".join(columns), *rows]))
+    else:
+        names = "Neutral,Anger,Disgust,Fear,Happiness,Sadness,Surprise"
+        frames = [str(i % 7) for i in range(70)]  # every tenth frame is taken: labels 0, 3, 6, 2, 5, 1, 4
+        for split in ("Train_Set", "Validation_Set"):
+            file = root / f"annotations/{split}/{split}.txt"
+            file.parent.mkdir(parents=True)
+            file.write_text("\n".join([names, *frames]))
+            for frame in range(1, 71, 10):
+                write_image(root / f"cropped_aligned/{split}/{frame:05d}.jpg")

@@ -57,19 +57,6 @@ def test_imbalanced_counts_follow_raf_db():
 
 
 # ------------------------------------------------------------------------------------------------------------ layouts
-@pytest.fixture
-def raf(tmp_path):
-    rows = [f"train_{i:05d}.jpg {1 + i % 7}" for i in range(14)] + [f"test_{i:05d}.jpg {1 + i % 7}" for i in range(7)]
-    label = tmp_path / "basic/EmoLabel/list_patition_label.txt"
-    label.parent.mkdir(parents=True)
-    label.write_text("\n".join(rows) + "\n")
-    for i, row in enumerate(rows):
-        name = row.split()[0]
-        write_image(tmp_path / "basic/Image/aligned_224" / name, i)
-        write_image(tmp_path / "basic/Image/aligned" / name.replace(".jpg", "_aligned.jpg"), i)
-    return tmp_path
-
-
 def test_raf_db_both_label_files_and_both_image_folders(raf):
     for images in ("aligned", "aligned_224"):
         train, test = (read_split("raf_db", raf, s, images=images) for s in ("train", "test"))
