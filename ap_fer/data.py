@@ -17,7 +17,6 @@ from common.data.faces import expression_faces
 from common.data.vision import data_root, open_image
 
 SETS = ("faces", *READERS)
-STRIDE = 8  # pixels by which face sizes of models in use are divisible
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,6 @@ def build_data(
         raise ValueError(f"data.name={name!r}, allowed: {', '.join(SETS)}")
     if num_classes not in (7, 8):
         raise ValueError(f"data.num_classes={num_classes}, allowed: 7, or 8 with contempt")
-    if size % STRIDE:
-        raise ValueError(f"data.size={size} is not divisible by {STRIDE}")
     names = EXPRESSIONS[:num_classes]
     if name == "faces":
         if num_classes != 7 or augment not in ("flip", "none"):

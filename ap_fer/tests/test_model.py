@@ -201,6 +201,10 @@ def test_token_poolings_of_a_configuration():
         ({"app": {"keep": 37}}, "keep=37 of 36 patches; allowed are 1..36"),
         ({"app": {"keep": 0}}, "keep=0"),
         ({"image_size": 26}, "image_size=26 is not a positive multiple of the stem's stride 4"),
+        (
+            {"image_size": 100, "stem": "ir50", "units": [1, 1, 1]},
+            "image_size=100 is not a positive multiple of the stem's stride 8",
+        ),
         ({"stem": "vgg"}, "stem='vgg'; use one of ir50, conv, patches"),
         ({"heads": 3}, "dim=16 is not divisible by heads=3"),
         ({"depth": 0}, "stem='patches' has none"),
