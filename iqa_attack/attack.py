@@ -34,7 +34,7 @@ from iqa_attack.pictures import panel
 from iqa_attack.quality_metrics import fit_logistic
 from iqa_attack.random_control import draw_seeds, random_at_distance, random_signs
 
-METHODS = ("perceptual", "random", "random_jnd", "spsa", "square")
+PROCEDURES = ("perceptual", "random", "random_jnd", "spsa", "square")
 
 
 def load_models(cfg: DictConfig) -> dict[str, Scored]:
@@ -79,13 +79,9 @@ def strengths_of(cfg: DictConfig) -> Tensor:
 def candidates(
     cfg: DictConfig, models: dict[str, Scored], distance, x0: Tensor, names: list[str], mos: Tensor
 ) -> Judged:
-    """Make and judge the candidates of a few images (S, 3, H, W), as cfg.method says."""
+    """Make and judge the candidates of a few images (S, 3, H, W), as cfg.procedure says."""
     score, seeds = models[cfg.nr], draw_seeds(cfg.seed, names, 0)
-    observer = (
-        build_observer(**{"seed": cfg.seed, **cfg.observer} if cfg.observer.kind == "simulated" else cfg.observer)
-        if cfg.observer
-        else None
-    )
+    observer = build_observer(cfg.observer, seed=cfg.seed) if cfg.observer else None
     judge_all = partial(
         judge, score, observer, x0, prefixes=[f"{cfg.nr}/{cfg.fr.kind}/{n}" for n in names], chunk=cfg.chunk
     )
@@ -96,14 +92,14 @@ def candidates(
             [read_image(Path(cfg.reuse) / "candidates" / n / f"{k}.png") for n in names] for k in range(len(strengths))
         ]
         return judge_all(torch.stack([torch.stack(row) for row in saved]).to(x0), table)
-    if cfg.method == "random_jnd":
+    if cfg.procedure == "random_jnd":
         made = [random_signs(x0, s.expand(len(x0)).to(x0), seeds) for s in strengths]
         return judge_all(torch.stack(made), table)
-    if cfg.method == "square":
+    if cfg.procedure == "square":
         made = [square_attack(score, x0, float(s), steps=cfg.recipe.steps, seed=cfg.seed) for s in strengths]
         return judge_all(torch.stack(made), table)
     recipe = {**(PRESETS[cfg.preset] if cfg.preset else {}), **{k: v for k, v in cfg.recipe.items() if v is not None}}
-    if cfg.method == "spsa":
+    if cfg.procedure == "spsa":
         recipe["gradient"] = spsa_gradient(seed=cfg.seed, **cfg.spsa)
     inner = getattr(score.model, "redraw", None) if cfg.redraw else None
     bar = partial(tqdm, leave=False, disable=None)
@@ -182,7 +178,7 @@ def attack_group(cfg: DictConfig, models, distance, data: QualitySet, part: list
     x0 = from_bytes(torch.stack([data.image(i) for i in part])).to(device)
     names, mos = [data.names[i].replace("/", "_") for i in part], data.mos[part]
     judged, _base = None, table_row(models, x0, x0)
-    if cfg.method == "random":
+    if cfg.procedure == "random":
         sets = control(cfg, distance, x0, names)
     else:
         judged = candidates(cfg, models, distance, x0, names, mos)
@@ -211,7 +207,7 @@ def attack_group(cfg: DictConfig, models, distance, data: QualitySet, part: list
                 if cfg.pictures is not None and part[s] >= cfg.pictures:
                     continue
                 before, after = ({n: scored[s][f"{w}_{n}"] for n in models} for w in ("before", "after"))
-                title = f"{name}: {cfg.nr} under {cfg.fr.kind}, {cfg.method}"
+                title = f"{name}: {cfg.nr} under {cfg.fr.kind}, {cfg.procedure}"
                 panel(
                     x0[s].cpu(), x[s].cpu(), out / "pictures" / f"{name}.png", title=title, before=before, after=after
                 )
@@ -234,9 +230,9 @@ def metrics_of(rows: list[dict], models, attacked: str) -> dict[str, float]:
 
 def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     """Attack every image; resumes after the last group of images that is in out/last.ckpt."""
-    if cfg.method not in METHODS or (cfg.preset and cfg.preset not in PRESETS):
+    if cfg.procedure not in PROCEDURES or (cfg.preset and cfg.preset not in PRESETS):
         raise ValueError(
-            f"method={cfg.method!r}, preset={cfg.preset!r}, allowed: {', '.join(METHODS)}; {', '.join(PRESETS)}"
+            f"procedure={cfg.procedure!r}, preset={cfg.preset!r}, allowed: {', '.join(PROCEDURES)}; {', '.join(PRESETS)}"
         )
     strengths_of(cfg)
     distance = build_fr(**cfg.fr).to(fabric.device)
@@ -245,7 +241,7 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     check_data(data, models, distance)
     if cfg.target == "mos" and not bool(torch.isfinite(data.mos).all()):
         raise ValueError("target=mos: these images have no opinions, use target=model")
-    if cfg.method == "perceptual":
+    if cfg.procedure == "perceptual":
         few = from_bytes(data.image(0))[None].to(fabric.device)
         check_gradient(models[cfg.nr], few, cfg.nr)
     if cfg.preflight:

@@ -3,7 +3,7 @@ CSV.
 
 python attack.py save_candidates=true                                           first: the candidates as PNG
 python collect.py run=runs/default/brisque_chebyshev_perceptual/seed0 subject=anna      then open the address it prints
-python attack.py reuse=<run> 'observer={kind: csv, file: answers.csv}'          last: select with the answers
+python attack.py reuse=<run> observer.kind=csv observer.csv.file=answers.csv          last: select with the answers
 
 Protocol (section 3.7): one second per image, half a second of grey between, random order, a training session first,
 breaks. Keys: s
@@ -21,9 +21,9 @@ from urllib.parse import unquote
 
 import hydra
 import numpy as np
+import yaml
 from omegaconf import DictConfig
 
-from common import runs
 from iqa_attack.jnd import ANSWER_COLUMNS
 
 PAGE = Path(__file__).with_name("collect.html")
@@ -68,10 +68,10 @@ class Study:
     ):
         if not re.fullmatch(r"[\w.-]+", subject):
             raise ValueError(f"subject={subject!r}: use letters, digits, '.', '_' and '-'")
-        config = runs.read_json(run / "result.json")
-        if config is None:
-            raise FileNotFoundError(f"{run} is no run of attack.py (no result.json)")
-        self.nr, self.fr = config["arm"].split("_")[0], _fr_of(run)
+        if not (run / "config.yaml").is_file():
+            raise FileNotFoundError(f"{run} is no run of attack.py (no config.yaml)")
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        self.nr, self.fr = config["nr"], config["fr"]["kind"]
         self.run, self.subject, self.file, self.lock = run, subject, file, threading.Lock()
         self.trials = plan_trials(
             run, subject, read_answered(file, subject, self.nr, self.fr), repeats=repeats, seed=seed
@@ -102,12 +102,6 @@ class Study:
                 if new:
                     writer.writeheader()
                 writer.writerow(line)  # type: ignore[arg-type]
-
-
-def _fr_of(run: Path) -> str:
-    import yaml
-
-    return yaml.safe_load((run / "config.yaml").read_text())["fr"]["kind"]
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -65,10 +65,10 @@ def refine(
 def describe(x: Tensor, x0: Tensor, distance) -> dict[str, list[float]]:
     """Of every counterexample: distance, visibility in JNDs, largest change in gray levels, share of values that
     change by 4 or more."""
-    levels = (x - x0).abs().flatten(1) * 255
+    levels = ((x - x0).abs().flatten(1) * 255).round()
     return {
         "distance": distance(x, x0).tolist(), "visibility": visibility(x, x0).tolist(), "max_change": levels.amax(1).tolist(),
-        "share_above_4": (levels >= 4 - 1e-3).float().mean(1).tolist(),
+        "share_above_4": (levels >= 4).float().mean(1).tolist(),
     }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ An observer answers `detect(x, x0, names)` -> (times "different", trials), both 
 
 import csv
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -126,11 +126,13 @@ class CsvObserver:
 OBSERVERS = {"simulated": SimulatedObserver, "threshold": ThresholdObserver, "csv": CsvObserver}
 
 
-def build_observer(*, kind: str, **options):
-    """An observer by name. ValueError for an unknown one."""
+def build_observer(options: Mapping, *, seed: int):
+    """The observer options["kind"] with its own options options[kind]. ValueError for an unknown one."""
+    kind = options["kind"]
     if kind not in OBSERVERS:
         raise ValueError(f"observer.kind={kind!r}, allowed: {', '.join(OBSERVERS)}")
-    return OBSERVERS[kind](**options)
+    more = {"seed": seed} if kind == "simulated" else {}
+    return OBSERVERS[kind](**(options.get(kind) or {}), **more)
 
 
 def below_jnd(observer, x: Tensor, x0: Tensor, names: Sequence[str]) -> Tensor:

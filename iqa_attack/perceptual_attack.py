@@ -230,7 +230,7 @@ def check_gradient(score: Score, images: Tensor, name: str) -> None:
             return
     raise VanishingGradient(
         f"the gradient of {name} is zero on all {len(images)} images: something in it rounds, converts to uint8 or looks "
-        f"up a table. This is not robustness. Attack it as a black box: method=spsa or method=square"
+        f"up a table. This is not robustness. Attack it as a black box: attack=spsa or attack=square"
     )
 
 

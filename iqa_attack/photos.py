@@ -8,9 +8,11 @@ against the
 undistorted crop, so that models learn to imitate a full-reference measure.
 """
 
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -78,9 +80,31 @@ def subset(data: QualitySet, index: Sequence[int] | Tensor) -> QualitySet:
     return QualitySet(images, data.mos[i], names, data.std[i], data.group[i], fr, source)
 
 
+class _Photo:
+    """A photograph as a key of a cache."""
+
+    def __init__(self, pixels: np.ndarray):
+        self.pixels, self.key = pixels, hashlib.sha256(pixels.tobytes()).digest()
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Photo) and self.key == other.key
+
+
 def distort(image: np.ndarray, kind: str, level: float, rng: np.random.Generator) -> np.ndarray:
-    """image uint8 (H, W, 3) -> the same, distorted. level: JPEG quality, JPEG 2000 rate, noise or blur deviation in
-    pixels."""
+    """image uint8 (H, W, 3) -> the same, distorted.
+
+    level: JPEG quality, JPEG 2000 rate, noise or blur deviation in gray levels or pixels."""
+    if kind == "wn":
+        return np.clip(np.round(image + rng.normal(0, level, image.shape)), 0, 255).astype(np.uint8)
+    return _without_chance(_Photo(image), kind, level)
+
+
+@lru_cache(maxsize=128)
+def _without_chance(photo: _Photo, kind: str, level: float) -> np.ndarray:
+    image = photo.pixels
     if kind == "jpeg" or kind == "jp2k":
         buffer = io.BytesIO()
         if kind == "jpeg":
@@ -88,9 +112,6 @@ def distort(image: np.ndarray, kind: str, level: float, rng: np.random.Generator
         else:
             Image.fromarray(image).save(buffer, "JPEG2000", quality_mode="rates", quality_layers=[level])
         return np.asarray(Image.open(buffer).convert("RGB"))
-    if kind == "wn":
-        noisy = image + rng.normal(0, level, image.shape)
-        return np.clip(np.round(noisy), 0, 255).astype(np.uint8)
     if kind == "gblur":
         return np.round(gaussian_filter(image.astype(np.float64), (level, level, 0), mode="reflect")).astype(np.uint8)
     raise ValueError(f"distortion {kind!r}, allowed: {', '.join(TYPES)}")

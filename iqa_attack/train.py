@@ -202,7 +202,7 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     if run is None:
         return
     with run:
-        state = run.load_checkpoint() or {"trained": {}, "current": None, "complete": False}
+        state = run.load_checkpoint() or {"trained": {}, "current": None, "complete": False, "config": run.config}
         state.pop("run", None)
         fabric.print(
             f"{cfg.arm} on {cfg.data.kind}: {len(data['train'])} training, {len(data['test'])} test images, seed {cfg.seed}"

@@ -13,10 +13,16 @@ PAPER = Path(__file__).resolve().parents[1]
 CONFIGS = PAPER / "configs"
 # a small split: two crops per photograph
 SMALL = [
-    "data.crops_per_photo=2", "data.test_images=4", "statistics.cornia.words=12", "statistics.cornia.patches=100",
-    "statistics.cornia.codebook_patches=2000", "networks.ma19.model.width=4", "networks.ma19.epochs=2", "networks.unique.epochs=2",
+    "data.crops_per_photo=2",
+    "data.test_images=4",
+    "statistics.cornia.words=12",
+    "statistics.cornia.patches=100",
+    "statistics.cornia.codebook_patches=2000",
+    "networks.ma19.model.width=4",
+    "networks.ma19.epochs=2",
+    "networks.unique.epochs=2",
     "train.save_every=1",
-]  # fmt: skip
+]
 FAST = ["data.crops_per_photo=2", "data.test_images=4", "recipe.steps=4", "pictures=1"]
 
 

@@ -14,8 +14,12 @@ def regression(seed=0, n=5):
     rng = np.random.default_rng(seed)
     low, high = -rng.random(36), 1 + rng.random(36)
     return {
-        "vectors": rng.uniform(-1, 1, (n, 36)), "coef": rng.normal(size=n) * 10, "rho": -3.5, "gamma": 0.05, "range": np.stack([low, high]),
-    }  # fmt: skip
+        "vectors": rng.uniform(-1, 1, (n, 36)),
+        "coef": rng.normal(size=n) * 10,
+        "rho": -3.5,
+        "gamma": 0.05,
+        "range": np.stack([low, high]),
+    }
 
 
 def write(r, folder, kind):
@@ -34,7 +38,8 @@ def write(r, folder, kind):
         rows = "".join("      - [ " + ", ".join(f"{v:.17e}" for v in row) + " ]\n" for row in r["vectors"])
         path.write_text(
             "%YAML:1.0\n---\nopencv_ml_svm:\n   format: 3\n   svmType: EPS_SVR\n   kernel:\n      type: RBF\n"
-            f"      gamma: {r['gamma']}\n   C: 1024.\n   var_count: 36\n   support_vectors:\n{rows}   decision_functions:\n      -\n"
+            f"      gamma: {r['gamma']}\n   C: 1024.\n   var_count: 36\n   support_vectors:\n{rows}"
+            "   decision_functions:\n      -\n"
             f"         sv_count: 5\n         rho: {r['rho']}\n         alpha: [ {', '.join(f'{v:.17e}' for v in r['coef'])} ]\n"
         )
         data = ", ".join(f"{v:.17e}" for v in r["range"].ravel())

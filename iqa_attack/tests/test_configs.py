@@ -102,6 +102,20 @@ def test_published_settings():
         and len(live.data.listed) == 12
     )
     unique = experiment("config", "unique").networks.unique
-    assert (unique.lr, unique.weight_decay, unique.batch_size, unique.epochs, unique.crop, unique.resize, unique.frozen_epochs) == (
-        1e-4, 5e-4, 32, 12, 384, 512, 3,
-    )  # fmt: skip
+    assert (
+        unique.lr,
+        unique.weight_decay,
+        unique.batch_size,
+        unique.epochs,
+        unique.crop,
+        unique.resize,
+        unique.frozen_epochs,
+    ) == (
+        1e-4,
+        5e-4,
+        32,
+        12,
+        384,
+        512,
+        3,
+    )

@@ -78,10 +78,11 @@ def test_a_trained_model_orders_its_training_images_and_has_a_gradient(cornia, p
 def files(folder, words=3, seed=0):
     rng = np.random.default_rng(seed)
     data = {
-        "codebook.mat": {"codebook0": rng.normal(size=(49, words))}, "white.mat": {"M": rng.normal(size=(1, 49)), "P": np.eye(49)},
+        "codebook.mat": {"codebook0": rng.normal(size=(49, words))},
+        "white.mat": {"M": rng.normal(size=(1, 49)), "P": np.eye(49)},
         "scale.mat": {"soft_scale_param": np.stack([np.zeros(2 * words), 1 + rng.random(2 * words)])},
         "svr.mat": {"SVs": rng.normal(size=(4, 2 * words)), "sv_coef": rng.normal(size=(4, 1)), "rho": 0.7},
-    }  # fmt: skip
+    }
     for name, content in data.items():
         scipy.io.savemat(folder / name, content)
     return {k: v for content in data.values() for k, v in content.items()}

@@ -93,7 +93,6 @@ def test_lpips_equals_torchmetrics_with_the_same_trunk(vgg_file):
 
 def test_dists_equals_torchmetrics_with_the_same_trunk(vgg_file, monkeypatch):
     import torchvision
-
     from torchmetrics.functional.image import dists as module
 
     ours = DISTS(weights_path=vgg_file)

@@ -91,8 +91,10 @@ def test_annotators_marginalise_over_which_image_is_better():
         spec ** (1 - votes) * (1 - spec) ** votes
     ).prod(1)
     torch.testing.assert_close(model(p, votes), -likelihood.log().mean())
-    torch.testing.assert_close(probability_better(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]), torch.tensor([0]), torch.tensor([1])),
-                               torch.tensor([0.8413447]))  # fmt: skip
+    torch.testing.assert_close(
+        probability_better(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]), torch.tensor([0]), torch.tensor([1])),
+        torch.tensor([0.8413447]),
+    )
 
 
 def test_annotators_find_the_one_that_votes_at_random():

@@ -122,8 +122,14 @@ def test_projected_attack_reaches_the_corner_and_never_leaves_the_box():
 @pytest.mark.parametrize("preset", [k for k in PRESETS if k != "paper_literal"])
 def test_outputs_lie_on_the_8_bit_lattice_and_presets_move_them(preset):
     x0 = grey_images()
-    out = perceptual_attack(linear, SSIM(), x0, torch.tensor([1e-3 if PRESETS[preset]["lambda_on"] == "fidelity" else 1e3]),
-                            seeds=[0, 1], **{**PRESETS[preset], "steps": 12})  # fmt: skip
+    out = perceptual_attack(
+        linear,
+        SSIM(),
+        x0,
+        torch.tensor([1e-3 if PRESETS[preset]["lambda_on"] == "fidelity" else 1e3]),
+        seeds=[0, 1],
+        **{**PRESETS[preset], "steps": 12},
+    )
     torch.testing.assert_close(quantise(out), out, rtol=0, atol=0)
     torch.testing.assert_close((out * 255).round() / 255, out, rtol=0, atol=0)
     assert float(out.min()) >= 0 and float(out.max()) <= 1
@@ -134,8 +140,16 @@ def test_the_literal_l2_recipe_is_erased_by_rounding():
     """200 steps of l2 length 1e-3 are at most 0.2 in l2: 0.31 gray levels per value at 96 x 96."""
     x0 = grey_images(size=96)
     w = torch.ones(3, 96, 96)
-    out = perceptual_attack(lambda x: (x * w).sum((1, 2, 3)) / 1000, SSIM(), x0, torch.tensor([1e6]), seeds=[0, 1], noise="none",
-                            direction="up", **{**PRESETS["paper_literal"], "steps": 200})  # fmt: skip
+    out = perceptual_attack(
+        lambda x: (x * w).sum((1, 2, 3)) / 1000,
+        SSIM(),
+        x0,
+        torch.tensor([1e6]),
+        seeds=[0, 1],
+        noise="none",
+        direction="up",
+        **{**PRESETS["paper_literal"], "steps": 200},
+    )
     torch.testing.assert_close(out[0], x0, rtol=0, atol=1e-6)
 
 
@@ -218,8 +232,17 @@ def test_both_takes_the_larger_change_candidate_by_candidate():
 
 def test_target_and_border_and_rounding_inside_the_loop():
     x0 = grey_images()
-    far = perceptual_attack(linear, Squared(), x0, torch.tensor([0.0]), seeds=[0, 1], steps=4, gamma=1 / 255, noise="none",
-                            target=linear(x0) + 5)[0]  # fmt: skip
+    far = perceptual_attack(
+        linear,
+        Squared(),
+        x0,
+        torch.tensor([0.0]),
+        seeds=[0, 1],
+        steps=4,
+        gamma=1 / 255,
+        noise="none",
+        target=linear(x0) + 5,
+    )[0]
     assert bool((linear(far) < linear(x0)).all()), "away from a target above means down"
     framed = perceptual_attack(
         linear, Squared(), x0, torch.tensor([0.0]), seeds=[0, 1], steps=4, gamma=1 / 255, border=3
@@ -232,8 +255,19 @@ def test_target_and_border_and_rounding_inside_the_loop():
         seen.append(x.detach().clone())
         return linear(x)
 
-    attack_batch(watching, Squared(), x0, torch.zeros(2), torch.zeros_like(x0), steps=3, gamma=0.4 / 255, step_rule="sign",
-                 lambda_on="fidelity", direction="up", quantised="every_step")  # fmt: skip
+    attack_batch(
+        watching,
+        Squared(),
+        x0,
+        torch.zeros(2),
+        torch.zeros_like(x0),
+        steps=3,
+        gamma=0.4 / 255,
+        step_rule="sign",
+        lambda_on="fidelity",
+        direction="up",
+        quantised="every_step",
+    )
     for x in seen:
         torch.testing.assert_close(quantise(x), x, rtol=0, atol=1e-6)
 
@@ -254,12 +288,15 @@ def test_nan_gradients_do_not_move_a_pixel():
 
 # ------------------------------------------------------------------------------------------------------- vanishing gradients
 @pytest.mark.parametrize(
-    "score", [lambda x: linear((x * 255).round() / 255), lambda x: (x * 255).to(torch.uint8).float().mean((1, 2, 3))], ids=["round", "uint8"]
-)  # fmt: skip
+    "score",
+    [lambda x: linear((x * 255).round() / 255), lambda x: (x * 255).to(torch.uint8).float().mean((1, 2, 3))],
+    ids=["round", "uint8"],
+)
 def test_a_model_without_gradient_is_reported_and_not_called_robust(score):
     x0 = grey_images()
     with pytest.raises(
-        VanishingGradient, match=r"gradient of mine is zero on all 2 images.*not robustness.*spsa or method=square"
+        VanishingGradient,
+        match=r"gradient of mine is zero on all 2 images.*not robustness.*attack=spsa or attack=square",
     ):
         check_gradient(score, x0, "mine")
     check_gradient(linear, x0, "linear")
@@ -273,8 +310,17 @@ def test_spsa_points_the_way_of_the_gradient():
     g = spsa_gradient(samples=400, seed=0)(linear, x)[0]
     cosine = float((g * WEIGHTS).sum() / g.norm() / WEIGHTS.norm())
     assert cosine > 0.4, f"expected about sqrt(400/768) = 0.58, got {cosine}"
-    stepped = perceptual_attack(lambda x: linear((x * 255).round() / 255), Squared(), grey_images(1), torch.tensor([0.0]), seeds=[0], steps=10,
-                                gamma=1 / 255, direction="up", gradient=spsa_gradient(samples=64))[0]  # fmt: skip
+    stepped = perceptual_attack(
+        lambda x: linear((x * 255).round() / 255),
+        Squared(),
+        grey_images(1),
+        torch.tensor([0.0]),
+        seeds=[0],
+        steps=10,
+        gamma=1 / 255,
+        direction="up",
+        gradient=spsa_gradient(samples=64),
+    )[0]
     assert float(linear(stepped) - linear(grey_images(1))) > 0.04
 
 
