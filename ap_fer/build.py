@@ -40,6 +40,11 @@ def build(cfg: DictConfig, num_classes: int) -> APViT:
         if set(state) != own or any(v.shape != model.state_dict()[k].shape for k, v in state.items()):
             raise ValueError(f"the stem in {path} is not this model's: delete that run, or set start.arm=null")
         model.load_state_dict(state, strict=False)
+    for name in ("ir50", "vit", "checkpoint"):
+        if cfg.start[name] and not Path(cfg.start[name]).expanduser().is_file():
+            raise FileNotFoundError(
+                f"no weights at {cfg.start[name]} (start.{name}): put them there, or start.{name}=null begins without"
+            )
     if cfg.start.ir50:
         load_ir50(model.extractor, read_state(cfg.start.ir50))
     if cfg.start.vit:

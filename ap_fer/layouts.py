@@ -59,7 +59,10 @@ def _label(order: tuple[str, ...], label: int, where: str) -> int:
 def raf_db(root: Path, split: str, *, images: str = "aligned", **_: object) -> Labelled:
     """basic/EmoLabel/list_patition_label.txt (or train.txt and test.txt): "train_00001.jpg 5"; images in
     basic/Image/aligned (train_00001_aligned.jpg) or basic/Image/aligned_224 (train_00001.jpg)."""
-    layout = f"RAF-DB: basic/EmoLabel/list_patition_label.txt or {{train,test}}.txt, and basic/Image/{images}/"
+    layout = (
+        "RAF-DB (from its authors, on request): basic/EmoLabel/list_patition_label.txt or {train,test}.txt, and "
+        f"basic/Image/{images}/"
+    )
     base = next((b for b in (root / "basic", root) if (b / "EmoLabel").is_dir()), root / "basic")
     both = base / "EmoLabel/list_patition_label.txt"
     listed = both if both.is_file() else base / f"EmoLabel/{split}.txt"
@@ -80,7 +83,7 @@ def ferplus(root: Path, split: str, **_: object) -> Labelled:
 
     Votes of a single annotator are noise and removed; an image without a majority among its votes, or with one for
     "unknown" or "not a face", is left out."""
-    layout = "FERPlus: fer2013new.csv and FER2013{Train,Valid,Test}/fer0000000.png"
+    layout = "FERPlus (from its authors, on request): fer2013new.csv and FER2013{Train,Valid,Test}/fer0000000.png"
     usage, folder = {"train": ("Training", "FER2013Train"), "test": ("PrivateTest", "FER2013Test")}[split]
     found = Labelled()
     _need(root / folder, layout)
@@ -105,7 +108,8 @@ def affectnet(root: Path, split: str, *, num_classes: int = 7, **_: object) -> L
     """training.csv and validation.csv (subDirectory_filePath, ..., expression), images in Manually_Annotated_Images/.
     Expressions 8 to 10 (none, uncertain, no face), and contempt with seven classes, are left out."""
     layout = (
-        "AffectNet: training.csv, validation.csv (subDirectory_filePath, expression) and Manually_Annotated_Images/"
+        "AffectNet (from its authors, on request): training.csv, validation.csv (subDirectory_filePath, expression) and "
+        "Manually_Annotated_Images/"
     )
     table, found = root / {"train": "training.csv", "test": "validation.csv"}[split], Labelled()
     folder = _need(root / "Manually_Annotated_Images", layout)
@@ -123,7 +127,7 @@ def expw(root: Path, split: str, *, test_share: float = 0.25, **_: object) -> La
     """label.lst ("name face_id top left right bottom confidence expression") and origin/; faces are cropped by their box.
 
     The published split is not known: every 1/test_share-th image name (sorted) is for testing, all its faces with it."""
-    layout = "ExpW: label.lst and origin/<name>.jpg"
+    layout = "ExpW (from its authors, on request): label.lst and origin/<name>.jpg"
     if not 0 < test_share < 1:
         raise ValueError(f"data.test_share={test_share}, allowed: between 0 and 1")
     rows = list(_rows(_need(root / "label.lst", layout), layout))
@@ -144,7 +148,10 @@ def expw(root: Path, split: str, *, test_share: float = 0.25, **_: object) -> La
 def affwild2(root: Path, split: str, *, every: int = 1, **_: object) -> Labelled:
     """annotations/{Train_Set,Validation_Set}/<video>.txt (a header of class names, then a label per frame, -1 for none) and
     cropped_aligned/<video>/00001.jpg; every: take every so many frames. Frames without a detected face are missing."""
-    layout = "Aff-Wild2: annotations/{Train_Set,Validation_Set}/<video>.txt and cropped_aligned/<video>/00001.jpg"
+    layout = (
+        "Aff-Wild2 (from its authors, on request): annotations/{Train_Set,Validation_Set}/<video>.txt and "
+        "cropped_aligned/<video>/00001.jpg"
+    )
     folder = root / "annotations" / {"train": "Train_Set", "test": "Validation_Set"}[split]
     if not (files := sorted(_need(folder, layout).glob("*.txt"))):
         raise FileNotFoundError(f"no annotation in {folder}. Expected {layout}")

@@ -2,8 +2,8 @@
 
 python train.py                                                  parametric faces, APP + ATP, a minute
 python train.py method=random seed=1
-python train.py experiment=raf_db data.root=/datasets start.ir50=backbone_ir50.pth start.vit=vit_small.pth
-torchrun --nproc_per_node=2 train.py experiment=raf_db data.root=/datasets ...
+python train.py experiment=raf_db data.root=/datasets                      the released recipe
+torchrun --nproc_per_node=2 train.py experiment=raf_db data.root=/datasets
 """
 
 import math

@@ -73,7 +73,7 @@ def test_raf_db_both_label_files_and_both_image_folders(raf):
     with pytest.raises(ValueError, match=r"train.txt, line 1: label 7 outside 0..6"):
         read_split("raf_db", raf, "train")
     (both.parent / "train.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"EmoLabel.*Expected RAF-DB"):
+    with pytest.raises(FileNotFoundError, match=r"EmoLabel.*Expected RAF-DB .from its authors"):
         read_split("raf_db", raf, "train")
 
 
