@@ -40,18 +40,23 @@ def build(cfg: DictConfig, num_classes: int) -> APViT:
         if set(state) != own or any(v.shape != model.state_dict()[k].shape for k, v in state.items()):
             raise ValueError(f"the stem in {path} is not this model's: delete that run, or set start.arm=null")
         model.load_state_dict(state, strict=False)
-    for name in ("ir50", "vit", "checkpoint"):
-        if cfg.start[name] and not Path(cfg.start[name]).expanduser().is_file():
-            raise FileNotFoundError(
-                f"no weights at {cfg.start[name]} (start.{name}): put them there, or start.{name}=null begins without"
-            )
     if cfg.start.ir50:
-        load_ir50(model.extractor, read_state(cfg.start.ir50))
+        load_ir50(model.extractor, read_state(_weights(cfg, "ir50")))
     if cfg.start.vit:
-        load_vit_small(model.vit, read_state(cfg.start.vit))
+        load_vit_small(model.vit, read_state(_weights(cfg, "vit")))
     if cfg.start.checkpoint:
-        load_released(model, read_state(cfg.start.checkpoint))
+        load_released(model, read_state(_weights(cfg, "checkpoint")))
     return model
+
+
+def _weights(cfg: DictConfig, name: str) -> Path:
+    """The file start.<name>, relative to data.root (so that a configuration is the same on every machine) or absolute."""
+    path = Path(cfg.data.root or ".").expanduser() / cfg.start[name]
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no weights at {path} (start.{name}): put them there, or start.{name}=null begins without"
+        )
+    return path
 
 
 def macs(model: APViT, cfg: DictConfig) -> dict[str, float]:

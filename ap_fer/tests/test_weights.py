@@ -149,6 +149,6 @@ def test_start_of_the_recipe_reads_both_files(tmp_path, face_network, monkeypatc
         model.extractor.state_dict()["body.1.0.res_layer.1.weight"], face_network["body.3.res_layer.1.weight"]
     )
     cfg.start.vit = "nowhere.pth"
-    with pytest.raises(FileNotFoundError, match=r"no weights at nowhere.pth \(start.vit\).*start.vit=null"):
+    with pytest.raises(FileNotFoundError, match=r"no weights at .*nowhere.pth \(start.vit\).*start.vit=null"):
         build(cfg, 7)
     assert model.vit.cls_pos_embed[0, 0, 5] == 5 and model.vit.patch_pos_embed[0, 0, 0] == 16
