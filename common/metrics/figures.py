@@ -30,24 +30,25 @@ def _fill(name: str, width: int) -> str:
 def plot_claims(results: list[dict[str, Any]], path: str | Path) -> bool:
     """Forest plot of the ordering, ratio and property claims: estimate (diamond: primary), interval, one small
     dot per seed; a panel per unit. Writes `path` (PNG); returns False, and writes nothing, without any effect."""
-    panels: dict[str, list[dict[str, Any]]] = {}
+    panels: dict[tuple[bool, str], list[dict[str, Any]]] = {}
     for r in results:
         if r["kind"] in TESTED:
-            unit = "x" if r["kind"] == "ratio" else (r["published"] or {}).get("unit") or r["metric"]
-            panels.setdefault(unit, []).append(r)
+            unit = (r["published"] or {}).get("unit") or r["metric"]
+            ratio = r["kind"] == "ratio"
+            panels.setdefault((ratio, "x" if ratio else unit), []).append(r)
     if not any(r["effect"] for r in results):
         return False
     heights = [len(rows) + 1.1 for rows in panels.values()]
     figure = Figure(figsize=(9, 0.55 * sum(heights) + 0.5), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for ax, (unit, rows) in zip(axes, panels.items(), strict=True):
-        _forest_panel(ax, unit, rows)
+    for ax, ((ratio, unit), rows) in zip(axes, panels.items(), strict=True):
+        _forest_panel(ax, ratio, unit, rows)
     figure.savefig(path, dpi=130)
     return True
 
 
-def _forest_panel(ax: Axes, unit: str, rows: list[dict[str, Any]]) -> None:
-    ax.axvline(1 if unit == "x" else 0, color="black", linewidth=0.8, linestyle="--")
+def _forest_panel(ax: Axes, ratio: bool, unit: str, rows: list[dict[str, Any]]) -> None:
+    ax.axvline(1 if ratio else 0, color="black", linewidth=0.8, linestyle="--")
     for y, r in enumerate(rows):
         colour = COLOURS[r["verdict"]]
         seeds = [*seed_effects(r).values()]
@@ -72,7 +73,7 @@ def _forest_panel(ax: Axes, unit: str, rows: list[dict[str, Any]]) -> None:
         )
     ax.set_yticks(range(len(rows)), [_fill(r["id"], 26) for r in rows], fontsize=9)
     ax.set_ylim(len(rows) - 0.4, -0.6)
-    if unit == "x":
+    if ratio:
         ax.set_xscale("log")
         low, high = ax.get_xlim()
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 8 * low else MaxNLocator(7))
