@@ -1,0 +1,42 @@
+"""DA: the decoder queries of the student are normalised before they are quantised (inner level of Q-DETR, Eq. 9).
+
+    q* = (q - mu(q)) / sqrt(sigma^2(q) + eps) * gamma + beta
+
+A Gaussian of variance s^2 has the entropy 1/2 log(2 pi e s^2), so that fixing the second moment fixes the information of the
+query. (The paper prints this entropy without the e.)
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class DistributionAlignment(nn.Module):
+    """q: (B, heads, Q, d) -> same shape. mu and the unbiased variance are those of each query in each head, over d.
+
+    gamma (init 1) and beta (init 0): (d,), shared by the heads. No running statistics: training and evaluation agree. It is a
+    layer norm over d but for the unbiased variance of the released code."""
+
+    def __init__(self, width: int, *, eps: float = 1e-5):
+        super().__init__()
+        if width < 2:
+            raise ValueError(f"width={width}: a variance needs at least two components per head")
+        self.gamma, self.beta, self.eps = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width)), eps
+
+    def forward(self, q: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(q, dim=-1, keepdim=True, correction=1)
+        return (q - mean) / torch.sqrt(variance + self.eps) * self.gamma + self.beta
+
+
+def gaussian_entropy(variance: Tensor) -> Tensor:
+    """1/2 log(2 pi e variance), in nats."""
+    return 0.5 * (math.log(2 * math.pi * math.e) + variance.log())
+
+
+@torch.no_grad()
+def query_statistics(q: Tensor) -> dict[str, float]:
+    """Of queries (B, heads, Q, d): mean and mean unbiased variance per query and head, and the mean Gaussian entropy."""
+    variance, mean = torch.var_mean(q.double(), dim=-1, correction=1)
+    entropy = gaussian_entropy(variance.clamp(min=1e-12)).mean()
+    return {"query_mean": mean.mean().item(), "query_variance": variance.mean().item(), "query_entropy": entropy.item()}
