@@ -82,6 +82,8 @@ def render_root_table(root: str | Path) -> str:
         rows_usable = [r for r in document["published"] if r["value"] is not None and r["source"] in COMPARABLE]
         row = next(iter(rows_usable), None)
         headline = "unknown" if row is None else f"{row['setting']}: {row['metric']} {tables.published_text(row)}"
+        if row is not None and document["published"][0]["value"] is None:  # the first entry is the paper's own
+            headline = f"its own: unknown; beside it: {headline}"
         texts = [f"{s}: {_tally(list(by_id.values()))}" for s, by_id in _recorded(folder).items()]
         name = headings[0][2:].strip() if headings else idea
         rows.append(
