@@ -5,7 +5,7 @@ python attack.py                                            BRISQUE, projected C
 train.py`
 python attack.py nr=cornia fr=ssim attack=random            the control at the distance of the attack (run that first)
 python attack.py data=folder data.root=photos/              your own images: pictures and a CSV in the run directory
-python attack.py data=folder data.root=photos/ official.brisque.path=svm_model.mat nr=brisque
+python attack.py data=folder data.root=photos/ weights=null +official.brisque.path=svm_model.mat nr=brisque
 """
 
 import csv

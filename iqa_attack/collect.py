@@ -1,9 +1,9 @@
 """A yes/no study with people: a local web page shows every candidate beside its original and writes the answers to a
 CSV.
 
-python attack.py save_candidates=true                                           first: the candidates as PNG
-python collect.py run=runs/default/brisque_chebyshev_perceptual/seed0 subject=anna      then open the address it prints
-python attack.py reuse=<run> observer.kind=csv observer.csv.file=answers.csv          last: select with the answers
+python attack.py save_candidates=true hydra.run.dir=runs/study/made                first: the candidates as PNG
+python collect.py run=runs/study/made subject=anna                                  then open the address it prints
+python attack.py reuse=runs/study/made observer.kind=csv observer.csv.file=answers.csv          last: select with the answers
 
 Protocol (section 3.7): one second per image, half a second of grey between, random order, a training session first,
 breaks. Keys: s
