@@ -6,6 +6,7 @@ network share one forward pass. Sequences are (B, tokens, d). H', W' = size of t
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ class MLP(nn.Module):
     def __init__(self, dim: int, hidden: int, out: int, layers: int = 3):
         super().__init__()
         widths = [dim, *[hidden] * (layers - 1), out]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -193,8 +194,8 @@ class Backbone(nn.Module):
 class DETR(nn.Module):
     """num_classes: largest label + 1 (91 for COCO's ids); the last of the num_classes + 1 logits is "no object".
 
-    backbone: resnet18 | 34 | 50 | 101 (weights: torchvision's, e.g. "IMAGENET1K_V1") or tiny (widths). freeze: the stem and layer1
-    are not trained, as in the official code (ResNets only). decoder_layer: DecoderLayer or `q_detr.smca.SMCALayer`."""
+    backbone: resnet18 | 34 | 50 | 101 (weights: torchvision's, e.g. "IMAGENET1K_V1") or tiny (widths). freeze: the stem and
+    layer1 are not trained, as in the official code (ResNets only)."""
 
     layer_type: type[DecoderLayer] = DecoderLayer
 
@@ -245,8 +246,8 @@ class DETR(nn.Module):
     def forward(self, images: Tensor, mask: Tensor) -> dict[str, Any]:
         """images: (B, 3, H, W), ImageNet-normalised; mask: (B, H, W), True = padding (see `pad_images`).
 
-        -> pred_logits (B, Q, num_classes + 1), pred_boxes (B, Q, 4) cxcywh in 0..1, aux_outputs: the same of the layers before the
-        last, co_attended and co_projected (layers, B, Q, dim): D of the cross-attention before and after its output projection."""
+        -> pred_logits (B, Q, num_classes + 1), pred_boxes (B, Q, 4) cxcywh in 0..1, aux_outputs: the same of the layers before
+        the last, co_attended and co_projected (layers, B, Q, dim): D of the cross-attention before and after out_proj."""
         memory, pos, mask, _ = self.encode(images, mask)
         query_pos = self.query_embed.weight.expand(len(images), -1, -1)
         x = torch.zeros_like(query_pos)

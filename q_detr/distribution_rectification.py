@@ -1,6 +1,6 @@
 """DRD: the co-attended features of the foreground queries follow the teacher's (Eq. 14-15).
 
-    L_DRD = mean over the kept pairs of ||D~^S_j - D~^T_k*(j)||_2,   L = L_GT + lambda L_DRD,   lambda = 2.5
+L_DRD = mean over the kept pairs of ||D~^S_j - D~^T_k*(j)||_2,   L = L_GT + lambda L_DRD,   lambda = 2.5
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,11 +23,11 @@ def drd_loss(
 ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
     """(L_DRD without lambda, {"pairs": per image, "pair_giou": mean}). Works with any DETR whose outputs hold
 
-    pred_boxes (B, Q, 4) cxcywh of the last layer and co_attended (or co_projected) (L, B, Q, d); student and teacher may differ in Q, not
-    in d. gt_boxes: one (n, 4) per image. The teacher gets no gradient.
-    select: "foreground" is FQM; "all" is full imitation: every student query, the same matching. layers: mean over all decoder layers or
-    the last only, always with the pairs of the last layer's boxes. feature: D before (Eq. 3) or after the output projection. No kept
-    pair gives 0 with a zero gradient.
+    pred_boxes (B, Q, 4) cxcywh of the last layer and co_attended (or co_projected) (L, B, Q, d); student and teacher may
+    differ in Q, not in d. gt_boxes: one (n, 4) per image. The teacher gets no gradient.
+    select: "foreground" is FQM; "all" is full imitation: every student query, the same matching. layers: mean over all
+    decoder layers or the last only, always with the pairs of the last layer's boxes. feature: D before (Eq. 3) or after the
+    output projection. No kept pair gives 0 with a zero gradient.
     ValueError for an unknown option, tau outside 0..1 or different d."""
     for name, value, allowed in (
         ("select", select, SELECTIONS), ("layers", layers, LAYERS), ("feature", feature, tuple(FEATURES))
@@ -39,8 +39,8 @@ def drd_loss(
         ours, theirs = ours[-1:], theirs[-1:]
     if ours.shape[-1] != theirs.shape[-1] or ours.shape[:2] != theirs.shape[:2]:
         raise ValueError(
-            f"co-attended features {tuple(ours.shape)} of the student and {tuple(theirs.shape)} of the teacher: layers, batch and "
-            "width (d_model) must agree"
+            f"co-attended features {tuple(ours.shape)} of the student and {tuple(theirs.shape)} of the teacher: layers, batch "
+            "and width (d_model) must agree"
         )
     distances, overlaps = [], []
     boxes = student["pred_boxes"].detach(), teacher["pred_boxes"].detach()

@@ -34,8 +34,8 @@ def foreground_queries(student_boxes: Tensor, gt_boxes: Tensor, *, tau: float = 
 def matched_teacher_queries(student_boxes: Tensor, teacher_boxes: Tensor, *, one_to_one: bool = False) -> Tensor:
     """k*(j) for each student box. (m, 4), (K, 4) -> int64 (m,).
 
-    Several students may share a teacher query, in spite of the paper's wording; one_to_one=True solves the assignment with the same
-    score instead (ValueError if m > K)."""
+    Several students may share a teacher query, in spite of the paper's wording; one_to_one=True solves the assignment with
+    the same score instead (ValueError if m > K)."""
     distance = torch.cdist(student_boxes.float(), teacher_boxes.float(), p=1)
     score = 2 * giou(student_boxes, teacher_boxes) - 5 * distance
     if not one_to_one:

@@ -25,7 +25,7 @@ def giou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def check_targets(targets: Sequence[Target], num_classes: int) -> None:
-    """ValueError naming the image for labels outside 0..num_classes-1 and for boxes that are not normalised, finite, of extent."""
+    """ValueError naming the image for labels outside 0..num_classes-1 and boxes not finite, normalised and of extent."""
     for i, t in enumerate(targets):
         labels, boxes = t["labels"], t["boxes"]
         if boxes.shape != (len(labels), 4):
@@ -54,7 +54,9 @@ def match(outputs: Mapping[str, Tensor], targets: Sequence[Target], *, loss: str
     logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
     if not bool(torch.isfinite(logits).all() and torch.isfinite(boxes).all()):
         bad = (~(torch.isfinite(logits).all(-1) & torch.isfinite(boxes).all(-1))).any(1).nonzero().flatten().tolist()
-        raise FloatingPointError(f"the predictions for images {bad} of the batch are not finite: matching is impossible")
+        raise FloatingPointError(
+            f"the predictions for images {bad} of the batch are not finite: matching is impossible"
+        )
     pairs = []
     for z, b, t in zip(logits, boxes, targets, strict=True):
         if loss == "softmax":
