@@ -176,10 +176,11 @@ class TinyBody(nn.Module):
         for conv in self.layers:
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")  # type: ignore[arg-type]
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+        self.acts = nn.ModuleList(nn.ReLU() for _ in widths)
 
     def forward(self, x: Tensor) -> Tensor:
-        for conv in self.layers:
-            x = conv(x).relu()
+        for conv, act in zip(self.layers, self.acts, strict=True):
+            x = act(conv(x))
         return x
 
 
