@@ -203,14 +203,22 @@ def _use_rprelu(body: ResNetBody | TinyBody, slope: float) -> None:
 
 @torch.no_grad()
 def calibrate_student(student: DETR, images: Tensor, mask: Tensor, *, percentile: float | None = None) -> None:
-    """Set every step (and offset) from one batch, in evaluation mode: no dropout, and each quantiser sees real-valued inputs.
+    """Set the steps (and offsets) that are not set yet from one batch, without dropout, in the order of the forward pass, so that a
+    quantiser sees quantised inputs. Nothing to do at 32 bits.
 
-    percentile: clip there instead of by the mean (post-training quantisation, e.g. 99.99). Nothing to do at 32 bits."""
-    if not any(isinstance(m, LSQQuantizer) for m in student.modules()):
+    percentile: set all of them anew, clipping there instead of by the mean, from real-valued inputs (post-training
+    quantisation, e.g. 99.99)."""
+    quantizers = [m for m in student.modules() if isinstance(m, LSQQuantizer)]
+    if not quantizers:
         return
     training = student.training
     student.eval()
-    with calibrate(student, percentile=percentile):
+    if percentile is not None:
+        with calibrate(student, percentile=percentile):
+            student(images, mask)
+    else:
+        for q in quantizers:
+            q.train()
         student(images, mask)
     student.train(training)
 

@@ -283,3 +283,15 @@ def test_the_original_is_left_alone():
     assert torch.equal(model(*batch())["pred_logits"], before)
     assert not any(isinstance(m, LSQQuantizer | QuantLinear | QuantConv2d) for m in model.modules())
     assert isinstance(ResNetBody("resnet18").relu, nn.ReLU)
+
+
+def test_calibration_leaves_the_steps_that_are_set():
+    _, first = student(parts=["backbone"])
+    with torch.no_grad():
+        first.backbone[0].body.layers[1].weight_quant.step.mul_(1.5)
+    kept = first.backbone[0].body.layers[1].weight_quant.step.clone()
+    second = quantize_detr(small(seed=4))
+    load_real_valued(second, first.state_dict())
+    calibrate_student(second, *batch())
+    assert torch.equal(second.backbone[0].body.layers[1].weight_quant.step, kept)
+    assert all(bool(m.calibrated) for m in second.modules() if isinstance(m, LSQQuantizer))

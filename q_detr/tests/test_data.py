@@ -1,0 +1,167 @@
+"""Data and evaluation (specification 6, 8.12 and the bad inputs of section 10)."""
+
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils.data import ConcatDataset
+from torchvision import tv_tensors
+from torchvision.ops import box_convert
+
+from common.data.shapes import coco_to_voc, shape_scenes
+from q_detr.data import (
+    Prepared,
+    RandomSizeCrop,
+    Scenes,
+    build_data,
+    detection_metrics,
+    dropped_boxes,
+    num_classes,
+    resize_for_test,
+    training_transform,
+)
+from q_detr.set_prediction import check_targets
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A COCO folder whose categories have gaps (3, 7, 90), with unsorted images, a crowd region and a box without extent."""
+    for split, seed in (("train", 0), ("val", 1)):
+        scenes = shape_scenes(6, seed=seed, sizes=(48, 64), empty=0.3, square=0.5)
+        path = scenes.write_coco(tmp_path, split)
+        coco = json.loads(path.read_text())
+        gaps = {1: 3, 2: 7, 3: 90}
+        for c in coco["categories"]:
+            c["id"] = gaps[c["id"]]
+        for a in coco["annotations"]:
+            a["category_id"] = gaps[a["category_id"]]
+        first = coco["images"][0]["id"]
+        extra = {"image_id": first, "category_id": 3, "area": 100.0}
+        coco["annotations"] += [
+            {**extra, "id": 901, "iscrowd": 1, "bbox": [1, 1, 10, 10]},
+            {**extra, "id": 902, "iscrowd": 0, "bbox": [5, 5, 0, 9]},
+        ]
+        coco["images"].reverse()
+        path.write_text(json.dumps(coco))
+    return tmp_path
+
+
+def perfect(dataset):
+    found = {}
+    for _, target in (dataset[i] for i in range(len(dataset))):
+        keep = target["iscrowd"] == 0
+        boxes, labels = torch.as_tensor(target["boxes"])[keep], target["labels"][keep]
+        found[target["image_id"]] = {"boxes": boxes, "labels": labels, "scores": torch.ones(len(labels))}
+    return found
+
+
+def test_the_ground_truth_fed_back_has_ap_one_and_nothing_has_zero():
+    _, held_out = build_data(name="scenes", seed=0, train=1, test=12)
+    found = detection_metrics(held_out, perfect(held_out))
+    assert found["AP"] == found["AP50"] == found["map50"] == pytest.approx(100)
+    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
+    found = detection_metrics(held_out, {i["id"]: none for i in held_out.infos})
+    assert found["AP"] == found["map50"] == 0
+
+
+@pytest.mark.parametrize(("labels", "classes"), [("ids", 91), ("contiguous", 3)])
+def test_coco_with_gaps_crowds_and_unsorted_ids(folder, labels, classes):
+    training, held_out = build_data(name="coco", seed=0, root=str(folder), train="train", test="val", labels=labels)
+    assert num_classes(held_out, labels=labels) == classes
+    assert dropped_boxes(training) == dropped_boxes(held_out) == 1
+    assert detection_metrics(held_out, perfect(held_out), labels=labels)["AP"] == pytest.approx(100)
+    targets = [Prepared(training)[i][1] for i in range(len(training))]
+    check_targets(targets, classes)
+    assert sum(len(t["labels"]) for t in targets) == sum(
+        a["iscrowd"] == 0 for a in training.coco["annotations"]
+    ) - 1  # fmt: skip
+    wrong = {i: {**p, "labels": p["labels"] * 0 + (50 if labels == "ids" else 3)} for i, p in perfect(held_out).items()}
+    assert detection_metrics(held_out, wrong, labels=labels)["AP"] == 0  # 50 is a gap: no detection, and no error
+    if labels == "ids":
+        with pytest.raises(ValueError, match="91 for COCO"):
+            check_targets(targets, 80)
+
+
+def test_a_missing_image_and_different_categories_are_named(folder):
+    training, _ = build_data(name="coco", seed=0, root=str(folder), train="train", test="val")
+    (folder / "train" / training.infos[2]["file_name"]).unlink()
+    with pytest.raises(FileNotFoundError, match=training.infos[2]["file_name"]):
+        training[2]
+    path = folder / "annotations/instances_val.json"
+    coco = json.loads(path.read_text())
+    coco["categories"].append({"id": 91, "name": "other"})
+    path.write_text(json.dumps(coco))
+    with pytest.raises(ValueError, match="different categories"):
+        build_data(name="coco", seed=0, root=str(folder), train="train", test="val")
+    with pytest.raises(ValueError, match="data.name='lvis', allowed: scenes"):
+        build_data(name="lvis", seed=0)
+
+
+def test_voc_folders_are_joined_and_difficult_objects_follow_the_policy(tmp_path):
+    scenes = shape_scenes(5, seed=3, sizes=(48,), empty=0)
+    scenes.coco["annotations"][0]["difficult"] = 1
+    scenes.write_coco(tmp_path / "coco")
+    for year in ("VOC2007", "VOC2012"):
+        coco_to_voc(tmp_path / "coco", tmp_path / year)
+    names = ["rectangle", "ellipse", "triangle"]
+    training, held_out = build_data(name="voc", seed=0, root=str(tmp_path), train="train", test="train", classes=names)
+    assert isinstance(training, ConcatDataset) and len(training) == 10 and len(held_out) == 5
+    found = perfect(held_out)
+    assert detection_metrics(held_out, found)["AP50"] == pytest.approx(100)
+    image = scenes.coco["annotations"][0]["image_id"]
+    flags = next(t for _, t in (held_out[i] for i in range(5)) if t["image_id"] == image)["difficult"]
+    found[image] = {k: v[flags == 0] for k, v in found[image].items()}
+    assert detection_metrics(held_out, found)["AP50"] == pytest.approx(100)
+    assert detection_metrics(held_out, found, difficult="count")["AP50"] < 99
+
+
+def test_prepared_targets_are_normalised_centres_that_the_flip_moves():
+    scenes = Scenes(shape_scenes(4, seed=0, sizes=(48, 96), square=0.0, empty=0.0))
+    for i in range(4):
+        image, raw = scenes[i]
+        prepared, target = Prepared(scenes)[i]
+        h, w = image.shape[-2:]
+        back = box_convert(target["boxes"] * torch.tensor([w, h, w, h]), "cxcywh", "xyxy")
+        assert_close(back, raw["boxes"].as_subclass(torch.Tensor))
+        assert_close(prepared[0, 3, 5], (image.as_subclass(torch.Tensor)[0, 3, 5] / 255 - 0.485) / 0.229)
+        flip = training_transform("plain")
+        flip.p = 1.0
+        flipped, mirrored = Prepared(scenes, flip)[i]
+        assert torch.equal(flipped, prepared.flip(-1))
+        assert_close(mirrored["boxes"][:, 0], 1 - target["boxes"][:, 0])
+
+
+def test_a_crop_clips_boxes_and_drops_those_outside():
+    boxes = torch.tensor([[0.0, 0, 35, 35], [45, 45, 55, 55], [96, 96, 100, 100]])
+    target = {
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(100, 100)),
+        "labels": torch.tensor([0, 1, 2]), "iscrowd": torch.zeros(3, dtype=torch.int64),
+    }  # fmt: skip
+    source = [(tv_tensors.Image(torch.zeros(3, 100, 100, dtype=torch.uint8)), target)]
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(20):
+        image, found = Prepared(source, RandomSizeCrop(40, 60))[0]
+        assert 40 <= image.shape[-1] <= 60 and 40 <= image.shape[-2] <= 60
+        check_targets([found], 3)
+        seen.add(len(found["labels"]))
+    assert max(seen) == 2 and len(seen) > 1  # the first and the last box never fit together
+
+
+def test_the_paper_augmentation_and_the_test_size():
+    torch.manual_seed(0)
+    image = tv_tensors.Image(torch.zeros(3, 300, 500, dtype=torch.uint8))
+    boxes = tv_tensors.BoundingBoxes(torch.tensor([[10.0, 10, 490, 290]]), format="XYXY", canvas_size=(300, 500))
+    target = {"boxes": boxes, "labels": torch.zeros(1, dtype=torch.int64), "iscrowd": torch.zeros(1, dtype=torch.int64)}
+    sides = set()
+    for _ in range(6):
+        out, found = Prepared([(image, target)], training_transform("detr"))[0]
+        sides.add(min(out.shape[-2:]))
+        assert max(out.shape[-2:]) <= 1333
+        check_targets([found], 1)
+    assert sides <= set(range(480, 801, 32)) and len(sides) > 1
+    assert resize_for_test(torch.zeros(3, 300, 900), 800).shape == (3, 444, 1333)
+    assert resize_for_test(torch.zeros(3, 300, 400), 600).shape == (3, 600, 800)
+    with pytest.raises(ValueError, match="augment='mosaic'"):
+        training_transform("mosaic")
