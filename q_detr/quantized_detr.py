@@ -203,8 +203,8 @@ def _use_rprelu(body: ResNetBody | TinyBody, slope: float) -> None:
 
 @torch.no_grad()
 def calibrate_student(student: DETR, images: Tensor, mask: Tensor, *, percentile: float | None = None) -> None:
-    """Set the steps (and offsets) that are not set yet from one batch, without dropout, in the order of the forward pass, so that a
-    quantiser sees quantised inputs. Nothing to do at 32 bits.
+    """Set the steps (and offsets) that are not set yet from one batch, without dropout, in the order of the forward pass, so
+    that a quantiser sees quantised inputs. Nothing to do at 32 bits.
 
     percentile: set all of them anew, clipping there instead of by the mean, from real-valued inputs (post-training
     quantisation, e.g. 99.99)."""

@@ -1,0 +1,172 @@
+"""The script: every config builds, arms train, a run resumes to the same numbers, errors are clear."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from common import runs
+from q_detr.building import build_real, parameter_groups, rebuild
+from q_detr.detr import DETR
+from q_detr.schedule import lr_factor
+from q_detr.train import fit
+
+HERE = Path(__file__).parents[1]
+METHODS = sorted(p.stem for p in (HERE / "configs/method").glob("*.yaml"))
+EXPERIMENTS = sorted(p.stem for p in (HERE / "configs/experiment").glob("*.yaml"))
+SMALL = ["data.train=32", "data.test=8", "train.epochs=1", "evaluate.statistics_images=8", "train.batch_size=8"]
+
+
+def config(tmp_path, *overrides):
+    with initialize_config_dir(str(HERE / "configs"), version_base="1.3"):
+        cfg = compose("config", [*SMALL, f"run_root={tmp_path}", "fabric.accelerator=cpu", *overrides])
+    arm = next((o.split("=")[1] for o in overrides if o.startswith("method=")), "drd")
+    cfg.arm = arm
+    return cfg
+
+
+def run(cfg, out):
+    fit(cfg, runs.launch(cfg.fabric), out)
+    return runs.read_json(out / "result.json")["metrics"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    run(config(root, "method=teacher"), root / "teacher")
+    return root / "teacher/last.ckpt"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_arm_trains_from_the_teacher_and_is_rebuilt(method, teacher, tmp_path):
+    start = [f"teacher.weights={teacher}", "train.epochs=1" if method != "percentile" else "train.epochs=0"]
+    metrics = run(config(tmp_path, f"method={method}", *start), tmp_path / "run")
+    assert 0 <= metrics["AP"] <= 100
+    if method == "teacher":
+        return
+    assert metrics["held_out_drd"] > 0 and ("last_drd" in metrics) == (
+        method in ("fqm", "drd", "imitation", "tau0", "stage1")
+    )
+    aligned = method in ("da", "drd", "imitation", "tau0")
+    assert (abs(metrics["query_variance"] - 1) < 0.05) == aligned
+    network, state = rebuild(tmp_path / "run/last.ckpt")
+    assert all(torch.equal(v, state["model"][k]) for k, v in network.state_dict().items())
+
+
+def test_full_imitation_distils_every_query_and_tau_zero_fewer(teacher, tmp_path):
+    pairs = {}
+    for method in ("imitation", "tau0", "drd"):
+        cfg = config(tmp_path, f"method={method}", f"teacher.weights={teacher}")
+        pairs[method] = run(cfg, tmp_path / method)["last_pairs"]
+    assert pairs["imitation"] == 8 > pairs["tau0"] > pairs["drd"] > 0
+
+
+def test_the_second_stage_starts_from_the_first(teacher, tmp_path):
+    run(config(tmp_path, "method=stage1", f"teacher.weights={teacher}"), tmp_path / "one")
+    first = rebuild(tmp_path / "one/last.ckpt")[1]["model"]
+    start = ["method.start=stage1", f"start.weights={tmp_path / 'one/last.ckpt'}", "train.epochs=0"]
+    run(config(tmp_path, f"teacher.weights={teacher}", *start), tmp_path / "two")
+    second = rebuild(tmp_path / "two/last.ckpt")[1]["model"]
+    assert all(torch.equal(v, second[k]) for k, v in first.items()) and len(second) > len(first)
+
+
+def test_equal_seeds_give_equal_numbers_and_resumed_is_uninterrupted(teacher, tmp_path):
+    options = ["method=drd", f"teacher.weights={teacher}", "train.epochs=2", "model.dropout=0.1"]
+    whole = run(config(tmp_path, *options), tmp_path / "whole")
+    cut = config(tmp_path, *options)
+
+    class Stop(Exception):
+        pass
+
+    fabric, save = runs.launch(cut.fabric), runs.Run.save_checkpoint
+    try:
+
+        def stop_after_the_first(self, *args, **kwargs):
+            save(self, *args, **kwargs)
+            raise Stop
+
+        runs.Run.save_checkpoint = stop_after_the_first
+        with pytest.raises(Stop):
+            fit(cut, fabric, tmp_path / "cut")
+    finally:
+        runs.Run.save_checkpoint = save
+    assert run(cut, tmp_path / "cut") == whole
+
+
+def test_the_loss_falls_on_one_batch(tmp_path):
+    cfg = config(
+        tmp_path, "method=teacher", "data.train=8", "train.epochs=60", "train.log_every=60", "train.save_every=60"
+    )
+    run(cfg, tmp_path / "one")
+    rows = [runs.json.loads(line) for line in (tmp_path / "one/metrics.jsonl").read_text().splitlines()]
+    first, last = (sum(r[k] for k in ("ce", "bbox", "giou")) for r in (rows[0], rows[-1]))
+    assert last < 0.7 * first
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_recipe_composes_and_its_networks_build(experiment, tmp_path):
+    method = ["method=stage1"] if "stage1" in experiment else []
+    with initialize_config_dir(str(HERE / "configs"), version_base="1.3"):
+        cfg = compose("config", [*method, f"experiment={experiment}"])
+    assert OmegaConf.to_container(cfg.method, resolve=True)["drd"]["weight"] == 2.5
+    with torch.device("meta"):
+        model = build_real(**{**cfg.model, "weights": None}, num_classes=91)
+        other = build_real(**{**cfg.model, **cfg.teacher.model, "weights": None}, num_classes=91)
+    assert isinstance(model, DETR) and len(other.state_dict()) > len(model.state_dict())
+    first = experiment.endswith("stage1")
+    assert cfg.method.start == ("weights" if first else "stage1")
+    assert list(cfg.method.quant.parts) == (
+        ["backbone"] if first else ["backbone", "encoder", "decoder_attention", "decoder_mlp"]
+    )
+    groups = parameter_groups(model, **cfg.optim)
+    assert [g["lr"] for g in groups] == [1e-4, 1e-5]
+    drop = {"coco": 400 / 500, "voc": 200 / 300, "smca": 40 / 50}[experiment.split("_")[0]]
+    assert cfg.schedule.drop == pytest.approx(drop, abs=1e-3)
+
+
+def test_the_learning_rate():
+    assert [lr_factor(s, steps=10, drop=0.8) for s in (0, 7, 8)] == [1, 1, 0.1]
+    rates = [lr_factor(s, steps=100, kind="onecycle") for s in range(100)]
+    assert rates[0] == 1 / 25 and rates[10] == 1 and rates[-1] < 1e-3
+    with pytest.raises(ValueError, match="kind='cosine'"):
+        lr_factor(0, steps=1, kind="cosine")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["method.quant.bits=1"], ValueError, "bits=1, allowed: 2 to 8"),
+        (["method.drd.tau=1.5"], ValueError, "tau=1.5"),
+        (["method.start=stage2"], ValueError, "method.start='stage2', allowed: teacher, stage1"),
+        (["+teacher.model.dim=32"], ValueError, "do not fit the model"),
+        (["model.kind=yolo"], ValueError, "model.kind='yolo'"),
+        (["train.batch_size=64"], ValueError, "fewer than train.batch_size=64"),
+        (["schedule.kind=cosine"], ValueError, "kind='cosine'"),
+        (["data.augment=mosaic"], ValueError, "augment='mosaic'"),
+        (["data=coco", "data.root=nowhere"], FileNotFoundError, "nowhere"),
+        (["teacher.weights=missing.ckpt"], FileNotFoundError, "missing.ckpt"),
+        (["scale=mini", "teacher.weights=null"], FileNotFoundError, "train it first, python train.py method=teacher"),
+    ],
+)
+def test_errors_are_clear(overrides, error, message, teacher, tmp_path):
+    cfg = config(tmp_path, f"teacher.weights={teacher}", *overrides)
+    with pytest.raises(error, match=message):
+        fit(cfg, runs.launch(cfg.fabric), tmp_path / "bad")
+
+
+def test_the_scripts_run_from_inside_the_folder(tmp_path):
+    def call(*args):
+        return subprocess.run([sys.executable, *args], cwd=HERE, capture_output=True, text=True, timeout=120)
+
+    options = [*SMALL, f"run_root={tmp_path}", "threads=1"]
+    done = call("train.py", "method=teacher", *options)
+    assert done.returncode == 0, done.stderr
+    (weights,) = tmp_path.rglob("last.ckpt")
+    done = call("evaluate.py", f"weights='{weights}'")
+    assert done.returncode == 0 and "8 images" in done.stdout, done.stderr
+    bad = call("train.py", "method=qdetr", *options)
+    assert bad.returncode != 0 and "baseline" in bad.stderr
