@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from common import runs
 from common.quant.lsq import LSQQuantizer
-from q_detr.checkpoint import is_student_key, load_real_valued, load_weights
+from q_detr.checkpoint import is_student_key, load_real_valued
 from q_detr.detr import DETR
 from q_detr.distribution_alignment import query_statistics
 from q_detr.quantized_detr import calibrate_alignment, calibrate_student, quantize_detr
@@ -58,11 +58,40 @@ def rebuild(path: str | Path) -> tuple[DETR, dict[str, Any]]:
     return model.eval(), state
 
 
-def load_official(path: str | Path, *, kind: str, num_classes: int, **options: Any) -> DETR:
-    """A real-valued network with official weights, in evaluation mode."""
-    model = build_real(kind, num_classes=num_classes, **options)
-    load_weights(model, path)
-    return model.eval()
+def official_options(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of `build_real` for an official state dict, read from its keys and shapes (heads are 8 in all of them).
+
+    ValueError if it is none of DETR or SMCA-DETR."""
+    state = state.get("model", state)
+    body = "backbone.0.body."
+    if "class_embed.weight" not in state or f"{body}conv1.weight" not in state:
+        raise ValueError(
+            "neither a checkpoint of q_detr/train.py nor weights of DETR or SMCA-DETR with a ResNet backbone"
+        )
+    bottleneck, deep = f"{body}layer1.0.conv3.weight" in state, f"{body}layer3.22.conv1.weight" in state
+    depths = {
+        side: len({k.split(".")[3] for k in state if k.startswith(f"transformer.{side}.layers.")})
+        for side in ("encoder", "decoder")
+    }
+    queries, width = state["query_embed.weight"].shape
+    classes, dim = state["class_embed.weight"].shape
+    smca = any(".point2." in k for k in state)
+    found = {
+        "kind": "smca" if smca else "detr", "num_classes": classes - 1, "queries": queries, "dim": dim,
+        "backbone": "resnet101" if deep else "resnet50" if bottleneck else "resnet18",
+        "ffn": len(state["transformer.encoder.layers.0.linear1.weight"]),
+        "encoder_layers": depths["encoder"], "decoder_layers": depths["decoder"],
+    }  # fmt: skip
+    return found | ({"learned_content": width == 2 * dim} if smca else {})
+
+
+def load_official(path: str | Path) -> tuple[DETR, str]:
+    """(real-valued network in evaluation mode, its loss kind) of official DETR or SMCA-DETR weights."""
+    state = runs.load_checkpoint(path)
+    options = official_options(state)
+    model = build_real(**options)
+    load_real_valued(model, state)
+    return model.eval(), KINDS[options["kind"]][1]
 
 
 def parameter_groups(model: DETR, *, lr: float, backbone_lr: float, weight_decay: float, quant_lr: float) -> list[dict]:

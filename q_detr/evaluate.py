@@ -1,7 +1,7 @@
 """Evaluate a checkpoint of train.py, or official DETR or SMCA-DETR weights: AP by pycocotools, and the VOC mAP.
 
 python evaluate.py weights=runs/default/drd/seed0/last.ckpt
-python evaluate.py weights=detr-r50.pth +model=detr_r50 +data=coco data.root=/datasets/coco claim=released_detr_r50 record=true
+python evaluate.py weights=detr-r50.pth data.root=/datasets/coco claim=released_detr_r50 record=true
 """
 
 import hashlib
@@ -16,22 +16,21 @@ from common import runs
 from common.metrics.claims import load_claims
 from q_detr.building import KINDS, load_official, rebuild
 from q_detr.data import build_data, detection_metrics, num_classes
+from q_detr.detr import DETR
 from q_detr.train import predict
 
 
-def load(cfg: DictConfig) -> tuple[Any, str, dict[str, Any]]:
-    """(network, loss kind, keys of the data set). ValueError if official weights lack model or data."""
-    model, data = (OmegaConf.to_container(cfg[k]) for k in ("model", "data"))
-    if "model" in (state := runs.load_checkpoint(cfg.weights)) and "config" in state:
-        network, state = rebuild(cfg.weights)
+def load(path: str, data: dict[str, Any]) -> tuple[DETR, str, dict[str, Any]]:
+    """(network in evaluation mode, loss kind, keys of its data set with those of `data`): our own checkpoint, or official
+    weights, which are evaluated on COCO unless `data` says otherwise."""
+    state = runs.load_checkpoint(path)
+    if "config" in state and "classes" in state:
+        network, state = rebuild(path)
         trained = state["config"]
-        return network, KINDS[trained["model"]["kind"]][1], {"seed": trained["seed"], **trained["data"], **data}  # type: ignore[dict-item]
-    if not model or "name" not in data:  # type: ignore[operator]
-        raise ValueError(
-            f"{cfg.weights} is no checkpoint of train.py: give +model=detr_r50 and +data=coco for official weights"
-        )
-    network = load_official(cfg.weights, num_classes=cfg.num_classes, **{**model, "weights": None})  # type: ignore[dict-item]
-    return network, KINDS[model["kind"]][1], {"seed": 0, **data}  # type: ignore[index,dict-item]
+        return network, KINDS[trained["model"]["kind"]][1], {"seed": trained["seed"], **trained["data"], **data}
+    network, loss = load_official(path)
+    coco = OmegaConf.to_container(OmegaConf.load(Path(__file__).parent / "configs/data/coco.yaml"))
+    return network, loss, {"seed": 0, **coco, **data}  # type: ignore[dict-item]
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
@@ -39,7 +38,8 @@ def main(cfg: DictConfig) -> None:
     known = {c["id"] for c in load_claims(Path(__file__).parent) if c["kind"] == "released_weights"}
     if cfg.claim is not None and cfg.claim not in known:
         raise ValueError(f"claim={cfg.claim!r}, allowed: {', '.join(sorted(known))}")
-    network, loss, data = load(cfg)
+    given = {k: v for k, v in OmegaConf.to_container(cfg.data).items() if v is not None}  # type: ignore[union-attr]
+    network, loss, data = load(cfg.weights, given)  # type: ignore[arg-type]
     own = {k: v for k, v in data.items() if k not in ("workers", "augment", "test_side")}
     held_out = build_data(**{**own, "train": own["test"] if own["name"] == "coco" else own["train"]})[1]
     if (needed := num_classes(held_out, labels=own["labels"])) != network.num_classes:
