@@ -48,11 +48,9 @@ def audit(
     """Rows {before, after, random, r, r_random, max_change, visibility} per image, scores on 0..10.
 
     images (S, 3, H, W) in 0..1, one size. scale: (b3, b4) of the logistic, null: `calibrate`. levels: projected
-    Chebyshev candidates in gray
-    levels. random: the score after random signs of the counterexample's size. out: folder for attacked images and
-    differences.
-    Raises VanishingGradient for a metric whose gradient is zero; black_box=True attacks it with random squares
-    instead."""
+    Chebyshev candidates in gray levels. random: the score after random signs of the counterexample's size. out:
+    folder for attacked images and differences. Raises VanishingGradient for a metric whose gradient is zero;
+    black_box=True attacks it with random squares instead."""
     turned = CallableMetric(metric, higher_is_better=higher_is_better)
     check_images(images, 11, "the audit")
     x0 = quantise(images)

@@ -1,8 +1,7 @@
 """BRISQUE: 36 natural scene statistics and a support vector regression with an RBF kernel (section 4.1).
 
 `fit_brisque` trains one, `load_brisque` reads the published formats. Larger = better, always: a model trained on DMOS
-is flipped.
-"""
+is flipped."""
 
 from pathlib import Path
 
@@ -23,8 +22,7 @@ class Brisque(nn.Module):
     """forward: images (B, 3, H, W) in 0..1 -> quality (B,), larger = better.
 
     quality = sign * (sum_i c_i exp(-gamma |f - v_i|^2) - rho), f the features scaled to [-1, 1]. Computed in float64:
-    the
-    terms are up to a thousand times larger than their sum."""
+    the terms are up to a thousand times larger than their sum."""
 
     minimum = 32
     vectors: Tensor
@@ -111,10 +109,8 @@ def load_brisque(
     files),  .mat (SVs, sv_coef, rho; the range in a second .mat).
 
     range_path: file of the feature ranges; null looks for `range` in place of `model` in the name (.yml) or scale.mat
-    beside.
-    higher_is_better: whether the raw score is; the published models predict DMOS (false), the paper's own is flipped
-    (true).
-    Raises FileNotFoundError or ValueError naming the file and what it lacks."""
+    beside. higher_is_better: whether the raw score is; the published models predict DMOS (false), the paper's own is
+    flipped (true). Raises FileNotFoundError or ValueError naming the file and what it lacks."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no BRISQUE model {path}")

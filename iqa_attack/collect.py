@@ -6,9 +6,7 @@ python collect.py run=runs/study/made subject=anna                              
 python attack.py reuse=runs/study/made observer.kind=csv observer.csv.file=answers.csv          last: select with the answers
 
 Protocol (section 3.7): one second per image, half a second of grey between, random order, a training session first,
-breaks. Keys: s
-(same) and d (different). A study that is interrupted goes on where it stopped.
-"""
+breaks. Keys: s (same) and d (different). A study that is interrupted goes on where it stopped."""
 
 import csv
 import json

@@ -20,9 +20,8 @@ class Cornia(nn.Module):
     """forward: images (B, 3, H, W) in 0..1 -> quality (B,), larger = better.
 
     patches: "all" 7 x 7 patches of an image, or so many at random places. `seed` fixes the places; with `draws` > 1
-    the score is the
-    mean over so many sets of places (the authors' code: 4000 patches, 10 draws). `redraw()` moves to other places.
-    order: pixels of a patch in rows, or in columns as MATLAB's codebooks have them."""
+    the score is the mean over so many sets of places (the authors' code: 4000 patches, 10 draws). `redraw()` moves to
+    other places. order: pixels of a patch in rows, or in columns as MATLAB's codebooks have them."""
 
     minimum = 8
     codebook: Tensor
@@ -138,8 +137,7 @@ def load_cornia(folder: str | Path, *, patches: int | Literal["all"] = 4000, dra
     """The authors' four .mat files in a folder: codebook0; M and P; soft_scale_param; SVs, sv_coef and rho.
 
     Variables are found by name in whichever file has them. The raw score is a DMOS on 0..114.4147 (flipped), the
-    order of pixels
-    MATLAB's. Raises FileNotFoundError or ValueError naming what is missing."""
+    order of pixels MATLAB's. Raises FileNotFoundError or ValueError naming what is missing."""
     where = Path(folder).expanduser()
     files = sorted(where.glob("*.mat"))
     if not files:

@@ -20,8 +20,7 @@ def build_data(*, kind: str, seed: int, **options) -> dict[str, QualitySet]:
     """{"train", "test", "attack"} or a part of them.
 
     photos: graded distortions of photographs, see `graded_photos`; sets: published data sets, see `quality_sets`;
-    folder: images
-    without opinions, to be attacked only. ValueError for another kind."""
+    folder: images without opinions, to be attacked only. ValueError for another kind."""
     if kind not in KINDS:
         raise ValueError(f"data.kind={kind!r}, allowed: {', '.join(KINDS)}")
     options.pop("workers", None)
@@ -48,8 +47,7 @@ def quality_sets(
     """Published sets split by content: one under `root` itself, several in folders of their names.
 
     attack: the images whose paths end in the names `listed` (they and their contents' other images are not trained
-    on), else
-    `test_images` of the test part, spread evenly over its MOS."""
+    on), else `test_images` of the test part, spread evenly over its MOS."""
     sets = [
         read_set(n, Path(str(root)) / n if len(names) > 1 else root, higher_is_better=higher_is_better) for n in names
     ]
@@ -57,8 +55,10 @@ def quality_sets(
     images, out = [], {"mos": [], "std": [], "group": [], "source": []}
     for i, data in enumerate(sets):
         images += data.images
-        out["mos"].append(data.mos), out["std"].append(data.std)
-        out["group"].append(data.group + base), out["source"].append(torch.full_like(data.group, i))
+        out["mos"].append(data.mos)
+        out["std"].append(data.std)
+        out["group"].append(data.group + base)
+        out["source"].append(torch.full_like(data.group, i))
         base += int(data.group.max()) + 1
     columns = {k: torch.cat(v) for k, v in out.items()}
     labels = [Path(p).as_posix() for p in images]

@@ -15,8 +15,8 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """An image file as float (3, H, W) in 0..1 on the 8-bit lattice; grey ones repeated over the channels.
 
     Raises FileNotFoundError, or ValueError naming the file: corrupt, too large, 16 bit, CMYK, or with transparent
-    pixels
-    (an opaque alpha channel is dropped). These are refused, as every conversion would change the scores silently."""
+    pixels (an opaque alpha channel is dropped). These are refused, as every conversion would change the scores
+    silently."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no image {path}")

@@ -2,8 +2,7 @@
 csv.
 
 MOS are mapped to 0..10, larger = better. Sets are found by their files; an error names the path and the layout
-expected.
-"""
+expected."""
 
 import csv
 from collections.abc import Callable, Iterator

@@ -30,8 +30,7 @@ def jnd_map(x: Tensor) -> Tensor:
     """(B, 3, H, W) in 0..1 -> (B, 1, H, W): gray levels that are just noticeable at each pixel, at least 3.
 
     f1 = mg (0.0001 bg + 0.115) + (0.5 - 0.01 bg), f2 = 17 (1 - sqrt(bg/127)) + 3 or 3/128 (bg - 127) + 3; the larger.
-    bg: mean of
-    the surroundings, mg: largest directional gradient; borders replicated."""
+    bg: mean of the surroundings, mg: largest directional gradient; borders replicated."""
     grey = F.pad(luma(x), (2, 2, 2, 2), mode="replicate")
     first, second = (torch.tensor(g, dtype=x.dtype, device=x.device) for g in GRADIENTS)
     kernels = torch.stack([first, first.T, second, second.flip(1)])[:, None] / 16
@@ -56,9 +55,8 @@ def probability_different(v: Tensor) -> Tensor:
 
 class SimulatedObserver:
     """Observers who follow `probability_different`. subjects null: the expected answer itself, without chance (the
-    default
-    offline; its threshold is v = 0.778); a number: so many subjects with sensitivities exp(0.1 n), one yes/no answer
-    each."""
+    default offline; its threshold is v = 0.778); a number: so many subjects with sensitivities exp(0.1 n), one yes/no
+    answer each."""
 
     def __init__(self, *, subjects: int | None = None, spread: float = 0.1, seed: int = 0):
         if subjects is not None and subjects < 1:
@@ -96,8 +94,7 @@ class CsvObserver:
     """Answers of people from a file written by collect.py: columns ANSWER_COLUMNS, answer "same" or "different".
 
     A candidate is asked for as "<nr>/<fr>/<image>/<candidate>". Raises FileNotFoundError, or ValueError naming the
-    bad line or a
-    candidate without answers."""
+    bad line or a candidate without answers."""
 
     def __init__(self, *, file: str | Path):
         path = Path(file).expanduser()
@@ -151,9 +148,8 @@ def select(change: Tensor, below: Tensor) -> Tensor:
 
 def straddle(strengths: Tensor, below: Tensor, *, visible_end: str) -> Tensor:
     """Next strengths (S,) of a bisection around the JND, in logs: between the most visible strength that is still
-    below it and the
-    next one that is not. strengths (K, S) > 0; visible_end: at which end of the strengths the changes are the most
-    visible.
+    below it and the next one that is not. strengths (K, S) > 0; visible_end: at which end of the strengths the
+    changes are the most visible.
 
     Where all are below, or none is, the range is widened by a factor of ten at the proper end."""
     if visible_end not in ("low", "high"):

@@ -1,6 +1,5 @@
 """Ma19: convolutions with generalised divisive normalisation and spatial pyramid max pooling, learned from noisy
-annotators
-(section 4.3)."""
+annotators (section 4.3)."""
 
 import itertools
 import math

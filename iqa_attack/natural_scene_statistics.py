@@ -1,10 +1,8 @@
 """Natural scene statistics: local normalisation and the generalised Gaussian fits of BRISQUE and NIQE (section 4.1).
 
 The shape alpha of a fit is an argmin over a grid, which has no gradient. `shape_gradient="none"` leaves alpha a
-constant, as
-the authors' code does; "implicit" gives it the derivative of the moment equation that defines it, d alpha = d r /
-r'(alpha).
-"""
+constant, as the authors' code does; "implicit" gives it the derivative of the moment equation that defines it, d
+alpha = d r / r'(alpha)."""
 
 from functools import lru_cache
 
@@ -75,8 +73,7 @@ def fit_aggd(x: Tensor, gradient: ShapeGradient = "none") -> tuple[Tensor, Tenso
     """(alpha, eta, sigma_l^2, sigma_r^2) of samples (B, n), each (B,): the asymmetric generalised Gaussian.
 
     sigma_l and sigma_r are the root mean squares of the negative and positive samples, eta the mean of the
-    distribution.
-    A side without samples counts as one sample of size 1e-6, so that nothing is divided by zero."""
+    distribution. A side without samples counts as one sample of size 1e-6, so that nothing is divided by zero."""
     left, right = (x < 0).to(x), (x > 0).to(x)
     square = x**2
     left_var = ((square * left).sum(1) + 1e-12) / left.sum(1).clamp(min=1)

@@ -88,8 +88,7 @@ def _patches(x: Tensor, side: int) -> Tensor:
 @torch.no_grad()
 def fit_niqe(images: list[Tensor], *, patch: int = 96, sharpest: float = 0.75, **options) -> Niqe:
     """The pristine model of photographs (3, H, W): mean and covariance over patches at least `sharpest` times as
-    sharp as the
-    sharpest patch of their image. ValueError if fewer than 40 patches remain."""
+    sharp as the sharpest patch of their image. ValueError if fewer than 40 patches remain."""
     model, kept = Niqe(patch=patch, **options), []
     for image in images:
         features, sharpness = model.features(image[None])

@@ -1,10 +1,8 @@
-"""The perceptual attack: change the prediction as much as possible while a full-reference distance stays small
-(section 3).
+"""The perceptual attack: change the prediction as much as possible while a full-reference distance stays small (section 3).
 
-    x* = argmax  (s(x) - c)^2 - lambda D(x, x0)         lambda_on="fidelity":    J = disc - lambda D   (the code's
-    lambda)
-                                                        lambda_on="discrepancy": J = lambda disc - D   (the paper's
-                                                        Eq. 2)
+    x* = argmax  (s(x) - c)^2 - lambda D(x, x0)
+    lambda_on="fidelity":     J = disc - lambda D      (the code's lambda)
+    lambda_on="discrepancy":  J = lambda disc - D      (the paper's Eq. 2)
 
 Both have the same maximiser for lambda and 1/lambda. `s` maps images (B, 3, H, W) in 0..1 to scores (B,) in 0..10.
 """
@@ -80,8 +78,8 @@ class Step:
     """One ascent step: `Step(...)(g)` -> the change of x. Rules of section 3.4; gamma is a length in the rule's norm.
 
     sign: gamma sign(g). l2: gamma g/||g||_2, with l2_scale="rms" times sqrt(3HW), so that gamma is the RMS change of
-    a pixel.
-    adam: Adam. adam_restart: the released code, whose optimiser begins anew in every step: nearly gamma sign(g)."""
+    a pixel. adam: Adam. adam_restart: the released code, whose optimiser begins anew in every step: nearly gamma
+    sign(g)."""
 
     def __init__(self, rule: str, gamma: float | Tensor, l2_scale: str = "none"):
         if rule not in STEP_RULES or l2_scale not in ("none", "rms"):
@@ -136,8 +134,8 @@ def attack_batch(
 
     x0, start: (B, 3, H, W); lam (B,); eps (B,): largest change per value (projection), or None; target (B,): c of the
     objective, default s(x0). border: pixels at the edge that are left alone. quantised: "every_step" shows the
-    objective the rounded image
-    (straight through), "end" rounds once. each_step is called before every gradient (new random patches)."""
+    objective the rounded image (straight through), "end" rounds once. each_step is called before every gradient (new
+    random patches)."""
     if quantised not in ("end", "every_step"):
         raise ValueError(f"quantised={quantised!r}, allowed: end, every_step")
     with torch.no_grad():
@@ -175,12 +173,10 @@ def perceptual_attack(
     """Candidates (K, S, 3, H, W) on the 8-bit lattice for images (S, 3, H, W) and strengths (K,) or (K, S).
 
     strengths: values of lambda, or with `projected` of eps (then the step is 1.5 eps / steps, the projected recipe of
-    the released
-    driver, and gamma is not used). seeds: one per image, for the start noise: the same for all K. direction "both"
-    runs up and down and keeps,
-    candidate by candidate, the larger change of the score after rounding. chunk: images per backward pass. The result
-    does not depend
-    on which images are attacked together (up to rounding of floating-point sums)."""
+    the released driver, and gamma is not used). seeds: one per image, for the start noise: the same for all K.
+    direction "both" runs up and down and keeps, candidate by candidate, the larger change of the score after
+    rounding. chunk: images per backward pass. The result does not depend on which images are attacked together (up to
+    rounding of floating-point sums)."""
     if direction not in DIRECTIONS:
         raise ValueError(f"direction={direction!r}, allowed: {', '.join(DIRECTIONS)}")
     if len(seeds) != len(images):
@@ -234,8 +230,7 @@ def check_gradient(score: Score, images: Tensor, name: str) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- black
-# boxes
+# ------------------------------------------------------------------------------------------------------- black boxes
 def spsa_gradient(samples: int = 16, delta: float = 2 / 255, seed: int = 0) -> Callable:
     """A gradient for `attack_batch` from values alone: two-sided differences along random signs (SPSA), averaged."""
     count = [0]

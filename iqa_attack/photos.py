@@ -2,11 +2,8 @@
 photographs.
 
 It exercises what the attack needs: models of quality that are competent on JPEG, JPEG 2000, white noise and blur of
-real photographs,
-and test images of known order. It cannot show agreement with human opinion: the pseudo-MOS is a three-scale SSIM
-against the
-undistorted crop, so that models learn to imitate a full-reference measure.
-"""
+real photographs, and test images of known order. It cannot show agreement with human opinion: the pseudo-MOS is a
+three-scale SSIM against the undistorted crop, so that models learn to imitate a full-reference measure."""
 
 import hashlib
 import io
@@ -41,8 +38,7 @@ class QualitySet:
     unknown).
 
     std (N,): of the opinions; group (N,): index of the content; source (N,): index of the data set, pairs are formed
-    within one;
-    fr (N, 4): full-reference values (ANNOTATORS) where the undistorted image is known."""
+    within one; fr (N, 4): full-reference values (ANNOTATORS) where the undistorted image is known."""
 
     images: list[Tensor | Path]
     mos: Tensor
@@ -217,8 +213,7 @@ def graded_photos(
     that are attacked.
 
     "attack" holds one distorted image of each of `test_images` test crops, types in turn, levels spread over the
-    five. The photographs of
-    test and attack are not in train."""
+    five. The photographs of test and attack are not in train."""
     rng = np.random.default_rng([seed, 2])
     train, test = scenes(root, seed, test=test_photos, reduce=reduce, size=size)
     sets = {

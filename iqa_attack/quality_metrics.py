@@ -61,8 +61,7 @@ def stability(before, after) -> tuple[float, int]:
     """(R, how many of the S predictions did not change).
 
     R = mean_i ln(max{b1 - s_i, s_i - b2} / |s_i - s*_i|), natural logarithm, larger = more stable. A change below
-    1e-8 counts as 1e-8
-    (R = 20.7 for a score of 0 or 10), so that R stays finite."""
+    1e-8 counts as 1e-8 (R = 20.7 for a score of 0 or 10), so that R stays finite."""
     a, b = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if a.min() < BOTTOM - 1e-6 or a.max() > TOP + 1e-6:
         raise ValueError(

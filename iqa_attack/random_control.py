@@ -26,8 +26,7 @@ def random_at_distance(
     """Random images (B, 3, H, W) on the 8-bit lattice at distance `target` (B,) from x0.
 
     chebyshev: signs of that size, the strongest noise at this distance. Otherwise Gaussian noise whose deviation is
-    found by
-    bisection on the distance after rounding; target 0 gives x0 itself."""
+    found by bisection on the distance after rounding; target 0 gives x0 itself."""
     if chebyshev:
         return random_signs(x0, target, seeds)
     noise = normal(x0.shape, seeds).to(x0)
