@@ -91,7 +91,9 @@ def evaluate(cfg: DictConfig) -> dict[str, dict[str, float]]:
         )
         scores, live, species, subject = at_level(test[tag].numpy(), data.splits["test"], cfg.level)
         found = {"threshold": threshold} | summary(scores, live, species.tolist(), threshold, points=OPERATING_POINTS)
-        found |= {f"apcer_{k}": v for k, v in apcer_by_species(scores, species.tolist(), threshold).items()}
+        found |= {
+            f"apcer_{k}": v for k, v in apcer_by_species(scores, species.tolist(), threshold, cfg.species).items()
+        }
         if cfg.bootstrap:
             low, high = bootstrap(_acer(scores, live, threshold), subject.tolist(), draws=cfg.bootstrap)
             found |= {"acer_low": low, "acer_high": high}

@@ -210,6 +210,8 @@ def test_evaluate_repeats_the_numbers_of_the_run_and_writes_its_figures(checkpoi
     assert (tmp_path / "subsets.png").stat().st_size > 5000 and (tmp_path / "det.png").stat().st_size > 5000
     (record,) = tmp_path.glob("*.json")
     assert json.loads(record.read_text())["n"] == 48
+    with pytest.raises(ValueError, match="no sample of the attack species silicone"):
+        evaluate.evaluate(config(f"weights={checkpoint}", "species=[print,silicone]", name="evaluate"))
     for bad in ("level=clip", "threshold=best"):
         with pytest.raises(ValueError, match=bad.split("=")[1]):
             evaluate.evaluate(config(f"weights={checkpoint}", bad, name="evaluate"))
