@@ -20,9 +20,10 @@ from torchvision.models.detection import FasterRCNN
 
 from common import runs
 from common.data.batches import Plan, SeededBatches, stream
-from common.data.detection import collate
+from common.data.detection import TorchvisionDetection, collate, detection_sets
+from common.metrics.detection import detection_metrics
 from dcp_nas.checkpoint import build_network, find_genotype
-from dcp_nas.detection import Transformed, build_detection_data, detection_metrics, faster_rcnn, load_backbone
+from dcp_nas.detection import faster_rcnn, load_backbone
 
 
 def step_lr(epoch: int, *, lr: float, milestones: list[int], warmup_share: float) -> float:
@@ -86,7 +87,7 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     """Build, train to the end, evaluate; resumes from out/last.ckpt."""
     per_device = runs.per_device_batch(cfg.train.batch_size, fabric.world_size)
     genotype = find_genotype(cfg)
-    training, held_out = build_detection_data(seed=cfg.seed, **cfg.data)
+    training, held_out = detection_sets(seed=cfg.seed, **{k: v for k, v in cfg.data.items() if k != "workers"})
     network = build(cfg, genotype, len(held_out.classes))
     optimizer = torch.optim.SGD(
         [p for p in network.parameters() if p.requires_grad], lr=cfg.optim.lr, momentum=cfg.optim.momentum,
@@ -95,7 +96,7 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     model, optimizer = fabric.setup(network, optimizer)
     plan = Plan(len(training), cfg.train.batch_size, seed=cfg.seed, rank=fabric.global_rank, world=fabric.world_size)
     batches = SeededBatches(
-        Transformed(training), plan, workers=cfg.data.workers, device=fabric.device, collate=collate
+        TorchvisionDetection(training), plan, workers=cfg.data.workers, device=fabric.device, collate=collate
     )
     if cfg.preflight:
         images, targets = next(iter(batches.epoch(1)))

@@ -1,32 +1,21 @@
-"""Faster R-CNN on a searched 1-bit backbone, and its data: generated scenes, COCO and Pascal VOC folders."""
+"""Faster R-CNN on a searched 1-bit backbone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, Dataset
-from torchvision import tv_tensors
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
-from torchvision.transforms import v2
 
-from common.data.detection import VOC_CLASSES, DetectionSet, coco_detection, voc_detection
-from common.data.shapes import ShapeScenes, shape_scenes
-from common.data.vision import data_root
-from common.metrics.detection import CocoEvaluator, voc_map
 from dcp_nas.checkpoint import load_network
 from dcp_nas.network import Features, Network
 
 RATIOS = (0.5, 1.0, 2.0)
-SETS = ("scenes", "coco", "voc")
 
 
-# ----------------------------------------------------------------------------------------------------------- the network
 class PyramidBackbone(nn.Module):
     """The maps of a features-only network through a feature pyramid, with one more level by pooling."""
 
@@ -79,94 +68,3 @@ def load_backbone(network: Network, path: str | Path) -> None:
     if wrong:
         raise ValueError(f"{path} does not fit the backbone (same genotype, stage and model?): {', '.join(wrong[:5])}")
     network.load_state_dict(found, strict=False)
-
-
-# -------------------------------------------------------------------------------------------------------------- the data
-class Scenes(Dataset):
-    """Generated scenes with the items of `common.data.detection.DetectionSet`, contiguous labels."""
-
-    def __init__(self, scenes: ShapeScenes):
-        self.images, self.coco = scenes.images, scenes.coco
-        self.category_ids = sorted(c["id"] for c in self.coco["categories"])
-        self.classes = [c["name"] for c in sorted(self.coco["categories"], key=lambda c: c["id"])]
-        self._objects: dict[int, list[dict]] = {i["id"]: [] for i in self.coco["images"]}
-        for a in self.coco["annotations"]:
-            self._objects[a["image_id"]].append(a)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int):
-        info = self.coco["images"][index]
-        objects = self._objects[info["id"]]
-        corners = torch.tensor([o["bbox"] for o in objects], dtype=torch.float32).reshape(-1, 4)
-        corners[:, 2:] += corners[:, :2]
-        size = (info["height"], info["width"])
-        boxes = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=size)  # type: ignore[call-overload]
-        labels = torch.tensor([self.category_ids.index(o["category_id"]) for o in objects], dtype=torch.int64)
-        image = tv_tensors.Image(torch.from_numpy(self.images[index]).permute(2, 0, 1))
-        none = torch.zeros(len(objects), dtype=torch.int64)
-        return image, {"boxes": boxes, "labels": labels, "image_id": info["id"], "difficult": none, "iscrowd": none}
-
-
-def build_detection_data(
-    *, name: str, seed: int, root: str | None = None, train: int | str = 400, test: int | str = 100, side: int = 96,
-    voc_train: Sequence[str] = ("VOC2007", "VOC2012"), voc_test: str = "VOC2007", classes: Sequence[str] | None = None,
-    workers: int = 0,
-) -> tuple[Dataset, Any]:  # fmt: skip
-    """(training set, test set); items (uint8 RGB image, target with labels from 0). The test set has coco, category_ids, classes.
-
-    scenes: `train`, `test` are numbers of generated images of `side` pixels. coco: root/annotations/instances_<split>.json for
-    the splits `train`, `test`. voc: root/<folder>/ for each folder of voc_train, and voc_test. ValueError, FileNotFoundError."""
-    del workers  # of the loader
-    if name not in SETS:
-        raise ValueError(f"data.name={name!r}, allowed: {', '.join(SETS)}")
-    if name == "scenes":
-        options: dict[str, Any] = {"sizes": (side,), "max_shapes": 4}
-        return (
-            Scenes(shape_scenes(int(train), seed=2 * seed, **options)),
-            Scenes(shape_scenes(int(test), seed=2 * seed + 1, **options)),
-        )
-    if name == "coco":
-        training = coco_detection(root, str(train), labels="contiguous", keep_crowd=False)
-        held_out = coco_detection(root, str(test), labels="contiguous")
-        if training.category_ids != held_out.category_ids:
-            raise ValueError(f"the splits {train} and {test} under {root} have different categories")
-        return training, held_out
-    base = data_root(root)
-    names = VOC_CLASSES if classes is None else tuple(classes)
-    parts = [voc_detection(base / f, str(train), classes=names, labels="contiguous") for f in voc_train]
-    return ConcatDataset(parts), voc_detection(base / voc_test, str(test), classes=names, labels="contiguous")
-
-
-class Transformed(Dataset):
-    """A training set with random horizontal flips of image and boxes; images 0..1, labels from 1, no difficult or crowd ones."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset, self.flip = dataset, v2.RandomHorizontalFlip()
-
-    def __getitem__(self, index: int) -> tuple[Tensor, dict]:
-        image, target = self.flip(*self.dataset[index])
-        keep = (target["difficult"] == 0) & (target["iscrowd"] == 0)
-        boxes = torch.as_tensor(target["boxes"]).as_subclass(Tensor)[keep]
-        return image.as_subclass(Tensor).float() / 255, {"boxes": boxes, "labels": target["labels"][keep] + 1}
-
-
-# ----------------------------------------------------------------------------------------------------------- the metrics
-def ground_truth(dataset: DetectionSet | Scenes) -> dict[int, dict[str, Tensor]]:
-    """{image id: boxes (n, 4), labels (n,) from 0, difficult (n,)} of a test set."""
-    items = (dataset[i][1] for i in range(len(dataset)))
-    return {t["image_id"]: {k: t[k] for k in ("boxes", "labels", "difficult")} for t in items}
-
-
-def detection_metrics(
-    dataset: DetectionSet | Scenes, predictions: Mapping[int, Mapping[str, Tensor]]
-) -> dict[str, float]:
-    """COCO AP, AP50, AP75, APs, APm, APl (sizes the set has not are left out) by pycocotools, and VOC mAP@0.5 by area (map50), in
-    0..1. predictions: {image id: boxes xyxy, scores, labels from 0}. Difficult objects count neither way."""
-    evaluator = CocoEvaluator(dataset.coco, category_ids=dataset.category_ids)
-    evaluator.update(predictions)
-    found = evaluator.compute()
-    out = {k: found[k] for k in ("AP", "AP50", "AP75", "APs", "APm", "APl") if found[k] >= 0}
-    out["map50"] = voc_map(predictions, ground_truth(dataset), num_classes=len(dataset.category_ids))["mAP"]
-    return out

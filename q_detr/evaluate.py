@@ -13,9 +13,11 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from common import runs
+from common.data.detection import detection_sets
 from common.metrics.claims import load_claims
+from common.metrics.detection import detection_metrics
 from q_detr.building import KINDS, load_official, rebuild
-from q_detr.data import build_data, detection_metrics, num_classes
+from q_detr.data import num_classes
 from q_detr.detr import DETR
 from q_detr.train import predict
 
@@ -41,15 +43,15 @@ def main(cfg: DictConfig) -> None:
     given = {k: v for k, v in OmegaConf.to_container(cfg.data).items() if v is not None}  # type: ignore[union-attr]
     network, loss, data = load(cfg.weights, given)  # type: ignore[arg-type]
     own = {k: v for k, v in data.items() if k not in ("workers", "augment", "test_side")}
-    held_out = build_data(**{**own, "train": own["test"] if own["name"] == "coco" else own["train"]})[1]
-    if (needed := num_classes(held_out, labels=own["labels"])) != network.num_classes:
+    held_out = detection_sets(**{**own, "train": own["test"] if own["name"] == "coco" else own["train"]})[1]
+    if (needed := num_classes(held_out)) != network.num_classes:
         raise ValueError(
             f"{cfg.weights} has {network.num_classes} classes, {own['name']} needs {needed} ({own['labels']})"
         )
     fabric = runs.launch(cfg.fabric)
     network = fabric.setup_module(network)
     found = predict(fabric, network, held_out, loss=loss, batch_size=cfg.batch_size, side=data["test_side"])
-    metrics = detection_metrics(held_out, found, labels=own["labels"], difficult=cfg.difficult)
+    metrics = {k: 100 * v for k, v in detection_metrics(held_out, found, difficult=cfg.difficult).items()}
     for name, value in metrics.items():
         print(f"{name:12s} {value:.2f}")
     print(f"{len(held_out)} images, {held_out.dropped} boxes without extent dropped")

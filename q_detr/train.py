@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from common import runs
 from common.data.batches import Plan, SeededBatches, stream
-from common.data.detection import collate
+from common.data.detection import collate, detection_sets
+from common.metrics.detection import detection_metrics
 from common.quant.lsq import check_steps
 from q_detr.building import (
     KINDS,
@@ -35,8 +36,6 @@ from q_detr.building import (
 from q_detr.checkpoint import load_weights
 from q_detr.data import (
     Prepared,
-    build_data,
-    detection_metrics,
     dropped_boxes,
     normalise,
     num_classes,
@@ -178,8 +177,8 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     per_device = runs.per_device_batch(cfg.train.batch_size, fabric.world_size)
     lr_factor(0, steps=1, **cfg.schedule)
     own, ev = {k: v for k, v in cfg.data.items() if k not in ("workers", "augment", "test_side")}, cfg.evaluate
-    training, held_out = build_data(seed=cfg.seed, **own)
-    classes = num_classes(held_out, labels=cfg.data.labels)
+    training, held_out = detection_sets(seed=cfg.seed, **own)
+    classes = num_classes(held_out)
     prepared = Prepared(training, training_transform(cfg.data.augment))
     plan = Plan(len(training), cfg.train.batch_size, seed=cfg.seed, rank=fabric.global_rank, world=fabric.world_size)
     batches = SeededBatches(prepared, plan, workers=cfg.data.workers, device=fabric.device, collate=collate)
@@ -236,7 +235,7 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
         if cfg.train.epochs == 0:
             save(0)
         found = predict(fabric, network, held_out, loss=loss_kind, batch_size=ev.batch_size, side=cfg.data.test_side)
-        metrics = detection_metrics(held_out, found, labels=cfg.data.labels, difficult=ev.difficult)
+        metrics = {k: 100 * v for k, v in detection_metrics(held_out, found, difficult=ev.difficult).items()}
         if teacher is not None:
             metrics |= held_out_distance(
                 network, teacher, held_out, fabric.device, images=ev.statistics_images, side=cfg.data.test_side

@@ -14,20 +14,15 @@ from hydra.core.hydra_config import HydraConfig
 from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 from torchvision.models.detection import FasterRCNN
 
 from common import runs
 from common.data.batches import Plan, SeededBatches, stream
-from common.data.detection import collate
+from common.data.detection import TorchvisionDetection, collate, detection_sets
+from common.metrics.detection import detection_metrics
 from rbonn.binarize import parameter_groups
-from rbonn.detection import (
-    Transformed,
-    build_detection_data,
-    detection_metrics,
-    faster_rcnn,
-    freeze_norms,
-    load_backbone,
-)
+from rbonn.detection import faster_rcnn, freeze_norms, load_backbone
 from rbonn.layers import anneal, make_conv, make_sign
 from rbonn.recurrent import Recurrence
 from rbonn.schedule import lr_at
@@ -89,7 +84,9 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     schedule = {"base_lr": cfg.optim.lr, "epochs": cfg.train.epochs}
     schedule |= {k: cfg.schedule[k] for k in ("kind", "milestones", "gamma")}
     lr_at(1, **schedule)
-    training, held_out = build_detection_data(seed=cfg.seed, **cfg.data)
+    own = {k: v for k, v in cfg.data.items() if k not in ("workers", "repeat")}
+    training, held_out = detection_sets(seed=cfg.seed, **own)
+    training = ConcatDataset([training] * cfg.data.repeat)  # passes over the training set per epoch
     network = build(cfg, len(held_out.classes))
     groups = parameter_groups(
         network, lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay, u_lr_mult=cfg.optim.u_lr_mult
@@ -99,7 +96,7 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     recurrence = Recurrence(network, torch_optimizer)
     plan = Plan(len(training), cfg.train.batch_size, seed=cfg.seed, rank=fabric.global_rank, world=fabric.world_size)
     batches = SeededBatches(
-        Transformed(training), plan, workers=cfg.data.workers, device=fabric.device, collate=collate
+        TorchvisionDetection(training), plan, workers=cfg.data.workers, device=fabric.device, collate=collate
     )
     if cfg.preflight:
         images, targets = next(iter(batches.epoch(1)))

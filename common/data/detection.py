@@ -17,10 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
+from common.data.shapes import ShapeScenes, shape_scenes
 from common.data.vision import data_root, open_image
+
+SETS = ("scenes", "coco", "voc")
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -28,7 +34,7 @@ VOC_CLASSES = (
 )  # fmt: skip
 
 
-class DetectionSet(torch.utils.data.Dataset):
+class DetectionSet(Dataset):
     """Images of a folder with the annotations of a COCO dict.
 
     coco: {"images", "annotations", "categories"}; the evaluator of common.metrics takes `self.coco`.
@@ -49,7 +55,7 @@ class DetectionSet(torch.utils.data.Dataset):
     ):
         if labels not in ("ids", "contiguous"):
             raise ValueError(f"labels must be 'ids' or 'contiguous', got {labels!r}")
-        self.folder, self.coco, self.transform = folder, coco, transform
+        self.folder, self.coco, self.labels, self.transform = folder, coco, labels, transform
         categories = sorted(coco["categories"], key=lambda c: c["id"])
         self.category_ids: list[int] = [c["id"] for c in categories]
         self.classes: list[str] = [c["name"] for c in categories]
@@ -79,18 +85,19 @@ class DetectionSet(torch.utils.data.Dataset):
         return len(self.infos)
 
     def __getitem__(self, index: int):
+        image, target = self.image(index), self.target(index)
+        return (image, target) if self.transform is None else self.transform(image, target)
+
+    def target(self, index: int) -> dict[str, Any]:
+        """The annotations alone, without reading the image; no transform."""
         info = self.infos[index]
-        path = self.folder / info["file_name"]
-        image = tv_tensors.Image(pil_to_tensor(open_image(path)))
         h, w = info["height"], info["width"]
-        if tuple(image.shape[-2:]) != (h, w):
-            raise ValueError(f"{path} is {image.shape[-2]}x{image.shape[-1]} (height x width), annotated as {h}x{w}")
         rows = self._rows[info["id"]]
         boxes, labels, area, iscrowd, difficult = zip(*rows, strict=True) if rows else ((), (), (), (), ())
         canvas = tv_tensors.BoundingBoxes(  # type: ignore[call-overload]
             torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), format="XYXY", canvas_size=(h, w)
         )
-        target = {
+        return {
             "boxes": canvas,
             "labels": torch.tensor(labels, dtype=torch.int64),
             "image_id": info["id"],
@@ -99,7 +106,28 @@ class DetectionSet(torch.utils.data.Dataset):
             "difficult": torch.tensor(difficult, dtype=torch.int64),
             "size": torch.tensor([h, w]),
         }
-        return (image, target) if self.transform is None else self.transform(image, target)
+
+    def image(self, index: int) -> tv_tensors.Image:
+        """The image alone, uint8 RGB (3, H, W). ValueError if its size is not the annotated one."""
+        info = self.infos[index]
+        path, size = self.folder / info["file_name"], (info["height"], info["width"])
+        image = tv_tensors.Image(pil_to_tensor(open_image(path)))
+        if tuple(image.shape[-2:]) != size:
+            found = f"{image.shape[-2]}x{image.shape[-1]} (height x width)"
+            raise ValueError(f"{path} is {found}, annotated as {size[0]}x{size[1]}")
+        return image
+
+
+class Scenes(DetectionSet):
+    """Generated scenes in memory as a `DetectionSet` with contiguous labels."""
+
+    def __init__(self, scenes: ShapeScenes):
+        super().__init__(Path(), scenes.coco, labels="contiguous")
+        images = {i["id"]: image for i, image in zip(scenes.coco["images"], scenes.images, strict=True)}
+        self._images = [images[i["id"]] for i in self.infos]
+
+    def image(self, index: int) -> tv_tensors.Image:
+        return tv_tensors.Image(torch.from_numpy(self._images[index]).permute(2, 0, 1))
 
 
 def _clamped(bbox: Sequence[float], width: int, height: int, *, where: str) -> list[float] | None:
@@ -211,3 +239,56 @@ def collate(batch: Sequence[tuple[Any, dict]]) -> tuple[list, list[dict]]:
     """Lists of images (sizes differ) and of targets, for DataLoader(collate_fn=collate)."""
     images, targets = zip(*batch, strict=True)
     return list(images), list(targets)
+
+
+def detection_sets(
+    *, name: str, seed: int, root: str | None = None, train: int | str, test: int | str, side: int = 96, max_shapes: int = 4,
+    labels: str = "contiguous", voc_train: Sequence[str] = ("VOC2007", "VOC2012"), voc_test: str = "VOC2007",
+    classes: Sequence[str] | None = None,
+) -> tuple[DetectionSet | ConcatDataset, DetectionSet]:  # fmt: skip
+    """(training set, test set) of a configuration.
+
+    scenes: `train` and `test` are numbers of generated images of `side` pixels with at most max_shapes. coco:
+    root/annotations/instances_<split>.json for the splits `train`, `test`; crowd regions are no training data. voc:
+    root/<folder>/ for each folder of voc_train, and voc_test ("." for a root that is such a folder itself), with the splits;
+    classes: their names, None for the twenty of Pascal VOC. labels: see DetectionSet; "ids" for coco only.
+    ValueError, FileNotFoundError name what is wrong.
+    """
+    if name not in SETS:
+        raise ValueError(f"data.name={name!r}, allowed: {', '.join(SETS)}")
+    if name != "coco" and labels != "contiguous":
+        raise ValueError(f"data.labels={labels!r}: {name} has contiguous labels only")
+    if name == "scenes":
+        options: dict[str, Any] = {"sizes": (side,), "max_shapes": max_shapes}
+        training = Scenes(shape_scenes(int(train), seed=2 * seed, **options))
+        return training, Scenes(shape_scenes(int(test), seed=2 * seed + 1, **options))
+    if name == "coco":
+        training = coco_detection(root, str(train), labels=labels, keep_crowd=False)
+        held_out = coco_detection(root, str(test), labels=labels)
+        if training.category_ids != held_out.category_ids:
+            raise ValueError(f"the splits {train} and {test} under {root} have different categories")
+        return training, held_out
+    base, names = data_root(root), VOC_CLASSES if classes is None else tuple(classes)
+    parts = [voc_detection(base / f, str(train), classes=names, labels="contiguous") for f in voc_train]
+    return ConcatDataset(parts), voc_detection(base / voc_test, str(test), classes=names, labels="contiguous")
+
+
+class TorchvisionDetection(Dataset):
+    """A training set as torchvision's detectors take it, with random horizontal flips of image and boxes.
+
+    Images float 0..1, labels from 1 (0 is the background), no difficult and no crowd objects."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset, self.flip = dataset, v2.RandomHorizontalFlip()
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        image, target = self.flip(*self.dataset[index])
+        keep = (target["difficult"] == 0) & (target["iscrowd"] == 0)
+        boxes = torch.as_tensor(target["boxes"]).as_subclass(Tensor)[keep]
+        return image.as_subclass(Tensor).float() / 255, {"boxes": boxes, "labels": target["labels"][keep] + 1}
+
+
+def ground_truth(dataset: DetectionSet) -> dict[int, dict[str, Tensor]]:
+    """{image id: boxes (n, 4) xyxy, labels (n,), difficult (n,), iscrowd (n,)} of a test set."""
+    items = (dataset.target(i) for i in range(len(dataset)))
+    return {t["image_id"]: {k: t[k] for k in ("boxes", "labels", "difficult", "iscrowd")} for t in items}

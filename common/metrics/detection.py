@@ -17,6 +17,8 @@ import torch.distributed as dist
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from common.data.detection import DetectionSet, ground_truth
+
 STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 DIFFICULT = ("ignore", "count")
 
@@ -229,3 +231,32 @@ def _iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     shared = (np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])).clip(0).prod(axis=1)
     union = (box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) - shared
     return shared / np.maximum(union, 1e-12)
+
+
+def detection_metrics(
+    dataset: DetectionSet, predictions: Mapping[int, Mapping[str, Any]], *, difficult: str = "ignore"
+) -> dict[str, float]:
+    """COCO AP, AP50, AP75, APs, APm, APl in 0..1 by pycocotools, without the sizes that the set has not, and, for contiguous
+    labels, the VOC mAP@0.5 by area (map50) and by eleven points (map50_11).
+
+    predictions: {image id: boxes xyxy in pixels, scores, labels as those of the set}. Detections that are no category (gaps
+    between category ids) are left out, and so are annotations without extent, which `dataset.dropped` counts. difficult:
+    "ignore" | "count".
+    """
+    contiguous = dataset.labels == "contiguous"
+    known = torch.tensor(range(len(dataset.category_ids)) if contiguous else dataset.category_ids)
+    kept = {}
+    for image_id, p in predictions.items():
+        labels = torch.as_tensor(p["labels"]).cpu()
+        kept[image_id] = {k: torch.as_tensor(v).cpu()[torch.isin(labels, known)] for k, v in p.items()}
+    annotations = [a for a in dataset.coco["annotations"] if min(a["bbox"][2:]) > 0]
+    gt = {**dataset.coco, "annotations": annotations}
+    evaluator = CocoEvaluator(gt, category_ids=dataset.category_ids if contiguous else None, difficult=difficult)
+    evaluator.update(kept)
+    found = evaluator.compute()
+    out = {k: found[k] for k in STATS[:6] if found[k] >= 0}
+    if contiguous:
+        truth, count = ground_truth(dataset), len(dataset.category_ids)
+        for key, method in (("map50", "area"), ("map50_11", "11point")):
+            out[key] = voc_map(kept, truth, num_classes=count, method=method, difficult=difficult)["mAP"]
+    return out

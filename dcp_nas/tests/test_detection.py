@@ -1,4 +1,4 @@
-"""The detector and its data: ground truth fed back, the layouts, the maps it takes, a step of training."""
+"""The detector: the maps it takes, a step of training."""
 
 import json
 
@@ -11,11 +11,7 @@ from common.data.shapes import coco_to_voc, shape_scenes
 from dcp_nas.checkpoint import PAPER
 from dcp_nas.detect import fit, step_lr
 from dcp_nas.detection import (
-    Transformed,
-    build_detection_data,
-    detection_metrics,
     faster_rcnn,
-    ground_truth,
     load_backbone,
 )
 from dcp_nas.network import Network
@@ -38,39 +34,6 @@ def layouts(tmp_path_factory):
         shape_scenes(n, seed=n, sizes=(48, 64)).write_coco(root / "coco", split)
         coco_to_voc(root / "coco", root / "voc/VOC2007", split)
     return root
-
-
-@pytest.mark.parametrize("name", ["scenes", "coco", "voc"])
-def test_ground_truth_fed_back_has_ap_one(name, layouts):
-    options = {
-        "scenes": {"train": 4, "test": 6},
-        "coco": {"root": str(layouts / "coco"), "train": "train", "test": "val"},
-        "voc": {"root": str(layouts / "voc"), "train": "train", "test": "val", "voc_train": ["VOC2007"],
-                "classes": ["rectangle", "ellipse", "triangle"]},
-    }[name]  # fmt: skip
-    training, test = build_detection_data(name=name, seed=0, **options)
-    assert len(training) == (4 if name == "scenes" else 6) and len(test.classes) == 3
-    found = {k: {**v, "scores": torch.ones(len(v["labels"]))} for k, v in ground_truth(test).items()}
-    metrics = detection_metrics(test, found)
-    assert metrics["AP"] == pytest.approx(1.0) and metrics["map50"] == pytest.approx(1.0)
-    wrong = {k: {**v, "labels": (v["labels"] + 1) % 3} for k, v in found.items()}
-    assert detection_metrics(test, wrong)["AP50"] < 0.5
-
-
-def test_transform_flips_boxes_with_the_image_and_counts_classes_from_one():
-    training, _ = build_detection_data(name="scenes", seed=0, train=6, test=2, side=48)
-    flips = set()
-    for index in range(6):
-        image, target = training[index]
-        torch.manual_seed(index)
-        out, new = Transformed(training)[index]
-        flipped = not torch.equal(out, image.float() / 255)
-        flips.add(flipped)
-        boxes = torch.as_tensor(target["boxes"]).float()
-        mirrored = torch.stack([48 - boxes[:, 2], boxes[:, 1], 48 - boxes[:, 0], boxes[:, 3]], 1)
-        torch.testing.assert_close(new["boxes"], mirrored if flipped else boxes)
-        assert torch.equal(new["labels"], target["labels"] + 1)
-    assert flips == {True, False}
 
 
 def test_the_detector_takes_maps_of_stride_4_to_32_and_a_1_bit_backbone():

@@ -5,17 +5,15 @@ import json
 import pytest
 import torch
 from torch.testing import assert_close
-from torch.utils.data import ConcatDataset
 from torchvision import tv_tensors
 from torchvision.ops import box_convert
 
-from common.data.shapes import coco_to_voc, shape_scenes
+from common.data.detection import Scenes, detection_sets
+from common.data.shapes import shape_scenes
+from common.metrics.detection import detection_metrics
 from q_detr.data import (
     Prepared,
     RandomSizeCrop,
-    Scenes,
-    build_data,
-    detection_metrics,
     dropped_boxes,
     num_classes,
     resize_for_test,
@@ -56,35 +54,26 @@ def perfect(dataset):
     return found
 
 
-def test_the_ground_truth_fed_back_has_ap_one_and_nothing_has_zero():
-    _, held_out = build_data(name="scenes", seed=0, train=1, test=12)
-    found = detection_metrics(held_out, perfect(held_out))
-    assert found["AP"] == found["AP50"] == found["map50"] == pytest.approx(100)
-    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
-    found = detection_metrics(held_out, {i["id"]: none for i in held_out.infos})
-    assert found["AP"] == found["map50"] == 0
-
-
 @pytest.mark.parametrize(("labels", "classes"), [("ids", 91), ("contiguous", 3)])
 def test_coco_with_gaps_crowds_and_unsorted_ids(folder, labels, classes):
-    training, held_out = build_data(name="coco", seed=0, root=str(folder), train="train", test="val", labels=labels)
-    assert num_classes(held_out, labels=labels) == classes
+    training, held_out = detection_sets(name="coco", seed=0, root=str(folder), train="train", test="val", labels=labels)
+    assert num_classes(held_out) == classes
     assert dropped_boxes(training) == dropped_boxes(held_out) == 1
-    assert detection_metrics(held_out, perfect(held_out), labels=labels)["AP"] == pytest.approx(100)
+    assert detection_metrics(held_out, perfect(held_out))["AP"] == pytest.approx(1)
     targets = [Prepared(training)[i][1] for i in range(len(training))]
     check_targets(targets, classes)
     assert sum(len(t["labels"]) for t in targets) == sum(
         a["iscrowd"] == 0 for a in training.coco["annotations"]
     ) - 1  # fmt: skip
     wrong = {i: {**p, "labels": p["labels"] * 0 + (50 if labels == "ids" else 3)} for i, p in perfect(held_out).items()}
-    assert detection_metrics(held_out, wrong, labels=labels)["AP"] == 0  # 50 is a gap: no detection, and no error
+    assert detection_metrics(held_out, wrong)["AP"] == 0  # 50 is a gap: no detection, and no error
     if labels == "ids":
         with pytest.raises(ValueError, match="91 for COCO"):
             check_targets(targets, 80)
 
 
 def test_a_missing_image_and_different_categories_are_named(folder):
-    training, _ = build_data(name="coco", seed=0, root=str(folder), train="train", test="val")
+    training, _ = detection_sets(name="coco", seed=0, root=str(folder), train="train", test="val")
     (folder / "train" / training.infos[2]["file_name"]).unlink()
     with pytest.raises(FileNotFoundError, match=training.infos[2]["file_name"]):
         training[2]
@@ -93,27 +82,9 @@ def test_a_missing_image_and_different_categories_are_named(folder):
     coco["categories"].append({"id": 91, "name": "other"})
     path.write_text(json.dumps(coco))
     with pytest.raises(ValueError, match="different categories"):
-        build_data(name="coco", seed=0, root=str(folder), train="train", test="val")
+        detection_sets(name="coco", seed=0, root=str(folder), train="train", test="val")
     with pytest.raises(ValueError, match="data.name='lvis', allowed: scenes"):
-        build_data(name="lvis", seed=0)
-
-
-def test_voc_folders_are_joined_and_difficult_objects_follow_the_policy(tmp_path):
-    scenes = shape_scenes(5, seed=3, sizes=(48,), empty=0)
-    scenes.coco["annotations"][0]["difficult"] = 1
-    scenes.write_coco(tmp_path / "coco")
-    for year in ("VOC2007", "VOC2012"):
-        coco_to_voc(tmp_path / "coco", tmp_path / year)
-    names = ["rectangle", "ellipse", "triangle"]
-    training, held_out = build_data(name="voc", seed=0, root=str(tmp_path), train="train", test="train", classes=names)
-    assert isinstance(training, ConcatDataset) and len(training) == 10 and len(held_out) == 5
-    found = perfect(held_out)
-    assert detection_metrics(held_out, found)["AP50"] == pytest.approx(100)
-    image = scenes.coco["annotations"][0]["image_id"]
-    flags = next(t for _, t in (held_out[i] for i in range(5)) if t["image_id"] == image)["difficult"]
-    found[image] = {k: v[flags == 0] for k, v in found[image].items()}
-    assert detection_metrics(held_out, found)["AP50"] == pytest.approx(100)
-    assert detection_metrics(held_out, found, difficult="count")["AP50"] < 99
+        detection_sets(name="lvis", seed=0, train=1, test=1)
 
 
 def test_prepared_targets_are_normalised_centres_that_the_flip_moves():

@@ -1,4 +1,4 @@
-"""The detector and its data: ground truth fed back, both layouts, a step of training, what is binary and what is frozen."""
+"""The detector: a step of training, what is binary and what is frozen."""
 
 import json
 
@@ -9,15 +9,12 @@ from torch import nn
 
 from common import runs
 from common.data.batches import Plan, SeededBatches
+from common.data.detection import Scenes, TorchvisionDetection
 from common.data.shapes import coco_to_voc, shape_scenes
 from rbonn.detect import fit
 from rbonn.detection import (
-    Transformed,
-    build_detection_data,
-    detection_metrics,
     faster_rcnn,
     freeze_norms,
-    ground_truth,
     load_backbone,
 )
 from rbonn.layers import make_conv, make_sign
@@ -34,13 +31,6 @@ TINY = {
 }
 
 
-def fed_back(dataset):
-    return {
-        k: {"boxes": v["boxes"], "labels": v["labels"], "scores": torch.ones(len(v["labels"]))}
-        for k, v in ground_truth(dataset).items()
-    }
-
-
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory):
     """The same scenes as COCO and VOC folders."""
@@ -49,43 +39,6 @@ def layouts(tmp_path_factory):
         shape_scenes(n, seed=n, sizes=(48, 64)).write_coco(root / "coco", split)
         coco_to_voc(root / "coco", root / "voc/VOC2007", split)
     return root
-
-
-@pytest.mark.parametrize("name", ["scenes", "coco", "voc"])
-def test_ground_truth_fed_back_has_ap_one(name, layouts):
-    options = {
-        "scenes": {"train": 4, "test": 6},
-        "coco": {"root": str(layouts / "coco"), "train": "train", "test": "val"},
-        "voc": {
-            "root": str(layouts / "voc"),
-            "train": "train",
-            "test": "val",
-            "voc_train": ["VOC2007"],
-            "classes": ["rectangle", "ellipse", "triangle"],
-        },
-    }[name]
-    training, test = build_detection_data(name=name, seed=0, repeat=2, **options)
-    assert len(training) == 2 * (4 if name == "scenes" else 6) and len(test.classes) == 3
-    metrics = detection_metrics(test, fed_back(test))
-    assert metrics["AP"] == pytest.approx(1.0) and metrics["map50"] == metrics["map50_11"] == pytest.approx(1.0)
-    wrong = {k: {**v, "labels": (v["labels"] + 1) % 3} for k, v in fed_back(test).items()}
-    assert detection_metrics(test, wrong)["AP50"] < 0.5
-
-
-def test_transform_flips_boxes_with_the_image_and_counts_classes_from_one():
-    training, _ = build_detection_data(name="scenes", seed=0, train=8, test=2, side=48)
-    for index in range(8):
-        image, target = training[index]
-        for seed in range(4):
-            torch.manual_seed(seed)
-            out, new = Transformed(training)[index]
-            flipped = not torch.equal(out, image.float() / 255)
-            boxes = torch.as_tensor(target["boxes"]).float()
-            expected = (
-                torch.stack([48 - boxes[:, 2], boxes[:, 1], 48 - boxes[:, 0], boxes[:, 3]], 1) if flipped else boxes
-            )
-            torch.testing.assert_close(new["boxes"], expected)
-            assert torch.equal(new["labels"], target["labels"] + 1) and type(new["boxes"]) is torch.Tensor
 
 
 def test_binary_neck_and_frozen_stages():
@@ -154,10 +107,9 @@ def test_short_training_resumes_and_reports(tmp_path):
 def test_images_without_objects_and_of_different_size_make_a_batch():
     scenes = shape_scenes(4, seed=1, sizes=(48, 64), square=0.0, empty=1.0)
     from common.data.detection import collate
-    from rbonn.detection import Scenes
 
     batches = SeededBatches(
-        Transformed(Scenes(scenes)), Plan(4, 4, seed=0), device=torch.device("cpu"), collate=collate
+        TorchvisionDetection(Scenes(scenes)), Plan(4, 4, seed=0), device=torch.device("cpu"), collate=collate
     )
     images, targets = next(batches.epoch(1))
     assert all(t["boxes"].shape == (0, 4) for t in targets)
