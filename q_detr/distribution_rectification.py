@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q_detr.foreground_query_matching import foreground_queries, matched_teacher_queries
-from q_detr.set_prediction import giou
+from q_detr.foreground_query_matching import batched_giou, foreground_queries, matched_teacher_queries
 
 FEATURES = {"pre_proj": "co_attended", "post_proj": "co_projected"}
 LAYERS = ("all", "last")
@@ -42,18 +41,14 @@ def drd_loss(
             f"co-attended features {tuple(ours.shape)} of the student and {tuple(theirs.shape)} of the teacher: layers, batch "
             "and width (d_model) must agree"
         )
-    distances, overlaps = [], []
-    boxes = student["pred_boxes"].detach(), teacher["pred_boxes"].detach()
-    for i, (own, other, truth) in enumerate(zip(*boxes, gt_boxes, strict=True)):
-        kept = torch.arange(len(own), device=own.device)
-        if select == "foreground":
-            kept = foreground_queries(own, truth.to(own), tau=tau)
-        partner = matched_teacher_queries(own[kept], other, one_to_one=one_to_one)
-        distances.append(torch.linalg.vector_norm(ours[:, i, kept] - theirs[:, i, partner], dim=-1).flatten())
-        overlaps.append(giou(own[kept], other[partner]).diagonal())
-    every, pairs = torch.cat(distances), torch.cat(overlaps)
-    loss = every.mean() if len(every) else 0 * ours.sum()
-    return loss, {
-        "pairs": len(pairs) / max(len(gt_boxes), 1),
-        "pair_giou": pairs.mean().item() if len(pairs) else 0.0,
-    }
+    boxes, other = student["pred_boxes"].detach(), teacher["pred_boxes"].detach()
+    kept = foreground_queries(boxes, gt_boxes, tau=tau)
+    if select == "all":
+        kept = torch.ones_like(kept)
+    partner = matched_teacher_queries(boxes, other, kept=kept if one_to_one else None)
+    matched = torch.take_along_dim(theirs, partner[None, :, :, None], dim=2)
+    distance = torch.linalg.vector_norm(ours[:, kept] - matched[:, kept], dim=-1)  # (layers, pairs)
+    pairs = distance.shape[1]
+    overlap = torch.take_along_dim(batched_giou(boxes, other), partner[..., None], dim=2)[kept]
+    loss = distance.mean() if pairs else 0 * ours.sum()
+    return loss, {"pairs": pairs / max(len(gt_boxes), 1), "pair_giou": overlap.mean().item() if pairs else 0.0}

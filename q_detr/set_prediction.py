@@ -57,17 +57,21 @@ def match(outputs: Mapping[str, Tensor], targets: Sequence[Target], *, loss: str
         raise FloatingPointError(
             f"the predictions for images {bad} of the batch are not finite: matching is impossible"
         )
+    labels, wanted = (torch.cat([t[k] for t in targets]).to(logits.device) for k in ("labels", "boxes"))
+    if loss == "softmax":
+        cost = -logits.softmax(-1)[..., labels]
+    else:
+        p = logits.sigmoid()[..., labels]
+        positive = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
+        negative = 0.75 * p**2 * -(1 - p + 1e-8).log()
+        cost = 2 * (positive - negative)
+    # Every query against the objects of all images at once, of which each image takes its own: one transfer per batch.
+    flat, wanted = boxes.flatten(0, 1), wanted.float()
+    spatial = 5 * torch.cdist(flat, wanted, p=1) - 2 * giou(flat, wanted)
+    cost = (cost + spatial.view(*boxes.shape[:2], -1)).cpu().split([len(t["labels"]) for t in targets], dim=-1)
     pairs = []
-    for z, b, t in zip(logits, boxes, targets, strict=True):
-        if loss == "softmax":
-            cost = -z.softmax(-1)[:, t["labels"]]
-        else:
-            p = z.sigmoid()[:, t["labels"]]
-            positive = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
-            negative = 0.75 * p**2 * -(1 - p + 1e-8).log()
-            cost = 2 * (positive - negative)
-        cost = cost + 5 * torch.cdist(b, t["boxes"].float(), p=1) - 2 * giou(b, t["boxes"])
-        rows, columns = linear_sum_assignment(cost.cpu().numpy())
+    for i, own in enumerate(cost):
+        rows, columns = linear_sum_assignment(own[i].numpy())
         pairs.append((torch.from_numpy(rows), torch.from_numpy(columns)))
     return pairs
 

@@ -26,16 +26,6 @@ def backbone(stem="imagenet", genotype="CHL_I6", channels=4):
     return Network(GENOTYPES[genotype], num_classes=1, channels=channels, cells=3, stem=stem, bits=bits)
 
 
-@pytest.fixture(scope="module")
-def layouts(tmp_path_factory):
-    """The same scenes as COCO and VOC folders."""
-    root = tmp_path_factory.mktemp("scenes")
-    for split, n in (("train", 6), ("val", 4)):
-        shape_scenes(n, seed=n, sizes=(48, 64)).write_coco(root / "coco", split)
-        coco_to_voc(root / "coco", root / "voc/VOC2007", split)
-    return root
-
-
 def test_the_detector_takes_maps_of_stride_4_to_32_and_a_1_bit_backbone():
     torch.manual_seed(0)
     model = faster_rcnn(backbone(), num_classes=3, **TINY).eval()

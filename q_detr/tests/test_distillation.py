@@ -72,53 +72,76 @@ def test_the_entropy_is_that_of_a_gaussian():
 
 
 # ------------------------------------------------------------------------------------------------------------------ FQM
+def kept(student, gt, **options):
+    """Indices of the kept queries of one image."""
+    return foreground_queries(student[None], [gt], **options)[0].nonzero().flatten().tolist()
+
+
+def partners(student, teacher, *, one_to_one=False):
+    rows = torch.ones(1, len(student), dtype=torch.bool) if one_to_one else None
+    return matched_teacher_queries(student[None], teacher[None], kept=rows)[0]
+
+
+def test_images_of_a_batch_do_not_see_each_other():
+    student, gt = torch.stack([boxes(9, 1), boxes(9, 2), boxes(9, 3)]), [boxes(3, 4), boxes(0), boxes(1, 5)]
+    found = foreground_queries(student, gt, tau=0.5)
+    for i in range(3):
+        assert found[i].nonzero().flatten().tolist() == kept(student[i], gt[i], tau=0.5)
+    assert found.any() and not found[1].any()
+    teacher = torch.stack([boxes(5, 6), boxes(5, 7), boxes(5, 8)])
+    assert all(
+        torch.equal(a, partners(s, t))
+        for a, s, t in zip(matched_teacher_queries(student, teacher), student, teacher, strict=True)
+    )
+
+
 def test_a_query_is_kept_if_it_is_near_any_object():
     gt = torch.tensor([[0.2, 0.2, 0.2, 0.2], [0.8, 0.8, 0.2, 0.2]])
     student = torch.tensor([[0.2, 0.2, 0.2, 0.2], [0.5, 0.5, 0.05, 0.05], [0.8, 0.82, 0.2, 0.2], [0.24, 0.2, 0.2, 0.2]])
     overlap = giou(gt, student)
     expected = [j for j in range(4) if any(overlap[i, j] > 0.6 * overlap[i].max() for i in range(2))]
-    assert foreground_queries(student, gt, tau=0.6).tolist() == expected == [0, 2, 3]
-    assert foreground_queries(student, gt, tau=0.9).tolist() == [0, 2]
+    assert kept(student, gt, tau=0.6) == expected == [0, 2, 3]
+    assert kept(student, gt, tau=0.9) == [0, 2]
 
 
 def test_tau_is_monotone_strict_and_checked():
     student, gt = torch.cat([boxes(12, 1), boxes(2, 2)]), boxes(2, 2)
     previous = set(range(14))
     for tau in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
-        kept = set(foreground_queries(student, gt, tau=tau).tolist())
-        assert kept <= previous
-        previous = kept
+        found = set(kept(student, gt, tau=tau))
+        assert found <= previous
+        previous = found
     assert previous == set()  # strict: nothing exceeds the best itself
     for tau in (-0.1, 1.1):
         with pytest.raises(ValueError, match="tau="):
-            foreground_queries(student, gt, tau=tau)
+            kept(student, gt, tau=tau)
 
 
 def test_an_object_far_from_every_query_selects_nothing():
     near, far = torch.tensor([[0.2, 0.2, 0.2, 0.2]]), torch.tensor([[0.9, 0.9, 0.1, 0.1]])
     assert giou(far, near).item() < 0
     for tau in (0.2, 0.6):
-        assert foreground_queries(near, far, tau=tau).tolist() == []
-        assert foreground_queries(near, torch.cat([far, near]), tau=tau).tolist() == [0]
-    assert foreground_queries(near, torch.zeros(0, 4)).tolist() == []
+        assert kept(near, far, tau=tau) == []
+        assert kept(near, torch.cat([far, near]), tau=tau) == [0]
+    assert kept(near, torch.zeros(0, 4)) == []
 
 
 def test_the_partner_maximises_two_giou_minus_five_l1():
     student, teacher = boxes(5, 3), boxes(7, 4)
     score = 2 * giou(student, teacher) - 5 * (student[:, None] - teacher).abs().sum(-1)
-    assert matched_teacher_queries(student, teacher).tolist() == score.argmax(1).tolist()
+    assert partners(student, teacher).tolist() == score.argmax(1).tolist()
     order = torch.randperm(7)
-    moved = matched_teacher_queries(student, teacher[order])
+    moved = partners(student, teacher[order])
     assert order[moved].tolist() == score.argmax(1).tolist()
 
 
 def test_students_share_a_partner_unless_told_otherwise():
     student = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.51, 0.5, 0.2, 0.2]])
     teacher = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.7, 0.7, 0.2, 0.2]])
-    assert matched_teacher_queries(student, teacher).tolist() == [0, 0]
-    assert sorted(matched_teacher_queries(student, teacher, one_to_one=True).tolist()) == [0, 1]
+    assert partners(student, teacher).tolist() == [0, 0]
+    assert sorted(partners(student, teacher, one_to_one=True).tolist()) == [0, 1]
     with pytest.raises(ValueError, match="one_to_one: 2 student"):
-        matched_teacher_queries(student, teacher[:1], one_to_one=True)
+        partners(student, teacher[:1], one_to_one=True)
 
 
 # ------------------------------------------------------------------------------------------------------------------ DRD
@@ -130,10 +153,10 @@ def test_the_loss_is_the_mean_distance_over_all_pairs_of_the_batch(layers, featu
     key = {"pre_proj": "co_attended", "post_proj": "co_projected"}[feature]
     distances, pairs = [], 0
     for i in range(2):
-        kept = foreground_queries(ours["pred_boxes"][i], gt[i], tau=0.4)
-        partner = matched_teacher_queries(ours["pred_boxes"][i, kept], theirs["pred_boxes"][i])
-        pairs += len(kept)
-        for j, k in zip(kept.tolist(), partner.tolist(), strict=True):
+        found = kept(ours["pred_boxes"][i], gt[i], tau=0.4)
+        partner = partners(ours["pred_boxes"][i, found], theirs["pred_boxes"][i])
+        pairs += len(found)
+        for j, k in zip(found, partner.tolist(), strict=True):
             for layer in (0, 1) if layers == "all" else (1,):
                 distances.append((ours[key][layer, i, j] - theirs[key][layer, i, k]).square().sum().sqrt())
     assert pairs > 2 and log["pairs"] == pairs / 2
@@ -144,9 +167,9 @@ def test_only_the_students_features_of_the_kept_queries_get_a_gradient():
     ours, theirs, gt = outputs(1), outputs(2), [boxes(1, 5), boxes(0)]
     loss, _ = drd_loss(ours, theirs, gt)
     loss.backward()
-    kept = foreground_queries(ours["pred_boxes"][0], gt[0])
+    found = kept(ours["pred_boxes"][0], gt[0])
     moved = ours["co_attended"].grad.abs().sum((0, 3))
-    assert set(moved[0].nonzero().flatten().tolist()) == set(kept.tolist()) and moved[1].sum() == 0
+    assert set(moved[0].nonzero().flatten().tolist()) == set(found) and moved[1].sum() == 0
     assert ours["pred_boxes"].grad is None
     assert all(t.grad is None for t in theirs.values())
 

@@ -31,16 +31,6 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="module")
-def layouts(tmp_path_factory):
-    """The same scenes as COCO and VOC folders."""
-    root = tmp_path_factory.mktemp("scenes")
-    for split, n in (("train", 6), ("val", 4)):
-        shape_scenes(n, seed=n, sizes=(48, 64)).write_coco(root / "coco", split)
-        coco_to_voc(root / "coco", root / "voc/VOC2007", split)
-    return root
-
-
 def test_binary_neck_and_frozen_stages():
     model = faster_rcnn(num_classes=3, **BUILDERS, **TINY, frozen_stages=2)
     names = [n for n, m in model.named_modules() if isinstance(m, RBConv2d)]

@@ -1,0 +1,296 @@
+"""Write a checkpoint, or official weights, as ONNX, and the weights of a student at their real bits.
+
+python export.py runs/default/drd/seed0/last.ckpt model      model.onnx and, of a student, model.packed.pt
+python export.py detr-r50.pth detr-r50                       official weights
+python export.py runs/default/drd/seed0/last.ckpt model --qdq
+
+The graph takes images (B, 3, H, W), ImageNet-normalised, and mask (B, H, W), True = padding (`q_detr.detr.pad_images`); B, H
+and W are free (H, W >= 64). It is compared with PyTorch on batches of two sizes with padding, and the difference is printed.
+
+A student's graph is fake-quantised: quantisers are float operations, weights float constants on their grid. With --qdq the
+quantisers of 8 bits (attention operands, stem, everything of an 8-bit student) are QuantizeLinear and DequantizeLinear.
+CPUs have no arithmetic for activations of 2 to 4 bits: this shows the accuracy of a low-bit network, never its speed, and a ratio of OPs
+is no speed either. The packed file is storage: b / 32 of the float size for the quantised weights, everything else in float32."""
+
+import argparse
+import copy
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common import runs
+from common.quant.lsq import LSQQuantizer
+from common.quant.pack import pack_codes, unpack_codes
+from q_detr.building import build_real
+from q_detr.detr import DETR, Attention, pad_images
+from q_detr.evaluate import load
+from q_detr.quantized_detr import quantize_detr
+
+OUTPUTS = ("pred_logits", "pred_boxes")
+SIZES = (((96, 160), (128, 100)), ((75, 133), (64, 90), (80, 64)))  # the first is traced
+
+
+# QuantizeLinear and DequantizeLinear of ONNX. PyTorch's own fake_quantize_per_channel_affine cannot be traced (no kernel for
+# tensors without data), so the exporter is told what these two become.
+@torch.library.custom_op("q_detr::quantize", mutates_args=())
+def quantize(x: Tensor, step: Tensor, zero: Tensor, axis: int) -> Tensor:
+    """Codes of the type of `zero`: clip(round(x / step) + zero). step, zero: one value, or one for each entry of `axis`."""
+    shape, bounds = _along(axis, step, x), torch.iinfo(zero.dtype)
+    codes = (x / step.view(shape)).round() + zero.view(shape)
+    return codes.clamp(bounds.min, bounds.max).to(zero.dtype)
+
+
+@torch.library.custom_op("q_detr::dequantize", mutates_args=())
+def dequantize(codes: Tensor, step: Tensor, zero: Tensor, axis: int) -> Tensor:
+    """step (codes - zero)."""
+    shape = _along(axis, step, codes)
+    return step.view(shape) * (codes.to(step.dtype) - zero.view(shape))
+
+
+@quantize.register_fake
+def _(x: Tensor, step: Tensor, zero: Tensor, axis: int) -> Tensor:
+    return torch.empty_like(x, dtype=zero.dtype)
+
+
+@dequantize.register_fake
+def _(codes: Tensor, step: Tensor, zero: Tensor, axis: int) -> Tensor:
+    return torch.empty_like(codes, dtype=step.dtype)
+
+
+def _along(axis: int, step: Tensor, x: Tensor) -> list[int]:
+    return [-1 if step.ndim and i == axis else 1 for i in range(x.ndim)]
+
+
+def _translations() -> dict[Any, Any]:
+    from onnxscript import opset18 as op
+
+    return {
+        torch.ops.q_detr.quantize.default: lambda x, step, zero, axis: op.QuantizeLinear(x, step, zero, axis=axis),
+        torch.ops.q_detr.dequantize.default: lambda q, step, zero, axis: op.DequantizeLinear(q, step, zero, axis=axis),
+    }
+
+
+class FixedQuantizer(nn.Module):
+    """An `LSQQuantizer` of activations in evaluation, its step a constant: step (round(clip(x / step + z)) - z), around the
+    offset of LSQ+. As two nodes of ONNX if it has 8 bits and z fits them."""
+
+    step: Tensor
+    zero: Tensor
+    offset: Tensor
+
+    def __init__(self, q: LSQQuantizer, *, qdq: bool):
+        super().__init__()
+        self.shifted = q.zero_point_form == "real"
+        self.axis, (self.qn, self.qp) = q.axis, q.bounds
+        self.codes = torch.int8 if self.qn < 0 else torch.uint8
+        zero = torch.zeros_like(q.step) if self.shifted else q.code_of_zero()
+        self.qdq = qdq and q.bits == 8 and bool(((zero >= self.qn) & (zero <= self.qp)).all())
+        for name, t in (("step", q.effective_step()), ("zero", zero), ("offset", q.zero_point if self.shifted else zero)):
+            self.register_buffer(name, t.detach().clone().squeeze() if q.axis is None else t.detach().clone())  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        axis = 0 if self.axis is None else self.axis % x.ndim
+        if not self.shifted:
+            return self._on_grid(x, axis)
+        offset = self.offset.view(_along(axis, self.step, x))
+        return self._on_grid(x - offset, axis) + offset
+
+    def _on_grid(self, x: Tensor, axis: int) -> Tensor:
+        if self.qdq:
+            zero = self.zero.to(self.codes)
+            return dequantize(quantize(x, self.step, zero, axis), self.step, zero, axis)
+        step, zero = (t.view(_along(axis, self.step, x)) for t in (self.step, self.zero))
+        return step * ((x / step + zero).clamp(self.qn, self.qp).round() - zero)
+
+
+class FixedWeight(nn.Module):
+    """An 8-bit weight as int8 codes and DequantizeLinear along axis 0, whatever the argument is."""
+
+    codes: Tensor
+    step: Tensor
+
+    def __init__(self, weight: Tensor, q: LSQQuantizer):
+        super().__init__()
+        self.register_buffer("codes", q.codes(weight).to(torch.int8))
+        self.register_buffer("step", q.effective_step().detach().clone())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return dequantize(self.codes, self.step, torch.zeros_like(self.step, dtype=torch.int8), 0)
+
+
+class Deployed(nn.Module):
+    """(images, mask) -> (pred_logits, pred_boxes), a copy of `model` without state of quantisers: weights are on their grid,
+    activations pass `FixedQuantizer`."""
+
+    def __init__(self, model: DETR, *, qdq: bool = False):
+        super().__init__()
+        self.model = copy.deepcopy(model).eval()
+        for layer, weight, quantizer in quantised_weights(self.model).values():
+            fixed = FixedWeight(weight, quantizer) if qdq and quantizer.bits == 8 else nn.Identity()
+            with torch.no_grad():
+                weight.copy_(quantizer(weight))
+            setattr(layer, "in_proj_quant" if isinstance(layer, Attention) else "weight_quant", fixed)
+        for layer in list(self.model.modules()):
+            for name, q in list(layer.named_children()):
+                if isinstance(q, LSQQuantizer):
+                    setattr(layer, name, FixedQuantizer(q, qdq=qdq))
+
+    def forward(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.model(images, mask)
+        return out["pred_logits"], out["pred_boxes"]
+
+
+def quantised_weights(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter, LSQQuantizer]]:
+    """{name of the weight: (its layer, the weight, its quantiser)}."""
+    found = {}
+    for name, m in model.named_modules():
+        for weight, quantizer in (("weight", "weight_quant"), ("in_proj_weight", "in_proj_quant")):
+            if isinstance(q := getattr(m, quantizer, None), LSQQuantizer):
+                found[f"{name}.{weight}"] = (m, getattr(m, weight), q)
+    return found
+
+
+def example(sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """A padded batch of random images of these sizes and its mask."""
+    g = torch.Generator().manual_seed(0)
+    return pad_images([torch.randn(3, *size, generator=g) for size in sizes])
+
+
+@torch.no_grad()
+def export_onnx(model: DETR, path: str | Path, *, qdq: bool = False) -> tuple[int, int]:
+    """Write an ONNX file with its weights inside. Returns (quantisers as QuantizeLinear, quantisers of activations)."""
+    deployed = Deployed(model, qdq=qdq).eval()
+    batch, height, width = (torch.export.Dim(n, min=lo) for n, lo in (("batch", 1), ("height", 64), ("width", 64)))
+    shapes = ({0: batch, 2: height, 3: width}, {0: batch, 1: height, 2: width})
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*axis name.*will not be used"
+        )  # the mask shares them with the images
+        # strict: the other tracer turns len(images) into a constant
+        program = torch.export.export(deployed, example(SIZES[0]), dynamic_shapes=shapes, strict=True)
+        torch.onnx.export(
+            program, (), path, dynamo=True, input_names=["images", "mask"], output_names=list(OUTPUTS), external_data=False,
+            verbose=False, custom_translation_table=_translations(),
+        )  # fmt: skip
+    fixed = [m for m in deployed.modules() if isinstance(m, FixedQuantizer)]
+    return sum(m.qdq for m in fixed), len(fixed)
+
+
+@torch.no_grad()
+def onnx_differences(model: DETR, path: str | Path) -> list[dict[str, Any]]:
+    """Per batch of `SIZES` {"sizes", "pred_logits": (largest, mean), "pred_boxes": the same} of |onnxruntime - PyTorch|.
+
+    A real-valued network differs by rounding. In a student a value on the edge between two codes may take the other one, and
+    what follows differs by a step: look at the mean."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    model, rows = model.eval(), []
+    for sizes in SIZES:
+        images, mask = example(sizes)
+        found = session.run(list(OUTPUTS), {"images": images.numpy(), "mask": mask.numpy()})
+        expected, row = model(images, mask), {"sizes": sizes}
+        for name, value in zip(OUTPUTS, found, strict=True):
+            gap = (torch.from_numpy(value) - expected[name]).abs()
+            row[name] = (gap.max().item(), gap.mean().item())
+        rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def pack(model: nn.Module) -> dict[str, Any]:
+    """{"packed": {weight: uint8}, "bits": {weight: bits}, "rest": the other tensors} of a calibrated student.
+    ValueError without quantised weights."""
+    found = quantised_weights(model)
+    if not found:
+        raise ValueError(
+            "the network has no quantised weights: nothing to pack. Real-valued weights are the checkpoint"
+        )
+    packed = {n: pack_codes(q.codes(w).flatten(), q.bits, signed=True) for n, (_, w, q) in found.items()}
+    rest = {n: t for n, t in model.state_dict().items() if n not in packed}
+    return {"packed": packed, "bits": {n: q.bits for n, (*_, q) in found.items()}, "rest": rest}
+
+
+@torch.no_grad()
+def unpack(model: DETR, file: dict[str, Any]) -> DETR:
+    """`model` (of the architecture, any weights) with what `pack` wrote: its weights are step * code, whose codes are the same
+    again, so that its outputs are those of the packed network bit for bit. ValueError for another architecture or width."""
+    found, own = quantised_weights(model), model.state_dict()
+    bits = {n: q.bits for n, (*_, q) in found.items()}
+    fits = bits.keys() == file["bits"].keys() and own.keys() - bits.keys() == file["rest"].keys()
+    if not fits or any(own[n].shape != t.shape for n, t in file["rest"].items()):
+        raise ValueError(
+            f"the file packs {len(file['bits'])} weights and holds {len(file['rest'])} other tensors, the network has "
+            f"{len(found)} and {len(own) - len(found)}, or their shapes differ: another architecture"
+        )
+    if wrong := [n for n in bits if bits[n] != file["bits"][n]]:
+        name = wrong[0]
+        raise ValueError(f"{name} is packed at {file['bits'][name]} bit, the network has {bits[name]}")
+    model.load_state_dict(file["rest"], strict=False)
+    for name, (_, weight, q) in found.items():
+        codes = unpack_codes(file["packed"][name], weight.numel(), q.bits, signed=True).view(weight.shape)
+        weight.copy_(codes * q.effective_step().view(-1, *[1] * (weight.ndim - 1)))
+    return model.eval()
+
+
+def save_packed(checkpoint: str | Path, path: str | Path) -> DETR:
+    """Pack a student's checkpoint of train.py; the file also holds its configuration. Returns the network."""
+    state = runs.load_checkpoint(checkpoint)
+    network, *_ = load(str(checkpoint), {})
+    torch.save({**pack(network), **{k: state[k] for k in ("config", "classes", "names")}}, path)
+    return network
+
+
+def load_packed(path: str | Path) -> DETR:
+    """The student of a file of `save_packed`, in evaluation mode. ValueError for another file."""
+    file = runs.load_checkpoint(path)
+    if missing := {"packed", "bits", "rest", "config", "classes"} - file.keys():
+        raise ValueError(f"{path} is no file of export.py: it lacks {', '.join(sorted(missing))}")
+    config = file["config"]
+    real = build_real(**{**config["model"], "weights": None}, num_classes=file["classes"])
+    return unpack(quantize_detr(real, **config["method"]["quant"]), file)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("weights")
+    parser.add_argument("target", type=Path, help="path of the files, without suffix")
+    parser.add_argument("--qdq", action="store_true", help="8-bit quantisers as QuantizeLinear and DequantizeLinear")
+    args = parser.parse_args(argv)
+    network, *_ = load(args.weights, {})
+    onnx = args.target.with_name(args.target.name + ".onnx")
+    as_nodes, quantisers = export_onnx(network, onnx, qdq=args.qdq)
+    before = 4 * sum(p.numel() for p in network.parameters())
+    print(
+        f"{onnx}: {onnx.stat().st_size / 1e6:.3f} MB, {as_nodes} of {quantisers} quantisers of activations as QuantizeLinear"
+    )
+    rows = onnx_differences(network, onnx)
+    for row in rows:
+        gaps = "  ".join(f"{n} {row[n][0]:.2g} (mean {row[n][1]:.2g})" for n in OUTPUTS)
+        print(f"largest difference to PyTorch on {len(row['sizes'])} images {row['sizes']}: {gaps}")
+    if quantised_weights(network):
+        target = args.target.with_name(args.target.name + ".packed.pt")
+        save_packed(args.weights, target)
+        images = example(SIZES[0])
+        with torch.no_grad():
+            same = torch.equal(load_packed(target)(*images)["pred_logits"], network(*images)["pred_logits"])
+        print(
+            f"{target}: {target.stat().st_size / 1e6:.3f} MB, float32 parameters {before / 1e6:.3f} MB, outputs equal: {same}"
+        )
+        if not same:
+            print("the packed network differs", file=sys.stderr)
+            return 1
+    worst = max(row[n][1] for row in rows for n in OUTPUTS)
+    if worst > (1e-2 if quantisers else 1e-4):
+        print(f"the exported network differs by {worst:.2g} on average", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
