@@ -11,7 +11,7 @@ from common import runs
 from common.quant.lsq import LSQQuantizer
 from q_detr.checkpoint import is_student_key, load_real_valued
 from q_detr.detr import DETR
-from q_detr.distribution_alignment import query_statistics
+from q_detr.distribution_alignment import code_entropy, query_statistics
 from q_detr.quantized_detr import calibrate_alignment, calibrate_student, quantize_detr
 from q_detr.smca import SMCADETR
 
@@ -119,10 +119,19 @@ def keep_steps_positive(model: nn.Module) -> None:
 
 @torch.no_grad()
 def cross_attention_statistics(model: DETR, images: Tensor, mask: Tensor) -> dict[str, float]:
-    """`query_statistics` of the decoder's cross-attention queries as they enter the quantiser, mean over layers."""
+    """`query_statistics` of the decoder's cross-attention queries as they enter the quantiser, mean over layers; with a quantiser
+    also `query_code_entropy`, that of its codes in bits."""
     seen: list[dict[str, float]] = []
+
+    def look(attention: Any, args: tuple) -> None:
+        (q,) = args
+        found = query_statistics(q)
+        if isinstance(attention.quant_q, LSQQuantizer):
+            found["query_code_entropy"] = code_entropy(attention.quant_q.codes(q))
+        seen.append(found)
+
     hooks = [
-        layer.multihead_attn.align.register_forward_hook(lambda m, args, out: seen.append(query_statistics(out)))
+        layer.multihead_attn.quant_q.register_forward_pre_hook(lambda m, args, a=layer.multihead_attn: look(a, args))
         for layer in model.transformer["decoder"].layers  # type: ignore[union-attr]
     ]
     model(images, mask)

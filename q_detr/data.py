@@ -1,5 +1,6 @@
 """Detection data for DETR: augmentation, and targets as the set loss wants them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,18 +25,51 @@ def dropped_boxes(dataset: Any) -> int:
     return sum(part.dropped for part in parts)
 
 
-def training_transform(kind: str) -> v2.Transform:
-    """plain: horizontal flip. detr: flip, then a side of 480..800, at most 1333, for half of the images after a crop of 384..600
-    from one resized to 400, 500 or 600 (section 5)."""
-    if kind not in ("plain", "detr"):
-        raise ValueError(f"augment={kind!r}, allowed: plain, detr")
-    flip = v2.RandomHorizontalFlip()
-    if kind == "plain":
-        return flip
-    sides = list(range(480, 801, 32))
-    resize = v2.RandomChoice([v2.Resize(s, max_size=1333) for s in sides])
-    small = v2.RandomChoice([v2.Resize(s) for s in (400, 500, 600)])
-    return v2.Compose([flip, v2.RandomChoice([resize, v2.Compose([small, RandomSizeCrop(384, 600), resize])])])
+def training_transform(augment: str | Mapping[str, Any]) -> v2.Transform:
+    """The name of an augmentation, or {name, and keywords of `Augment`}. ValueError, TypeError name what is wrong."""
+    options = {"name": augment} if isinstance(augment, str) else dict(augment)
+    return Augment(**options)  # type: ignore[arg-type]
+
+
+class Augment(v2.Transform):
+    """Training augmentation of (uint8 image, target). name: plain, horizontal flip; detr, flip, then a side of 480..800, at most
+    1333, for half of the images after a crop of 384..600 from one resized to 400, 500 or 600 (section 5).
+
+    scale multiplies these sizes, for small networks. vertical: flip the other way too, where images have no up. `shrink`: shorter
+    side beyond which an image has nothing to give, with scale < 1; see `Prepared`."""
+
+    def __init__(self, *, name: str, scale: float = 1.0, vertical: bool = False):
+        super().__init__()
+        if name not in ("plain", "detr"):
+            raise ValueError(f"augment={name!r}, allowed: plain, detr")
+        steps: list[v2.Transform] = [v2.RandomHorizontalFlip(), *([v2.RandomVerticalFlip()] if vertical else [])]
+        self.shrink = round(800 * scale) if name == "detr" and scale < 1 else None
+        if name == "detr":
+            sides = [round(s * scale) for s in range(480, 801, 32)]
+            resize = v2.RandomChoice([v2.Resize(s, max_size=round(1333 * scale)) for s in sides])
+            small = v2.RandomChoice([v2.Resize(round(s * scale)) for s in (400, 500, 600)])
+            crop = RandomSizeCrop(round(384 * scale), round(600 * scale))
+            steps.append(v2.RandomChoice([resize, v2.Compose([small, crop, resize])]))
+        self.steps = v2.Compose(steps)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.steps(*inputs)
+
+
+class Shrunk(Dataset):
+    """(image, target) of a data set with the shorter side reduced to `side`, decoded once and kept in memory as uint8."""
+
+    def __init__(self, dataset: Any, side: int):
+        self.dataset, self.resize, self.kept = dataset, v2.Resize(side), {}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
+        if index not in self.kept:
+            image, target = self.dataset[index]
+            self.kept[index] = self.resize(image, target) if min(image.shape[-2:]) > self.resize.size[0] else (image, target)
+        return self.kept[index]
 
 
 class RandomSizeCrop(v2.Transform):
@@ -65,10 +99,11 @@ def normalise(image: Tensor) -> Tensor:
 
 class Prepared(Dataset):
     """Items (normalised image (3, H, W), {"labels", "boxes" cxcywh in 0..1}); crowd regions, and boxes that a crop cut to
-    nothing, are left out."""
+    nothing, are left out. With a transform that scales down, images are decoded and shrunk once (`Shrunk`)."""
 
-    def __init__(self, dataset: Any, transform: v2.Transform | None = None):
-        self.dataset, self.transform = dataset, transform
+    def __init__(self, dataset: Any, transform: Augment | v2.Transform | None = None):
+        side = getattr(transform, "shrink", None)
+        self.dataset, self.transform = dataset if side is None else Shrunk(dataset, side), transform
 
     def __len__(self) -> int:
         return len(self.dataset)

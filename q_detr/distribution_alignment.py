@@ -36,7 +36,21 @@ def gaussian_entropy(variance: Tensor) -> Tensor:
 
 @torch.no_grad()
 def query_statistics(q: Tensor) -> dict[str, float]:
-    """Of queries (B, heads, Q, d): mean and mean unbiased variance per query and head, and the mean Gaussian entropy."""
+    """Of queries (B, heads, Q, d), each query in each head by itself over d: average of the mean, of the unbiased variance and
+    of the Gaussian entropy in nats, and `query_spread`, the standard deviation of log variance over queries and heads."""
     variance, mean = torch.var_mean(q.double(), dim=-1, correction=1)
-    entropy = gaussian_entropy(variance.clamp(min=1e-12)).mean()
-    return {"query_mean": mean.mean().item(), "query_variance": variance.mean().item(), "query_entropy": entropy.item()}
+    variance = variance.clamp(min=1e-12)
+    return {
+        "query_mean": mean.mean().item(), "query_variance": variance.mean().item(),
+        "query_entropy": gaussian_entropy(variance).mean().item(), "query_spread": variance.log().std().item(),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def code_entropy(codes: Tensor) -> float:
+    """Entropy in bits of integer codes (B, heads, Q, d), of each head by itself, mean over heads: at most the codes' width."""
+    total = 0.0
+    for head in codes.unbind(1):
+        share = torch.unique(head, return_counts=True)[1].double() / head.numel()
+        total -= (share * share.log2()).sum().item()
+    return total / codes.shape[1]

@@ -90,7 +90,11 @@ class FixedQuantizer(nn.Module):
         self.codes = torch.int8 if self.qn < 0 else torch.uint8
         zero = torch.zeros_like(q.step) if self.shifted else q.code_of_zero()
         self.qdq = qdq and q.bits == 8 and bool(((zero >= self.qn) & (zero <= self.qp)).all())
-        for name, t in (("step", q.effective_step()), ("zero", zero), ("offset", q.zero_point if self.shifted else zero)):
+        for name, t in (
+            ("step", q.effective_step()),
+            ("zero", zero),
+            ("offset", q.zero_point if self.shifted else zero),
+        ):
             self.register_buffer(name, t.detach().clone().squeeze() if q.axis is None else t.detach().clone())  # type: ignore[union-attr]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -183,9 +187,10 @@ def export_onnx(model: DETR, path: str | Path, *, qdq: bool = False) -> tuple[in
 
 @torch.no_grad()
 def onnx_differences(model: DETR, path: str | Path) -> list[dict[str, Any]]:
-    """Per batch of `SIZES` {"sizes", "pred_logits": (largest, mean), "pred_boxes": the same} of |onnxruntime - PyTorch|.
+    """Per batch of `SIZES` {"sizes", "pred_logits": (largest, mean), "pred_boxes": the same}: |onnxruntime - PyTorch| as a share of
+    the output's standard deviation.
 
-    A real-valued network differs by rounding. In a student a value on the edge between two codes may take the other one, and
+    A real-valued network differs by rounding. In a student a value that lies between two codes may take the other one, and
     what follows differs by a step: look at the mean."""
     import onnxruntime
 
@@ -196,7 +201,7 @@ def onnx_differences(model: DETR, path: str | Path) -> list[dict[str, Any]]:
         found = session.run(list(OUTPUTS), {"images": images.numpy(), "mask": mask.numpy()})
         expected, row = model(images, mask), {"sizes": sizes}
         for name, value in zip(OUTPUTS, found, strict=True):
-            gap = (torch.from_numpy(value) - expected[name]).abs()
+            gap = (torch.from_numpy(value) - expected[name]).abs() / expected[name].std()
             row[name] = (gap.max().item(), gap.mean().item())
         rows.append(row)
     return rows
@@ -272,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = onnx_differences(network, onnx)
     for row in rows:
         gaps = "  ".join(f"{n} {row[n][0]:.2g} (mean {row[n][1]:.2g})" for n in OUTPUTS)
-        print(f"largest difference to PyTorch on {len(row['sizes'])} images {row['sizes']}: {gaps}")
+        print(f"images {row['sizes']}: largest difference to PyTorch / standard deviation: {gaps}")
     if quantised_weights(network):
         target = args.target.with_name(args.target.name + ".packed.pt")
         save_packed(args.weights, target)
@@ -286,8 +291,8 @@ def main(argv: list[str] | None = None) -> int:
             print("the packed network differs", file=sys.stderr)
             return 1
     worst = max(row[n][1] for row in rows for n in OUTPUTS)
-    if worst > (1e-2 if quantisers else 1e-4):
-        print(f"the exported network differs by {worst:.2g} on average", file=sys.stderr)
+    if worst > (0.05 if quantisers else 1e-4):
+        print(f"the exported network differs by {worst:.2g} standard deviations on average", file=sys.stderr)
         return 1
     return 0
 

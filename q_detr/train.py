@@ -53,37 +53,42 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """One pass; returns the mean of every loss term and of what the matching kept."""
     model.train()
-    drd = dict(cfg.method.drd)
+    drd, accumulation = dict(cfg.method.drd), cfg.train.accumulation
     weight = drd.pop("weight")
-    steps, sums = len(batches), {}
+    total, sums = len(batches), {}
     bar = tqdm(
-        batches.epoch(epoch), total=steps, desc=f"epoch {epoch}", leave=False, disable=None if steps > 50 else True
+        batches.epoch(epoch), total=total, desc=f"epoch {epoch}", leave=False, disable=None if total > 50 else True
     )
-    for k, (images, targets) in enumerate(bar):
-        step = (epoch - 1) * steps + k
+    for micro, (images, targets) in enumerate(bar):
+        step = ((epoch - 1) * total + micro) // accumulation
+        last = (micro + 1) % accumulation == 0
         images, mask = pad_images(images)
-        out = model(images, mask)
-        terms, log = criterion(out, targets)
-        if weight:
-            with torch.no_grad():
-                theirs = teacher(images, mask)
-            value, pairs = drd_loss(out, theirs, [t["boxes"] for t in targets], **drd)
-            terms["drd"] = weight * value
-            log |= pairs
-        loss = sum(terms.values())
-        runs.check_finite({**terms, "loss": loss}, step=step, last_good=run.checkpoint)
-        fabric.backward(loss)
+        with fabric.no_backward_sync(model, enabled=not last):
+            out = model(images, mask)
+            terms, log = criterion(out, targets)
+            if weight:
+                with torch.no_grad(), fabric.autocast():
+                    theirs = teacher(images, mask)
+                value, pairs = drd_loss(out, theirs, [t["boxes"] for t in targets], **drd)
+                terms["drd"] = weight * value
+                log |= pairs
+            loss = sum(terms.values())
+            runs.check_finite({**terms, "loss": loss}, step=step, last_good=run.checkpoint)
+            fabric.backward(loss / accumulation)
+        for name, value in {**{n: v.detach() for n, v in terms.items()}, **log}.items():
+            sums[name] = sums.get(name, 0.0) + value
+        if not last:
+            continue
         norm = fabric.clip_gradients(model, optimizer, max_norm=cfg.train.clip_norm, error_if_nonfinite=False)
-        runs.check_finite({"gradient norm": norm}, step=step, last_good=run.checkpoint)
-        factor = lr_factor(step, steps=steps * cfg.train.epochs, **cfg.schedule)
+        if cfg.fabric.precision != "16-mixed":  # its loss scaler skips such a step by itself
+            runs.check_finite({"gradient norm": norm}, step=step, last_good=run.checkpoint)
+        factor = lr_factor(step, steps=total // accumulation * cfg.train.epochs, **cfg.schedule)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         keep_steps_positive(model)
-        for name, value in {**{n: v.detach() for n, v in terms.items()}, **log}.items():
-            sums[name] = sums.get(name, 0.0) + value
-    return {name: float(value) / steps for name, value in sums.items()}
+    return {name: float(value) / total for name, value in sums.items()}
 
 
 def held_out_batch(dataset, indices, device, side):
@@ -174,13 +179,17 @@ def build(cfg: DictConfig, fabric: Fabric, classes: int, first_batch):
 
 def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     """Build, train to the end, evaluate; resumes from out/last.ckpt."""
-    per_device = runs.per_device_batch(cfg.train.batch_size, fabric.world_size)
+    accumulation = cfg.train.accumulation
+    per_device = runs.per_device_batch(cfg.train.batch_size, fabric.world_size, accumulation)
     lr_factor(0, steps=1, **cfg.schedule)
     own, ev = {k: v for k, v in cfg.data.items() if k not in ("workers", "augment", "test_side")}, cfg.evaluate
     training, held_out = detection_sets(seed=cfg.seed, **own)
     classes = num_classes(held_out)
     prepared = Prepared(training, training_transform(cfg.data.augment))
-    plan = Plan(len(training), cfg.train.batch_size, seed=cfg.seed, rank=fabric.global_rank, world=fabric.world_size)
+    plan = Plan(
+        len(training), cfg.train.batch_size, seed=cfg.seed, rank=fabric.global_rank, world=fabric.world_size,
+        accumulation=accumulation,
+    )  # fmt: skip
     batches = SeededBatches(prepared, plan, workers=cfg.data.workers, device=fabric.device, collate=collate)
     network, teacher = build(cfg, fabric, classes, next(iter(batches.epoch(1)))[0] if cfg.method.quantised else None)
     if teacher is not None:
@@ -208,7 +217,8 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
             first, row = state["epoch"] + 1, state["row"]
         fabric.print(
             f"{cfg.arm} on {cfg.data.name}: {len(training)} images ({dropped_boxes(training)} boxes without extent dropped), "
-            f"{classes} classes, global batch {cfg.train.batch_size} = {fabric.world_size} devices x {per_device}, "
+            f"{classes} classes, global batch {cfg.train.batch_size} = {fabric.world_size} devices x {accumulation} "
+            f"micro-steps x {per_device}, "
             f"lr {cfg.optim.lr}, epochs {first}..{cfg.train.epochs}"
         )
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from q_detr.distribution_alignment import DistributionAlignment, gaussian_entropy, query_statistics
+from q_detr.distribution_alignment import DistributionAlignment, code_entropy, gaussian_entropy, query_statistics
 from q_detr.distribution_rectification import drd_loss
 from q_detr.foreground_query_matching import foreground_queries, matched_teacher_queries
 from q_detr.set_prediction import giou
@@ -69,6 +69,18 @@ def test_the_entropy_is_that_of_a_gaussian():
     found = query_statistics(q)
     assert found["query_variance"] == pytest.approx(1, abs=1e-3) and found["query_mean"] == pytest.approx(0, abs=1e-6)
     assert found["query_entropy"] == pytest.approx(0.5 * math.log(2 * math.pi * math.e), abs=1e-3)
+
+
+def test_query_statistics_tell_equal_from_unequal_queries_and_codes_have_the_entropy_of_their_shares():
+    q = torch.randn(2, 2, 6, 256, dtype=torch.float64)
+    q = (q - q.mean(-1, keepdim=True)) / q.std(-1, keepdim=True)
+    assert query_statistics(3 * q)["query_spread"] == pytest.approx(0, abs=1e-9)
+    scale = torch.tensor([1.0, 2, 3, 4, 5, 6])[:, None]
+    expected = (scale.double() ** 2).log().expand(2, 2, 6, 1).std().item()
+    assert query_statistics(scale * q)["query_spread"] == pytest.approx(expected)
+    codes = torch.stack([torch.tensor([[0, 1], [2, 3]]), torch.tensor([[7, 7], [7, -7]])])[None]  # two heads
+    expected = (2 + 0.75 * math.log2(4 / 3) + 0.25 * 2) / 2
+    assert code_entropy(codes) == pytest.approx(expected)
 
 
 # ------------------------------------------------------------------------------------------------------------------ FQM
