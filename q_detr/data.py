@@ -14,6 +14,11 @@ from common.data.detection import DetectionSet
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def source_options(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a data configuration, what `detection_sets` takes."""
+    return {k: v for k, v in data.items() if k not in ("workers", "augment", "test_side")}
+
+
 def num_classes(dataset: DetectionSet) -> int:
     """Largest label + 1: C for contiguous labels, 91 for COCO's ids."""
     return max(dataset.category_ids) + 1 if dataset.labels == "ids" else len(dataset.category_ids)

@@ -153,6 +153,7 @@ class ResNetBody(nn.Module):
         options: dict[str, Any] = {"replace_stride_with_dilation": [False, False, True]} if dilation else {}
         net = getattr(torchvision.models, name)(weights=weights, norm_layer=FrozenBatchNorm2d, **options)
         self.out_channels: int = net.fc.in_features
+        self.stride = 16 if dilation else 32
         self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
 
@@ -166,7 +167,7 @@ class TinyBody(nn.Module):
 
     def __init__(self, widths: Sequence[int] = (16, 48, 64, 64)):
         super().__init__()
-        self.out_channels = widths[-1]
+        self.out_channels, self.stride = widths[-1], 8
         channels = [3, *widths]
         strides = [2] * 3 + [1] * (len(widths) - 3)
         self.layers = nn.ModuleList(

@@ -9,8 +9,9 @@ and W are free (H, W >= 64). It is compared with PyTorch on batches of two sizes
 
 A student's graph is fake-quantised: quantisers are float operations, weights float constants on their grid. With --qdq the
 quantisers of 8 bits (attention operands, stem, everything of an 8-bit student) are QuantizeLinear and DequantizeLinear.
-CPUs have no arithmetic for activations of 2 to 4 bits: this shows the accuracy of a low-bit network, never its speed, and a ratio of OPs
-is no speed either. The packed file is storage: b / 32 of the float size for the quantised weights, everything else in float32."""
+CPUs have no arithmetic for activations of 2 to 4 bits: this shows the accuracy of a low-bit network, never its speed, and a
+ratio of OPs is no speed either. The packed file is storage: the quantised weights at b / 32 of their float size, everything
+else in float32."""
 
 import argparse
 import copy
@@ -187,8 +188,8 @@ def export_onnx(model: DETR, path: str | Path, *, qdq: bool = False) -> tuple[in
 
 @torch.no_grad()
 def onnx_differences(model: DETR, path: str | Path) -> list[dict[str, Any]]:
-    """Per batch of `SIZES` {"sizes", "pred_logits": (largest, mean), "pred_boxes": the same}: |onnxruntime - PyTorch| as a share of
-    the output's standard deviation.
+    """Per batch of `SIZES` {"sizes", "pred_logits": (largest, mean), "pred_boxes": the same}: |onnxruntime - PyTorch| over the
+    standard deviation of the output.
 
     A real-valued network differs by rounding. In a student a value that lies between two codes may take the other one, and
     what follows differs by a step: look at the mean."""

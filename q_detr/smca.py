@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from q_detr.detr import DETR, MLP, DecoderLayer
 
 SMOOTH = 8.0  # width of the Gaussian in cells
-STRIDE = 32
 
 
 class SMCALayer(DecoderLayer):
@@ -53,6 +52,7 @@ class SMCADETR(DETR):
     def forward(self, images: Tensor, mask: Tensor) -> dict:
         sizes = torch.stack([(~mask).any(1).sum(1), (~mask).any(2).sum(1)], dim=1)  # (B, 2) unpadded width, height
         memory, pos, mask, (height, width) = self.encode(images, mask)
+        stride = self.backbone[0].body.stride
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         grid = torch.stack([x, y], dim=-1).flatten(0, 1).to(memory)
         query_pos = self.query_embed.weight.expand(len(images), -1, -1)
@@ -65,7 +65,7 @@ class SMCADETR(DETR):
             out = layer.norm4(x + query_pos)
             if centre is None:
                 reference = layer.point1(out)
-                centre = reference.sigmoid() * sizes[:, None].to(out) / STRIDE
+                centre = reference.sigmoid() * sizes[:, None].to(out) / stride
             x, d, projected = layer(x, query_pos, memory, pos, mask, layer.gaussian(out, centre, grid))
             states.append((decoder.norm(x), d, projected))  # type: ignore[operator]
         return self._heads(states, reference)

@@ -220,7 +220,14 @@ def test_smca_learned_content_and_padding_aware_reference():
     for layer in model.transformer["decoder"].layers:
         assert layer.point3.weight.abs().sum() == 0 and (layer.point3.bias == 1).all()
     assert_close(model.class_embed.bias, torch.full((4,), -4.59512))
-    out = model(torch.randn(1, 3, 48, 64), torch.zeros(1, 48, 64, dtype=torch.bool))
+    first = model.transformer["decoder"].layers[0]
+    for p in first.point1.parameters():
+        nn.init.zeros_(p)  # the reference is the middle of the image without its padding, in cells of 8 pixels
+    seen = []
+    plain = first.gaussian
+    first.gaussian = lambda out, centre, grid: seen.append(centre) or plain(out, centre, grid)
+    out = model(*pad_images([torch.randn(3, 48, 64), torch.randn(3, 32, 16)]))
+    assert seen[0][:, 0].tolist() == [[4.0, 3.0], [1.0, 2.0]]
     assert torch.isfinite(out["pred_boxes"]).all()
 
 
