@@ -10,8 +10,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from common import runs
+from common.quant.lsq import LSQQuantizer
 from q_detr.building import build_real, parameter_groups, rebuild
-from q_detr.detr import DETR
+from q_detr.distribution_alignment import DistributionAlignment
+from q_detr.quantized_detr import quantize_detr
 from q_detr.schedule import lr_factor
 from q_detr.train import fit
 
@@ -107,25 +109,73 @@ def test_the_loss_falls_on_one_batch(tmp_path):
     assert last < 0.7 * first
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_recipe_composes_and_its_networks_build(experiment, tmp_path):
-    method = ["method=stage1"] if "stage1" in experiment else []
+RECIPES = {  # arm, start, classes, epochs, epoch of the drop
+    "coco_stage1": ("stage1", "weights", 91, 500, 400),
+    "coco_stage2": ("drd", "stage1", 91, 500, 400),
+    "coco_finetune50": ("drd", "weights", 91, 50, 40),
+    "voc_teacher": ("teacher", "weights", 20, 50, 40),
+    "voc_stage1": ("stage1", "weights", 20, 300, 200),
+    "voc_stage2": ("drd", "stage1", 20, 300, 200),
+    "voc_finetune50": ("drd", "weights", 20, 50, 40),
+    "smca_stage1": ("stage1", "weights", 91, 50, 40),
+    "smca_stage2": ("drd", "stage1", 91, 50, 40),
+    "released": ("drd", "weights", 91, 50, 40),
+}
+
+
+def recipe(name, *overrides):
     with initialize_config_dir(str(HERE / "configs"), version_base="1.3"):
-        cfg = compose("config", [*method, f"experiment={experiment}"])
-    assert OmegaConf.to_container(cfg.method, resolve=True)["drd"]["weight"] == 2.5
+        cfg = compose("config", [f"experiment={name}", *overrides], return_hydra_config=True)
+    return cfg, cfg.hydra.runtime.choices.method
+
+
+def test_every_recipe_composes_and_its_networks_build():
+    assert sorted(RECIPES) == EXPERIMENTS
+    for name, (arm, start, classes, epochs, drop) in RECIPES.items():
+        cfg, choice = recipe(name)
+        assert (choice, cfg.method.start, cfg.train.epochs) == (arm, start, epochs), name
+        assert cfg.schedule.kind == "step" and cfg.schedule.drop * epochs == pytest.approx(drop, abs=0.1)
+        assert (cfg.train.batch_size, cfg.train.clip_norm) == (16, 0.1)
+        assert cfg.data.name == ("voc" if classes == 20 else "coco")
+        assert cfg.data.labels == ("contiguous" if classes == 20 else "ids")
+        assert cfg.start.new_classes == (classes == 20 and start == "weights"), name  # official weights have 91
+        with torch.device("meta"):
+            model = build_real(**{**cfg.model, "weights": None}, num_classes=classes)
+            other = build_real(**{**cfg.model, **cfg.teacher.model, "weights": None}, num_classes=classes)
+        assert [g["lr"] for g in parameter_groups(model, **cfg.optim)] == [1e-4, 1e-5]
+        if arm == "teacher":
+            assert cfg.model.backbone == "resnet101" and not cfg.method.quantised
+            continue
+        assert len(other.state_dict()) > len(model.state_dict())  # the teacher has a ResNet-101
+        method = OmegaConf.to_container(cfg.method, resolve=True)
+        assert method["drd"]["weight"] == 2.5 and method["quant"]["bits"] == 4
+        student = quantize_detr(model, **method["quant"])
+        quantised = [n for n, m in student.named_modules() if isinstance(m, LSQQuantizer)]
+        assert any(n.startswith("backbone") for n in quantised)
+        assert any(n.startswith("transformer") for n in quantised) == (arm != "stage1")
+        assert any("downsample" in n for n in quantised) == (name != "released")
+
+
+def test_a_recipe_takes_another_arm_and_the_released_one_is_the_released_code():
+    cfg, choice = recipe("coco_stage2", "method=baseline")
+    assert choice == "baseline" and cfg.method.drd.weight == 0 and cfg.method.quant.da == "none"
+    assert (cfg.method.start, cfg.method.quant.bits) == ("stage1", 4)
+    quant = OmegaConf.to_container(recipe("released")[0].method, resolve=True)["quant"]
     with torch.device("meta"):
-        model = build_real(**{**cfg.model, "weights": None}, num_classes=91)
-        other = build_real(**{**cfg.model, **cfg.teacher.model, "weights": None}, num_classes=91)
-    assert isinstance(model, DETR) and len(other.state_dict()) > len(model.state_dict())
-    first = experiment.endswith("stage1")
-    assert cfg.method.start == ("weights" if first else "stage1")
-    assert list(cfg.method.quant.parts) == (
-        ["backbone"] if first else ["backbone", "encoder", "decoder_attention", "decoder_mlp"]
+        layer = (
+            quantize_detr(build_real("smca", num_classes=1, decoder_layers=1), **quant).transformer["decoder"].layers[0]
+        )
+    assert isinstance(layer.self_attn.align, DistributionAlignment) and isinstance(
+        layer.multihead_attn.align, torch.nn.Identity
     )
-    groups = parameter_groups(model, **cfg.optim)
-    assert [g["lr"] for g in groups] == [1e-4, 1e-5]
-    drop = {"coco": 400 / 500, "voc": 200 / 300, "smca": 40 / 50}[experiment.split("_")[0]]
-    assert cfg.schedule.drop == pytest.approx(drop, abs=1e-3)
+    assert isinstance(layer.self_attn.input_q, torch.nn.Identity)
+    q = layer.linear1.act_quant
+    assert (q.zero_point_form, q.zp_init, q.groups, layer.linear1.weight_quant.init) == (
+        "integer",
+        "official",
+        256,
+        "official",
+    )
 
 
 def test_the_learning_rate():
