@@ -79,15 +79,14 @@ def class_ap50(held_out: DetectionSet, found: dict[int, dict[str, Tensor]], diff
     return {name: ap for name, ap in zip(names.values(), result["per_class"], strict=True) if ap == ap}
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
-def main(cfg: DictConfig) -> None:
+def evaluate(cfg: DictConfig, *, grouped: bool) -> dict[str, float]:
+    """What the script does; returns the metrics in percent. grouped: data=... chose a whole data set; otherwise only what is set
+    under `data` replaces the keys of the checkpoint's own set."""
     known = {c["id"] for c in load_claims(HERE) if c["kind"] == "released_weights"}
     if cfg.claim is not None and cfg.claim not in known:
         raise ValueError(f"claim={cfg.claim!r}, allowed: {', '.join(sorted(known))}")
     if (cfg.weights is None) != cfg.perfect or (cfg.perfect and cfg.record):
         raise ValueError("give either weights=<checkpoint> or perfect=true, of which there is nothing to record")
-    # Without a data group, only what is set on the command line replaces the keys of the checkpoint's own set.
-    grouped = HydraConfig.get().runtime.choices.get("data") is not None
     if cfg.perfect and not grouped:
         raise ValueError("perfect=true needs a data set: data=coco, data=voc or another file of configs/data")
     given = {k: v for k, v in OmegaConf.to_container(cfg.data).items() if grouped or v is not None}  # type: ignore[union-attr]
@@ -130,6 +129,12 @@ def main(cfg: DictConfig) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(record, indent=1) + "\n")
         print(f"recorded in {target}")
+    return metrics
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
+def main(cfg: DictConfig) -> None:
+    evaluate(cfg, grouped=HydraConfig.get().runtime.choices.get("data") is not None)
 
 
 if __name__ == "__main__":

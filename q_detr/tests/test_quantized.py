@@ -196,6 +196,90 @@ def test_a_linear_layer_is_an_integer_product_and_a_folded_offset():
     assert_close(found.float() + layer.bias, layer(x), rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_every_linear_layer_of_a_student_is_an_integer_product():
+    """Q-FC (Eq. 2) through a whole network on a new batch: the projections of all attentions, out_proj, linear1 and linear2."""
+    _, quantised = student(bits=4, act_granularity="per_tensor", zp_init="lsqplus")
+    torch.manual_seed(3)
+    for m in quantised.modules():
+        if isinstance(m, LSQQuantizer) and m.zero_point is not None:
+            m.zero_point.add_(0.3 * torch.rand_like(m.zero_point))
+    seen = []
+
+    def integer(x, act, weight, quantizer, bias):
+        codes, rows = act.codes(x), quantizer.codes(weight)
+        steps = {"a_step": act.effective_step(), "b_step": quantizer.effective_step(), "a_zero": act.code_of_zero()}
+        return integer_matmul(codes, rows, **steps).float() + bias
+
+    for name, m in quantised.named_modules():
+        if isinstance(m, QuantLinear):
+            m.register_forward_hook(
+                lambda m, args, out, n=name: seen.append(
+                    (n, integer(args[0], m.act_quant, m.weight, m.weight_quant, m.bias), out)
+                )
+            )
+        if name.endswith(("self_attn", "multihead_attn")):
+            parts = []
+            for letter in "qkv":
+                m.get_submodule(f"input_{letter}").register_forward_hook(
+                    lambda q, args, out, p=parts: p.append((q, args[0], out))
+                )
+            m.register_forward_hook(lambda m, args, out, n=name, p=parts: seen.append((n, m, p)))
+    quantised.eval()(*batch(5))
+    layers = 0
+    for name, found, out in seen:
+        if isinstance(found, nn.Module):
+            dim, step = found.dim, found.in_proj_quant
+            rows, integer_rows = step(found.in_proj_weight).chunk(3), step.codes(found.in_proj_weight).chunk(3)
+            for i, (act, x, hat) in enumerate(out):
+                if isinstance(act, nn.Identity):  # the first decoder layer's value, exactly 0
+                    assert not x.any()
+                    continue
+                part = slice(i * dim, (i + 1) * dim)
+                steps = {
+                    "a_step": act.effective_step(),
+                    "b_step": step.effective_step()[part],
+                    "a_zero": act.code_of_zero(),
+                }
+                assert act.code_of_zero() != 0
+                expected = integer_matmul(act.codes(x), integer_rows[i], **steps).float()
+                assert_close(expected, hat @ rows[i].T, rtol=1e-5, atol=1e-5, msg=name)
+                layers += 1
+        else:
+            assert_close(found, out, rtol=1e-5, atol=1e-5, msg=name)
+            layers += 1
+    assert layers == 5 * (3 + 1) + 3 * 2 - 1  # 5 attentions of 4 products, 3 feed-forward pairs, less the value of 0
+
+
+def test_gradients_of_steps_and_offsets_are_the_closed_forms():
+    """Specification 3.2 on a layer of a student, per channel, with g = 1 / sqrt(numel qp)."""
+    _, quantised = student(bits=2, zp_init="lsqplus")
+    layer = quantised.transformer["decoder"].layers[1].linear2.double()
+    act, own = layer.act_quant, layer.weight_quant
+    own.step.data.mul_(0.4)  # some weights are clipped
+    g = torch.Generator().manual_seed(0)
+    x = 2 * torch.randn(2, 5, 24, generator=g).double()  # wider than at calibration: some of it is clipped
+    r = torch.randn(2, 5, 16, generator=g).double()
+    (layer(x) * r).sum().backward()
+    with torch.no_grad():
+        for q, value, upstream, axis in (
+            (act, x, r @ own(layer.weight), -1),
+            (own, layer.weight, torch.einsum("bno,bni->oi", r, act(x)), 0),
+        ):
+            shape = [1] * value.ndim
+            shape[axis] = -1
+            zero = 0 if q.zero_point is None else q.zero_point.view(shape)
+            v, (low, high) = (value - zero) / q.step.view(shape), q.bounds
+            inside = (v >= low) & (v <= high)
+            assert inside.any() and not inside.all()
+            scale = 1 / math.sqrt(value.numel() * high)
+            others = [d for d in range(value.ndim) if d != axis % value.ndim]
+            dstep = upstream * torch.where(inside, v.round() - v, v.clamp(low, high))
+            assert_close(q.step.grad, scale * dstep.sum(others))
+            if q.zero_point is not None:
+                assert_close(q.zero_point.grad, scale * (upstream * ~inside).sum(others))
+
+
 def test_the_error_falls_as_bits_grow():
     model = small()
     expected = model(*batch(1))["co_attended"]
