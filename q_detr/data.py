@@ -73,7 +73,9 @@ class Shrunk(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
         if index not in self.kept:
             image, target = self.dataset[index]
-            self.kept[index] = self.resize(image, target) if min(image.shape[-2:]) > self.resize.size[0] else (image, target)
+            self.kept[index] = (
+                self.resize(image, target) if min(image.shape[-2:]) > self.resize.size[0] else (image, target)
+            )
         return self.kept[index]
 
 
@@ -117,7 +119,8 @@ class Prepared(Dataset):
         image, target = self.dataset[index]
         if self.transform is not None:
             image, target = self.transform(image, target)
-        boxes, height, width = target["boxes"].as_subclass(Tensor), *image.shape[-2:]
+        height, width = image.shape[-2:]
+        boxes = v2.functional.clamp_bounding_boxes(target["boxes"]).as_subclass(Tensor)  # resizing rounds past the edge
         keep = (target["iscrowd"] == 0) & (boxes[:, 2:] > boxes[:, :2]).all(1)
         boxes = box_convert(boxes[keep], "xyxy", "cxcywh") / torch.tensor([width, height, width, height])
         return normalise(image), {"labels": target["labels"][keep], "boxes": boxes}

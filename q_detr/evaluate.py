@@ -64,7 +64,9 @@ def annotations_as_detections(held_out: DetectionSet) -> dict[int, dict[str, Ten
 def class_ap50(held_out: DetectionSet, found: dict[int, dict[str, Tensor]], difficult: str) -> dict[str, float]:
     """{class name: VOC AP at IoU 0.5} of the classes that occur; crowd regions count neither way."""
     contiguous = held_out.labels == "contiguous"
-    names = dict(zip(range(len(held_out.classes)) if contiguous else held_out.category_ids, held_out.classes, strict=True))
+    names = dict(
+        zip(range(len(held_out.classes)) if contiguous else held_out.category_ids, held_out.classes, strict=True)
+    )
     position = {label: i for i, label in enumerate(names)}
 
     def kept(p: dict[str, Tensor]) -> dict[str, Tensor]:  # labels become positions; gaps between the ids are no class
@@ -101,8 +103,9 @@ def evaluate(cfg: DictConfig, *, grouped: bool) -> dict[str, float]:
         held_out = test_set(data)
         if (needed := num_classes(held_out)) != network.num_classes:
             raise ValueError(
-                f"{cfg.weights} has {network.num_classes} classes, {data['name']} with data.labels={data['labels']} needs {needed}. "
-                "Official weights know COCO's ids only; train on own classes with start.weights=... start.new_classes=true"
+                f"{cfg.weights} has {network.num_classes} classes, {data['name']} with data.labels={data['labels']} needs "
+                f"{needed}. Official weights know COCO's ids only; train on own classes with start.weights=... "
+                "start.new_classes=true"
             )
         network = fabric.setup_module(network)
         start = time.perf_counter()
@@ -118,8 +121,8 @@ def evaluate(cfg: DictConfig, *, grouped: bool) -> dict[str, float]:
     print(f"{len(held_out)} images, {held_out.dropped} boxes without extent dropped")
     if cfg.perfect and metrics["AP"] < 99.999:
         raise ValueError(
-            f"the annotations fed back give AP {metrics['AP']:.2f}, not 100: boxes reach beyond their image, or an image has more than "
-            "the 100 objects that the evaluation counts"
+            f"the annotations fed back give AP {metrics['AP']:.2f}, not 100: boxes reach beyond their image, or an "
+            "image has more than the 100 objects that the evaluation counts"
         )
     if cfg.record:
         digest = hashlib.sha256(Path(cfg.weights).expanduser().read_bytes()).hexdigest()

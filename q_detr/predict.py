@@ -1,7 +1,7 @@
-"""Boxes on one's own images.  python predict.py runs/default/drd/seed0/last.ckpt image.jpg folder [...] --out boxes --threshold 0.5
+"""Boxes on one's own images.  python predict.py runs/default/drd/seed0/last.ckpt image.jpg folder [...] --out boxes
 
-Prints a line of JSON per image and, with --out, writes the images with their boxes drawn. A file that is no image gets a line with
-"error", and the exit status is 1."""
+Prints a line of JSON per image and, with --out, writes the images with their boxes drawn. A file that is no image gets a line
+with "error", and the exit status is 1."""
 
 import argparse
 import json

@@ -1,11 +1,11 @@
 """What distribution alignment and query matching do, drawn from checkpoints of train.py.
 
 python queries.py scale=mini seed=100
-python queries.py checkpoints='{teacher: /a/teacher.ckpt, baseline: /b/last.ckpt, da: null, drd: /c/last.ckpt}' data.root=/datasets/bccd
+python queries.py checkpoints='{teacher: /a/last.ckpt, baseline: null, da: null, drd: /b/last.ckpt}' data.root=/datasets/bccd
 
-queries.png, queries.csv: the decoder's cross-attention queries as they enter the quantiser, per layer: histogram, mean, variance and
-Gaussian entropy of each checkpoint. matches.png: for a few test images, the boxes of teacher and student, the student queries that
-FQM keeps and the teacher boxes matched to them. The statistics are metrics of the run."""
+queries.png, queries.csv: the decoder's cross-attention queries as they enter the quantiser, per layer: histogram, mean, variance
+and Gaussian entropy of each checkpoint. matches.png: for a few test images, the boxes of teacher and student, the student queries
+that FQM keeps and the teacher boxes matched to them. The statistics are metrics of the run."""
 
 import csv
 import shutil
@@ -34,6 +34,14 @@ from q_detr.evaluate import test_set
 from q_detr.foreground_query_matching import foreground_queries, matched_teacher_queries
 from q_detr.train import held_out_batch
 
+SHOWN = {
+    "query_mean": ("mean", ""), "query_variance": ("variance", ""), "query_entropy": ("entropy", " nat"),
+    "query_spread": ("spread", ""),
+}  # fmt: skip
+TITLES = (
+    "annotations (white), teacher above 0.5 (blue)", "student: kept (colour), others above 0.5 (black)",
+    "kept (solid) and matched teacher (dashed)",
+)  # fmt: skip
 Queries = list[tuple[Tensor, Tensor | None]]
 
 
@@ -77,7 +85,7 @@ def draw_histograms(queries: dict[str, Queries], out: Path) -> None:
             mean, var = float(q.mean()), float(q.var())
             gauss = np.exp(-((centre - mean) ** 2) / (2 * var)) / np.sqrt(2 * np.pi * var)
             axis.plot(centre, gauss, color="black", linewidth=0.9, linestyle=":", label="Gaussian")
-            text = f"mean {found['query_mean']:.2f}\nvar {found['query_variance']:.2f}\nH {found['query_entropy']:.2f} nat\nspread {found['query_spread']:.2f}"
+            text = "\n".join(f"{label} {found[key]:.2f}{unit}" for key, (label, unit) in SHOWN.items())
             axis.text(0.98, 0.96, text, transform=axis.transAxes, ha="right", va="top", fontsize=8)
             axis.set_yticks([])
             if i == 0:
@@ -100,7 +108,8 @@ def foreground(outputs: dict[str, Any], loss: str) -> Tensor:
 
 
 def draw_matches(
-    images: list[Tensor], truth: list[Tensor], teacher: dict[str, Any], student: dict[str, Any], out: Path, *, tau: float, losses: tuple[str, str],
+    images: list[Tensor], truth: list[Tensor], teacher: dict[str, Any], student: dict[str, Any], out: Path, *, tau: float,
+    losses: tuple[str, str],
 ) -> None:  # fmt: skip
     """matches.png, a row per image: annotations and the teacher's boxes; the student's boxes, kept ones in colour; kept student
     boxes (solid) and their teacher boxes (dashed). images: uint8 (3, H, W); truth: cxcywh in 0..1."""
@@ -109,14 +118,13 @@ def draw_matches(
     kept = foreground_queries(student["pred_boxes"][:count], truth, tau=tau)
     partner = matched_teacher_queries(student["pred_boxes"][:count], teacher["pred_boxes"][:count])
     sure = [foreground(o, loss) >= 0.5 for o, loss in zip((teacher, student), losses, strict=True)]
-    titles = ("annotations (white), teacher above 0.5 (blue)", "student: kept (colour), others above 0.5 (black)", "kept (solid) and matched teacher (dashed)")  # fmt: skip
     for i, image in enumerate(images):
         height, width = image.shape[-2:]
         for k, axis in enumerate(axes[i]):
             axis.imshow(image.permute(1, 2, 0).numpy(), extent=(0, width, height, 0))
             axis.set_axis_off()
             if i == 0:
-                axis.set_title(titles[k], fontsize=9)
+                axis.set_title(TITLES[k], fontsize=9)
         scale = torch.tensor([width, height, width, height])
 
         def frame(axis: Any, box: Tensor, scale: Tensor = scale, **style: Any) -> tuple[float, float]:

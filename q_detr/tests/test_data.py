@@ -19,39 +19,8 @@ from q_detr.data import (
     resize_for_test,
     training_transform,
 )
+from q_detr.evaluate import annotations_as_detections
 from q_detr.set_prediction import check_targets
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A COCO folder whose categories have gaps (3, 7, 90), with unsorted images, a crowd region and a box without extent."""
-    for split, seed in (("train", 0), ("val", 1)):
-        scenes = shape_scenes(6, seed=seed, sizes=(48, 64), empty=0.3, square=0.5)
-        path = scenes.write_coco(tmp_path, split)
-        coco = json.loads(path.read_text())
-        gaps = {1: 3, 2: 7, 3: 90}
-        for c in coco["categories"]:
-            c["id"] = gaps[c["id"]]
-        for a in coco["annotations"]:
-            a["category_id"] = gaps[a["category_id"]]
-        first = coco["images"][0]["id"]
-        extra = {"image_id": first, "category_id": 3, "area": 100.0}
-        coco["annotations"] += [
-            {**extra, "id": 901, "iscrowd": 1, "bbox": [1, 1, 10, 10]},
-            {**extra, "id": 902, "iscrowd": 0, "bbox": [5, 5, 0, 9]},
-        ]
-        coco["images"].reverse()
-        path.write_text(json.dumps(coco))
-    return tmp_path
-
-
-def perfect(dataset):
-    found = {}
-    for _, target in (dataset[i] for i in range(len(dataset))):
-        keep = target["iscrowd"] == 0
-        boxes, labels = torch.as_tensor(target["boxes"])[keep], target["labels"][keep]
-        found[target["image_id"]] = {"boxes": boxes, "labels": labels, "scores": torch.ones(len(labels))}
-    return found
 
 
 @pytest.mark.parametrize(("labels", "classes"), [("ids", 91), ("contiguous", 3)])
@@ -59,13 +28,16 @@ def test_coco_with_gaps_crowds_and_unsorted_ids(folder, labels, classes):
     training, held_out = detection_sets(name="coco", seed=0, root=str(folder), train="train", test="val", labels=labels)
     assert num_classes(held_out) == classes
     assert dropped_boxes(training) == dropped_boxes(held_out) == 1
-    assert detection_metrics(held_out, perfect(held_out))["AP"] == pytest.approx(1)
+    assert detection_metrics(held_out, annotations_as_detections(held_out))["AP"] == pytest.approx(1)
     targets = [Prepared(training)[i][1] for i in range(len(training))]
     check_targets(targets, classes)
     assert sum(len(t["labels"]) for t in targets) == sum(
         a["iscrowd"] == 0 for a in training.coco["annotations"]
     ) - 1  # fmt: skip
-    wrong = {i: {**p, "labels": p["labels"] * 0 + (50 if labels == "ids" else 3)} for i, p in perfect(held_out).items()}
+    wrong = {
+        i: {**p, "labels": p["labels"] * 0 + (50 if labels == "ids" else 3)}
+        for i, p in annotations_as_detections(held_out).items()
+    }
     assert detection_metrics(held_out, wrong)["AP"] == 0  # 50 is a gap: no detection, and no error
     if labels == "ids":
         with pytest.raises(ValueError, match="91 for COCO"):
@@ -97,7 +69,7 @@ def test_prepared_targets_are_normalised_centres_that_the_flip_moves():
         assert_close(back, raw["boxes"].as_subclass(torch.Tensor))
         assert_close(prepared[0, 3, 5], (image.as_subclass(torch.Tensor)[0, 3, 5] / 255 - 0.485) / 0.229)
         flip = training_transform("plain")
-        flip.p = 1.0
+        flip.steps.transforms[0].p = 1.0
         flipped, mirrored = Prepared(scenes, flip)[i]
         assert torch.equal(flipped, prepared.flip(-1))
         assert_close(mirrored["boxes"][:, 0], 1 - target["boxes"][:, 0])
@@ -136,3 +108,72 @@ def test_the_paper_augmentation_and_the_test_size():
     assert resize_for_test(torch.zeros(3, 300, 400), 600).shape == (3, 600, 800)
     with pytest.raises(ValueError, match="augment='mosaic'"):
         training_transform("mosaic")
+
+
+def test_the_small_scale_multiplies_every_size_and_decodes_once():
+    torch.manual_seed(0)
+    reads = []
+
+    class Source(list):
+        def __getitem__(self, index):
+            reads.append(index)
+            return super().__getitem__(index)
+
+    image = tv_tensors.Image(torch.randint(256, (3, 480, 640), dtype=torch.uint8))
+    boxes = tv_tensors.BoundingBoxes(torch.tensor([[64.0, 48, 576, 432]]), format="XYXY", canvas_size=(480, 640))
+    target = {"boxes": boxes, "labels": torch.zeros(1, dtype=torch.int64), "iscrowd": torch.zeros(1, dtype=torch.int64)}
+    prepared = Prepared(
+        Source([(image, target)]), training_transform({"name": "detr", "scale": 0.16, "vertical": True})
+    )
+    sides, tops = set(), set()
+    for _ in range(30):
+        out, found = prepared[0]
+        sides.add(min(out.shape[-2:]))
+        assert max(out.shape[-2:]) <= 213
+        check_targets([found], 1)
+        tops.add(round(float(found["boxes"][0, 1]), 3))
+    assert reads == [0] and min(sides) == 77 and max(sides) <= 128
+    kept, moved = prepared.dataset[0]
+    assert kept.shape == (3, 128, 171) and kept.dtype == torch.uint8
+    assert_close(
+        moved["boxes"].as_subclass(torch.Tensor), torch.tensor([[64, 48, 576, 432]]) * 128 / 480, atol=0.1, rtol=0
+    )
+    for wrong, error in (({"name": "detr", "scales": 2}, TypeError), ({"scale": 0.1}, TypeError)):
+        with pytest.raises(error, match="scales|name"):
+            training_transform(wrong)
+    assert Prepared(Source([(image, target)]), training_transform("detr")).dataset[0][0].shape == image.shape
+
+
+def test_the_vertical_flip_mirrors_image_and_boxes():
+    scenes = Scenes(shape_scenes(1, seed=0, sizes=(48,), empty=0.0))
+    plain, target = Prepared(scenes)[0]
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(20):
+        image, found = Prepared(scenes, training_transform({"name": "plain", "vertical": True}))[0]
+        (how,) = [d for d in ((), (-1,), (-2,), (-1, -2)) if torch.equal(image, plain.flip(d) if d else plain)]
+        moved = target["boxes"].clone()
+        for d in how:
+            moved[:, -1 - d] = 1 - moved[:, -1 - d]
+        assert_close(found["boxes"], moved)
+        seen.add(how)
+    assert len(seen) == 4
+
+
+def test_images_with_crowds_alone_train_as_empty_ones_and_nan_boxes_are_named(folder):
+    path = folder / "annotations/instances_train.json"
+    coco = json.loads(path.read_text())
+    for a in coco["annotations"]:
+        a["iscrowd"] = 1
+    path.write_text(json.dumps(coco))
+    training, held_out = detection_sets(
+        name="coco", seed=0, root=str(folder), train="train", test="train", labels="ids"
+    )
+    assert all(len(Prepared(d)[i][1]["labels"]) == 0 for d in (training, held_out) for i in range(len(training)))
+    assert detection_metrics(held_out, annotations_as_detections(held_out)) == {}  # no object, no figure
+    coco["annotations"][1]["bbox"][2] = float("nan")
+    path.write_text(json.dumps(coco))
+    with pytest.raises(
+        ValueError, match=f"annotation {coco['annotations'][1]['id']}: bbox must be four finite numbers"
+    ):
+        detection_sets(name="coco", seed=0, root=str(folder), train="train", test="train")
