@@ -272,9 +272,8 @@ def main(argv: list[str] | None = None) -> int:
     onnx = args.target.with_name(args.target.name + ".onnx")
     as_nodes, quantisers = export_onnx(network, onnx, qdq=args.qdq)
     before = 4 * sum(p.numel() for p in network.parameters())
-    print(
-        f"{onnx}: {onnx.stat().st_size / 1e6:.3f} MB, {as_nodes} of {quantisers} quantisers of activations as QuantizeLinear"
-    )
+    nodes = f", {as_nodes} of {quantisers} quantisers of activations as QuantizeLinear" if quantisers else ""
+    print(f"{onnx}: {onnx.stat().st_size / 1e6:.3f} MB{nodes}")
     rows = onnx_differences(network, onnx)
     for row in rows:
         gaps = "  ".join(f"{n} {row[n][0]:.2g} (mean {row[n][1]:.2g})" for n in OUTPUTS)
