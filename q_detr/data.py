@@ -65,17 +65,15 @@ class Shrunk(Dataset):
     """(image, target) of a data set with the shorter side reduced to `side`, decoded once and kept in memory as uint8."""
 
     def __init__(self, dataset: Any, side: int):
-        self.dataset, self.resize, self.kept = dataset, v2.Resize(side), {}
+        self.dataset, self.side, self.kept = dataset, side, {}
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
         if index not in self.kept:
-            image, target = self.dataset[index]
-            self.kept[index] = (
-                self.resize(image, target) if min(image.shape[-2:]) > self.resize.size[0] else (image, target)
-            )
+            item = self.dataset[index]
+            self.kept[index] = v2.Resize(self.side)(*item) if min(item[0].shape[-2:]) > self.side else item
         return self.kept[index]
 
 

@@ -237,27 +237,3 @@ def test_official_weights_are_recognised_and_evaluated_on_coco(tmp_path):
     torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="neither a checkpoint"):
         load(str(tmp_path / "other.pth"), {})
-
-
-def test_predict_prints_and_draws_boxes_in_pixels_of_the_image(teacher, tmp_path, capsys):
-    from PIL import Image
-
-    from q_detr.predict import main
-
-    Image.new("RGB", (90, 60), "grey").save(tmp_path / "own.png")
-    assert main([str(teacher), str(tmp_path / "own.png"), "--threshold", "0", "--out", str(tmp_path / "out")]) == 0
-    (found,) = [runs.json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(found["detections"]) == 8 and {d["label"] for d in found["detections"]} <= {
-        "rectangle",
-        "ellipse",
-        "triangle",
-    }
-    network, _ = rebuild(teacher)
-    image = torch.full((1, 3, 60, 90), 128 / 255)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    x = (image - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    cx, cy, w, h = network(x, torch.zeros(1, 60, 90, dtype=torch.bool))["pred_boxes"][0, 0].tolist()
-    expected = [(cx - w / 2) * 90, (cy - h / 2) * 60, (cx + w / 2) * 90, (cy + h / 2) * 60]
-    assert found["detections"][0]["box"] == pytest.approx(expected, abs=0.06)
-    with Image.open(tmp_path / "out/own.png") as drawn:
-        assert drawn.size == (90, 60) and (255, 0, 0) in drawn.getdata()
