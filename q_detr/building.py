@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from common import runs
 from common.quant.lsq import LSQQuantizer
-from q_detr.checkpoint import is_student_key, load_real_valued
+from q_detr.checkpoint import is_student_key, load_real_valued, official_state
 from q_detr.detr import DETR
 from q_detr.distribution_alignment import code_entropy, query_statistics
 from q_detr.quantized_detr import calibrate_alignment, calibrate_student, quantize_detr
@@ -36,7 +36,7 @@ def build_student(
     the queries of `real`."""
     if da_init not in ("ones", "calibrated"):
         raise ValueError(f"method.da_init={da_init!r}, allowed: ones, calibrated")
-    student = quantize_detr(real, **quant)
+    student = quantize_detr(real, **quant).to(images.device)
     if stage1 is not None:
         load_real_valued(student, stage1)
     if da_init == "calibrated":
@@ -62,7 +62,7 @@ def official_options(state: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords of `build_real` for an official state dict, read from its keys and shapes (heads are 8 in all of them).
 
     ValueError if it is none of DETR or SMCA-DETR."""
-    state = state.get("model", state)
+    state = official_state(state)
     body = "backbone.0.body."
     if "class_embed.weight" not in state or f"{body}conv1.weight" not in state:
         raise ValueError(

@@ -251,7 +251,7 @@ class DETR(nn.Module):
         -> pred_logits (B, Q, num_classes + 1), pred_boxes (B, Q, 4) cxcywh in 0..1, aux_outputs: the same of the layers before
         the last, co_attended and co_projected (layers, B, Q, dim): D of the cross-attention before and after out_proj."""
         memory, pos, mask, _ = self.encode(images, mask)
-        query_pos = self.query_embed.weight.expand(len(images), -1, -1)
+        query_pos = self.query_embed.weight.expand(images.shape[0], -1, -1)
         x = torch.zeros_like(query_pos)
         decoder, states = self.transformer["decoder"], []
         for layer in decoder.layers:  # type: ignore[union-attr]

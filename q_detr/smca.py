@@ -55,7 +55,7 @@ class SMCADETR(DETR):
         stride = self.backbone[0].body.stride
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         grid = torch.stack([x, y], dim=-1).flatten(0, 1).to(memory)
-        query_pos = self.query_embed.weight.expand(len(images), -1, -1)
+        query_pos = self.query_embed.weight.expand(images.shape[0], -1, -1)
         x = torch.zeros_like(query_pos)
         if self.learned_content:
             query_pos, x = query_pos.chunk(2, dim=-1)

@@ -88,7 +88,8 @@ def train_one_epoch(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         keep_steps_positive(model)
-    return {name: float(value) / total for name, value in sums.items()}
+    means = torch.tensor([float(v) for v in sums.values()], dtype=torch.float64, device=fabric.device) / total
+    return dict(zip(sums, fabric.all_reduce(means, reduce_op="mean").tolist(), strict=True))  # type: ignore[union-attr]
 
 
 def held_out_batch(dataset, indices, device, side):
@@ -171,9 +172,15 @@ def build(cfg: DictConfig, fabric: Fabric, classes: int, first_batch):
     stage1 = None
     if method.start == "stage1":
         stage1 = runs.load_checkpoint(cfg.start.weights or find_run(cfg, fabric, "stage1", cfg.start.seed))["model"]
-    images, mask = pad_images([image.cpu() for image in first_batch])
+    images, mask = pad_images(first_batch)
     return build_student(
-        model, images, mask, quant=method.quant, da_init=method.da_init, percentile=method.percentile, stage1=stage1
+        model.to(images.device),
+        images,
+        mask,
+        quant=method.quant,
+        da_init=method.da_init,
+        percentile=method.percentile,
+        stage1=stage1,
     ), teacher
 
 
@@ -191,7 +198,10 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
         accumulation=accumulation,
     )  # fmt: skip
     batches = SeededBatches(prepared, plan, workers=cfg.data.workers, device=fabric.device, collate=collate)
-    network, teacher = build(cfg, fabric, classes, next(iter(batches.epoch(1)))[0] if cfg.method.quantised else None)
+    # Every rank calibrates on the whole first batch, where it computes: equal steps and gamma for any number of devices.
+    whole = Plan(len(training), cfg.train.batch_size, seed=cfg.seed)
+    calibration = SeededBatches(prepared, whole, device=fabric.device, collate=collate).epoch(1)
+    network, teacher = build(cfg, fabric, classes, next(iter(calibration))[0] if cfg.method.quantised else None)
     if teacher is not None:
         teacher = teacher.to(fabric.device)
     loss_kind = KINDS[cfg.model.kind][1]

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
@@ -66,7 +67,13 @@ def test_two_ranks_are_one_process_at_the_same_global_batch(tmp_path, monkeypatc
     mean of L_DRD and LSQ's gradient scale 1 / sqrt(n qp) belong to a device's share of the batch, as in the published codes."""
     base = [*SMALL, "scale=mini", f"run_root={tmp_path}", "fabric.accelerator=cpu", "model.kind=smca", "train.epochs=2"]
     base += ["optim.lr=0.05", "optim.backbone_lr=0.05", "optim.quant_lr=0.0", "schedule.kind=step"]
-    student = [*base, "method=da", "method.quant.bits=4", f"teacher.weights={tmp_path / 'one/last.ckpt'}"]
+    student = [
+        *base,
+        "method=da",
+        "method.da_init=calibrated",
+        "method.quant.bits=4",
+        f"teacher.weights={tmp_path / 'one/last.ckpt'}",
+    ]
     arms = {"one": [*base, "method=teacher", "optim.lr=0.05", "train.epochs=2"], "student": student}
     monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)
     for name, overrides in arms.items():
@@ -93,6 +100,8 @@ def test_two_ranks_are_one_process_at_the_same_global_batch(tmp_path, monkeypatc
         expected = runs.load_checkpoint(tmp_path / name / "last.ckpt")["model"]
         for key, value in expected.items():
             torch.testing.assert_close(ranks[0][key], value, rtol=1e-3, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+        rows = [runs.read_json(tmp_path / f"{n}{name}/result.json")["metrics"] for n in ("", "two_")]
+        assert rows[1] == pytest.approx(rows[0], rel=1e-2, abs=1e-3), rows
     steps = [k for k in expected if k.endswith(".step")]
     assert len(steps) > 40 and all(bool(expected[k.replace(".step", ".calibrated")]) for k in steps)
 
