@@ -119,8 +119,8 @@ def test_the_small_scale_multiplies_every_size_and_decodes_once():
             reads.append(index)
             return super().__getitem__(index)
 
-    image = tv_tensors.Image(torch.randint(256, (3, 480, 640), dtype=torch.uint8))
-    boxes = tv_tensors.BoundingBoxes(torch.tensor([[64.0, 48, 576, 432]]), format="XYXY", canvas_size=(480, 640))
+    image = tv_tensors.Image(torch.randint(256, (3, 480, 960), dtype=torch.uint8))
+    boxes = tv_tensors.BoundingBoxes(torch.tensor([[60.0, 45, 900, 435]]), format="XYXY", canvas_size=(480, 960))
     target = {"boxes": boxes, "labels": torch.zeros(1, dtype=torch.int64), "iscrowd": torch.zeros(1, dtype=torch.int64)}
     prepared = Prepared(
         Source([(image, target)]), training_transform({"name": "detr", "scale": 0.16, "vertical": True})
@@ -133,9 +133,8 @@ def test_the_small_scale_multiplies_every_size_and_decodes_once():
         check_targets([found], 1)
     assert reads == [0] and min(sides) == 77 and max(sides) <= 128
     kept, moved = prepared.dataset[0]
-    assert kept.shape == (3, 128, 170) and kept.dtype == torch.uint8  # torchvision cuts 170.7
-    expected = torch.tensor([[64, 48, 576, 432]]) * torch.tensor([170 / 640, 128 / 480]).repeat(2)
-    assert_close(moved["boxes"].as_subclass(torch.Tensor), expected)
+    assert kept.shape == (3, 128, 256) and kept.dtype == torch.uint8
+    assert_close(moved["boxes"].as_subclass(torch.Tensor), torch.tensor([[16.0, 12, 240, 116]]))
     for wrong, error in (({"name": "detr", "scales": 2}, TypeError), ({"scale": 0.1}, TypeError)):
         with pytest.raises(error, match="scales|name"):
             training_transform(wrong)
