@@ -62,7 +62,8 @@ class Augment(v2.Transform):
 
 
 class Shrunk(Dataset):
-    """(image, target) of a data set with the shorter side reduced to `side`, decoded once and kept in memory as uint8."""
+    """(image, target) of a data set with the shorter side reduced to `side`, decoded once and kept in memory as uint8 (by every
+    worker for itself)."""
 
     def __init__(self, dataset: Any, side: int):
         self.dataset, self.side, self.kept = dataset, side, {}

@@ -114,7 +114,8 @@ def draw_matches(
     """matches.png, a row per image: annotations and the teacher's boxes; the student's boxes, kept ones in colour; kept student
     boxes (solid) and their teacher boxes (dashed). images: uint8 (3, H, W); truth: cxcywh in 0..1."""
     count = len(images)
-    figure, axes = plt.subplots(count, 3, figsize=(9.6, 3.3 * count), squeeze=False, layout="constrained")
+    tall = sum(i.shape[-2] / i.shape[-1] for i in images)
+    figure, axes = plt.subplots(count, 3, figsize=(9.6, 3.2 * tall + 0.3), squeeze=False, layout="constrained")
     kept = foreground_queries(student["pred_boxes"][:count], truth, tau=tau)
     partner = matched_teacher_queries(student["pred_boxes"][:count], teacher["pred_boxes"][:count])
     sure = [foreground(o, loss) >= 0.5 for o, loss in zip((teacher, student), losses, strict=True)]
@@ -146,6 +147,8 @@ def draw_matches(
             frame(axes[i][1], own, **style)
             a, b = frame(axes[i][2], own, **style), frame(axes[i][2], other, linestyle="--", **style)
             axes[i][2].plot(*zip(a, b, strict=True), color=colours(n % 10), linewidth=1.2, marker=".")
+        for axis in axes[i]:  # boxes beyond the image must not shrink it
+            axis.set(xlim=(0, width), ylim=(height, 0))
     figure.savefig(out / "matches.png", dpi=110)
     plt.close(figure)
 

@@ -1,15 +1,18 @@
 """Data and evaluation (specification 6, 8.12 and the bad inputs of section 10)."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch.testing import assert_close
 from torchvision import tv_tensors
 from torchvision.ops import box_convert
 
+from common import runs
 from common.data.detection import Scenes, detection_sets
-from common.data.shapes import shape_scenes
+from common.data.shapes import coco_to_voc, shape_scenes
 from common.metrics.detection import detection_metrics
 from q_detr.data import (
     Prepared,
@@ -21,6 +24,9 @@ from q_detr.data import (
 )
 from q_detr.evaluate import annotations_as_detections
 from q_detr.set_prediction import check_targets
+from q_detr.train import fit
+
+HERE = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(("labels", "classes"), [("ids", 91), ("contiguous", 3)])
@@ -174,3 +180,30 @@ def test_images_with_crowds_alone_train_as_empty_ones_and_nan_boxes_are_named(fo
         ValueError, match=f"annotation {coco['annotations'][1]['id']}: bbox must be four finite numbers"
     ):
         detection_sets(name="coco", seed=0, root=str(folder), train="train", test="train")
+
+
+def test_a_voc_folder_with_broken_boxes_trains_by_config_alone(folder, tmp_path, capsys):
+    for split in ("train", "val"):
+        path = folder / f"annotations/instances_{split}.json"
+        coco = json.loads(path.read_text())
+        for c, name in zip(coco["categories"], ("RBC", "WBC", "Platelets"), strict=True):
+            c["name"] = name
+        path.write_text(json.dumps(coco))
+        coco_to_voc(folder, tmp_path / "cells", split)
+    options = [
+        "method=teacher",
+        "data=bccd",
+        f"data.root={tmp_path / 'cells'}",
+        "data.test=val",
+        "model=small",
+        "train.batch_size=2",
+    ]
+    with initialize_config_dir(str(HERE / "configs"), version_base="1.3"):
+        cfg = compose(
+            "config", [*options, "train.epochs=1", "fabric.accelerator=cpu", f"run_root={tmp_path}", "arm=teacher"]
+        )
+    cfg.data.augment.scale = 0.08
+    fit(cfg, runs.launch(cfg.fabric), tmp_path / "run")
+    assert "6 images (1 boxes without extent dropped), 3 classes" in capsys.readouterr().out
+    state = runs.load_checkpoint(tmp_path / "run/last.ckpt")
+    assert state["names"] == ["RBC", "WBC", "Platelets"] and state["config"]["model"]["kind"] == "smca"
