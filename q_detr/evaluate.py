@@ -43,7 +43,7 @@ def load(path: str, data: dict[str, Any]) -> tuple[DETR, str, dict[str, Any]]:
     return network, loss, {"seed": 0, **coco, **data}  # type: ignore[dict-item]
 
 
-def test_set(data: dict[str, Any]) -> DetectionSet:
+def held_out_set(data: dict[str, Any]) -> DetectionSet:
     """The test set of a data configuration; nothing of the training set needs to be there."""
     own = source_options(data)
     if own["name"] == "scenes":
@@ -94,13 +94,13 @@ def evaluate(cfg: DictConfig, *, grouped: bool) -> dict[str, float]:
     given = {k: v for k, v in OmegaConf.to_container(cfg.data).items() if grouped or v is not None}  # type: ignore[union-attr]
     fabric = runs.launch(cfg.fabric)
     if cfg.perfect:
-        held_out = test_set({"seed": 0, **given})  # type: ignore[dict-item]
+        held_out = held_out_set({"seed": 0, **given})  # type: ignore[dict-item]
         found = annotations_as_detections(held_out)
         classes = num_classes(held_out)
         print(f"{len(held_out.classes)} classes, labels={held_out.labels}: a model needs num_classes={classes}")
     else:
         network, loss, data = load(cfg.weights, given)  # type: ignore[arg-type]
-        held_out = test_set(data)
+        held_out = held_out_set(data)
         if (needed := num_classes(held_out)) != network.num_classes:
             raise ValueError(
                 f"{cfg.weights} has {network.num_classes} classes, {data['name']} with data.labels={data['labels']} needs "

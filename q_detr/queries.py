@@ -30,7 +30,7 @@ from q_detr.building import KINDS, rebuild
 from q_detr.data import Prepared
 from q_detr.detr import DETR
 from q_detr.distribution_alignment import DistributionAlignment, query_statistics
-from q_detr.evaluate import test_set
+from q_detr.evaluate import held_out_set
 from q_detr.foreground_query_matching import foreground_queries, matched_teacher_queries
 from q_detr.train import held_out_batch
 
@@ -161,7 +161,7 @@ def measure(cfg: DictConfig, out: Path) -> dict[str, float]:
     trained = next(iter(loaded.values()))[1]["config"]
     given = {k: v for k, v in OmegaConf.to_container(cfg.data).items() if v is not None}  # type: ignore[union-attr]
     data = {"seed": trained["seed"], **trained["data"], **given}
-    held_out = test_set(data)
+    held_out = held_out_set(data)
     indices = range(min(cfg.images, len(held_out)))
     images, mask, _ = held_out_batch(held_out, indices, torch.device("cpu"), data["test_side"])
     queries, outputs, found = {}, {}, {}

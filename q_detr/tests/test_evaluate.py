@@ -20,11 +20,10 @@ from common.reproduce import stages
 from q_detr import predict
 from q_detr.building import build_real, build_student, cross_attention_statistics, rebuild
 from q_detr.distribution_alignment import DistributionAlignment
-from q_detr.evaluate import annotations_as_detections, class_ap50, evaluate, test_set
+from q_detr.evaluate import annotations_as_detections, class_ap50, evaluate, held_out_set
 from q_detr.queries import cross_attention_queries, measure
 from q_detr.train import held_out_batch
 
-test_set.__test__ = False  # pyright: ignore[reportFunctionMemberAccess]  # a function of the script, no test
 HERE = Path(__file__).parents[1]
 SMALL = {"backbone": "resnet18", "queries": 7, "dim": 16, "ffn": 24, "encoder_layers": 1, "decoder_layers": 1}
 
@@ -89,7 +88,7 @@ def test_annotations_fed_back_give_100_unless_boxes_leave_their_image(layout, fo
 
 
 def test_ap50_of_every_class_knows_gaps_and_crowds(folder):
-    held_out = test_set({"name": "coco", "seed": 0, "root": str(folder), "test": "val", "labels": "ids"})
+    held_out = held_out_set({"name": "coco", "seed": 0, "root": str(folder), "test": "val", "labels": "ids"})
     found = annotations_as_detections(held_out)
     names = ["rectangle", "ellipse", "triangle"]
     assert class_ap50(held_out, found, "ignore") == dict.fromkeys(names, 1.0)  # the crowd region is not missed
@@ -125,7 +124,7 @@ def test_errors_of_evaluate_are_clear(overrides, error, message, official, folde
 
 
 def test_a_corrupt_image_is_named(official, folder):
-    held_out = test_set({"name": "coco", "seed": 0, "root": str(folder), "test": "val", "labels": "ids"})
+    held_out = held_out_set({"name": "coco", "seed": 0, "root": str(folder), "test": "val", "labels": "ids"})
     file = folder / "val" / held_out.infos[1]["file_name"]
     file.write_bytes(file.read_bytes()[:60])
     with pytest.raises(ValueError, match=f"cannot decode image .*{file.name}"):
@@ -166,7 +165,7 @@ def test_the_figures_show_the_queries_as_they_enter_the_quantiser(checkpoints, t
         assert found[f"query_variance_drd_{i}"] == pytest.approx(4, rel=0.01)
         assert found[f"query_mean_drd_{i}"] == pytest.approx(0.5, abs=1e-3)
     network, state = rebuild(checkpoints["drd"])
-    held_out = test_set({"seed": 0, **state["config"]["data"]})
+    held_out = held_out_set({"seed": 0, **state["config"]["data"]})
     images, mask, _ = held_out_batch(held_out, range(6), torch.device("cpu"), None)
     same = cross_attention_statistics(network, images, mask)
     assert same["query_entropy"] == pytest.approx(sum(found[f"query_entropy_drd_{i}"] for i in (1, 2)) / 2)
