@@ -1,57 +1,21 @@
 """Noisy digits (embedded), CIFAR-10 and folders of class folders (ImageNet), whole for training and split for the search."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
-from common.data.batches import CropFlip, Plan, SeededBatches, TensorBatches, Views, stream, to_float
+from common.data.batches import CropFlip, stream, to_float
+from common.data.images import Images, Lighting
 from common.data.scenes import noisy_digits
 from common.data.vision import image_folder, in_memory, torchvision_set
 
 SETS = ("digits", "cifar10", "folder")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR = ((0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768))
-# Principal components of ImageNet's colours (AlexNet); eigenvalues for images in 0..1.
-EIGENVALUES = (0.2175, 0.0188, 0.0045)
-EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
-
-
-@dataclass(frozen=True)
-class Images:
-    """Training and test set. Either `tensors` (held in memory, augmented in batches) or `train` (PIL images, `transform`)."""
-
-    classes: int
-    channels: int
-    size: int  # side of the images that the network sees
-    test: Dataset
-    tensors: tuple[Tensor, Tensor] | None = None
-    augment: Any = None
-    train: Dataset | None = None
-    transform: Callable | None = None
-    workers: int = 0
-
-    def __len__(self) -> int:
-        """Training images."""
-        return len(self.tensors[1] if self.tensors is not None else self.train)  # type: ignore[arg-type]
-
-    def batches(self, plan: Plan, device: torch.device) -> TensorBatches | SeededBatches:
-        """Training batches ([images], labels) by epoch."""
-        if self.tensors is not None:
-            return TensorBatches(*self.tensors, plan, augment=self.augment, device=device)
-        assert self.train is not None and self.transform is not None
-        return SeededBatches(Views(self.train, [self.transform]), plan, workers=self.workers, device=device)
-
-    def subset(self, indices: Tensor) -> "Images":
-        """The same with the training images at `indices`."""
-        if self.tensors is not None:
-            return replace(self, tensors=(self.tensors[0][indices], self.tensors[1][indices]))
-        return replace(self, train=Subset(self.train, indices.tolist()))  # type: ignore[arg-type]
 
 
 def split_for_search(data: Images, shares: Sequence[float], *, seed: int) -> tuple[Images, Images]:
@@ -142,13 +106,3 @@ class CifarAugmentation(CropFlip):
             offset = torch.arange(n, device=images.device) - centre[:, axis, None]
             inside.append((offset >= -half) & (offset < half))
         return out.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0.0)
-
-
-class Lighting:
-    """Colour noise along the principal components (AlexNet), standard deviation 0.1. PIL image -> PIL image."""
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        weight = torch.randn(3) * 0.1 * torch.tensor(EIGENVALUES)
-        shift = torch.tensor(EIGENVECTORS) @ weight
-        pixels = v2.functional.pil_to_tensor(image).float() + 255 * shift[:, None, None]
-        return v2.functional.to_pil_image(pixels.clamp(0, 255).byte())

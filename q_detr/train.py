@@ -40,6 +40,7 @@ from q_detr.data import (
     normalise,
     num_classes,
     resize_for_test,
+    source_options,
     training_transform,
 )
 from q_detr.detr import pad_images
@@ -189,8 +190,8 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     accumulation = cfg.train.accumulation
     per_device = runs.per_device_batch(cfg.train.batch_size, fabric.world_size, accumulation)
     lr_factor(0, steps=1, **cfg.schedule)
-    own, ev = {k: v for k, v in cfg.data.items() if k not in ("workers", "augment", "test_side")}, cfg.evaluate
-    training, held_out = detection_sets(seed=cfg.seed, **own)
+    ev = cfg.evaluate
+    training, held_out = detection_sets(seed=cfg.seed, **source_options(cfg.data))
     classes = num_classes(held_out)
     prepared = Prepared(training, training_transform(cfg.data.augment))
     plan = Plan(

@@ -1,58 +1,22 @@
 """Noisy digits (embedded), CIFAR-10 and folders of class folders (ImageNet) with the augmentation of section 5."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
-from common.data.batches import CropFlip, Plan, SeededBatches, TensorBatches, Views, to_float
+from common.data.batches import CropFlip, to_float
+from common.data.images import Images, Lighting
 from common.data.scenes import noisy_digits
 from common.data.vision import image_folder, in_memory, torchvision_set
 
 SETS = ("digits", "cifar10", "folder")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-# Principal components of ImageNet's colours (AlexNet); eigenvalues for images in 0..1.
-EIGENVALUES = (0.2175, 0.0188, 0.0045)
-EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 LIGHTING = ("none", "correct", "official")
-
-
-@dataclass(frozen=True)
-class Images:
-    """Training and test set. Either `tensors` (held in memory, augmented in batches) or `train` (PIL images, `transform`)."""
-
-    classes: int
-    channels: int
-    size: int  # side of the images that the network sees
-    test: Dataset
-    tensors: tuple[Tensor, Tensor] | None = None
-    augment: Any = None
-    normalise: Callable[[Tensor], Tensor] = lambda x: x
-    train: Dataset | None = None
-    transform: Callable | None = None
-    workers: int = 0
-
-    def __len__(self) -> int:
-        """Training images."""
-        return len(self.tensors[1] if self.tensors is not None else self.train)  # type: ignore[arg-type]
-
-    def batches(self, plan: Plan, device: torch.device) -> TensorBatches | SeededBatches:
-        """Training batches ([images], labels) by epoch."""
-        if self.tensors is not None:
-            return TensorBatches(*self.tensors, plan, augment=self.augment, device=device)
-        assert self.train is not None and self.transform is not None
-        return SeededBatches(Views(self.train, [self.transform]), plan, workers=self.workers, device=device)
-
-    def plain_train(self) -> Dataset | None:
-        """The training set as the network sees it in evaluation, for the loss of the finished network; None on disk."""
-        return None if self.tensors is None else TensorDataset(self.normalise(self.tensors[0]), self.tensors[1])
 
 
 def build_data(
@@ -111,18 +75,3 @@ class CropFlipNormalise(CropFlip):
 def _normalise_cifar(images: Tensor) -> Tensor:
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in CIFAR)
     return (to_float(images) - mean) / std
-
-
-class Lighting:
-    """Colour noise along the principal components (AlexNet), standard deviation 0.1. PIL image -> PIL image.
-
-    official: add it to 0..255 values although the eigenvalues are for 0..1, as the published scripts do. It is then less
-    than half a grey level and only truncates some values by one."""
-
-    def __init__(self, *, std: float = 0.1, official: bool = False):
-        self.std, self.scale = std, 1.0 if official else 255.0
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        weight = (torch.randn(3) * self.std).numpy() * np.array(EIGENVALUES)
-        shift = np.array(EIGENVECTORS) @ weight * self.scale
-        return Image.fromarray((np.asarray(image) + shift).clip(0, 255).astype(np.uint8))

@@ -257,6 +257,8 @@ def detection_metrics(
     out = {k: found[k] for k in STATS[:6] if found[k] >= 0}
     if contiguous:
         truth, count = ground_truth(dataset), len(dataset.category_ids)
+        for t in truth.values():  # a crowd region counts neither way, as in the COCO figures
+            t["difficult"] = t["iscrowd"] | (t["difficult"] * (difficult == "ignore"))
         for key, method in (("map50", "area"), ("map50_11", "11point")):
-            out[key] = voc_map(kept, truth, num_classes=count, method=method, difficult=difficult)["mAP"]
+            out[key] = voc_map(kept, truth, num_classes=count, method=method)["mAP"]
     return out

@@ -94,6 +94,16 @@ def test_voc_folders_are_joined_and_difficult_objects_follow_the_policy(tmp_path
     assert detection_metrics(held_out, found, difficult="count")["AP50"] < 0.99
 
 
+def test_crowd_regions_are_neither_missed_nor_found(tmp_path):
+    scenes = shape_scenes(6, seed=2, sizes=(48,), empty=0)
+    scenes.coco["annotations"][0]["iscrowd"] = 1
+    scenes.write_coco(tmp_path, "val")
+    _, held_out = detection_sets(name="coco", seed=0, root=str(tmp_path), train="val", test="val")
+    found = detection_metrics(held_out, perfect(held_out))  # everything but the crowd region
+    assert found["AP50"] == found["map50"] == pytest.approx(1)
+    assert detection_metrics(held_out, perfect(held_out), difficult="count")["map50"] == pytest.approx(1)
+
+
 def test_scenes_in_memory_equal_scenes_on_disk(layouts):
     memory = Scenes(shape_scenes(6, seed=6, sizes=(48, 64)))
     disk, _ = detection_sets(name="coco", seed=0, root=str(layouts / "coco"), train="train", test="val")

@@ -7,7 +7,6 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from common import runs
-from common.data.shapes import coco_to_voc, shape_scenes
 from dcp_nas.checkpoint import PAPER
 from dcp_nas.detect import fit, step_lr
 from dcp_nas.detection import (

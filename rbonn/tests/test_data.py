@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from common.data.batches import Plan
-from rbonn.data import CIFAR, CropFlipNormalise, Images, Lighting, build_data
+from common.data.images import Images, Lighting
+from rbonn.data import CIFAR, CropFlipNormalise, build_data
 from rbonn.schedule import lr_at
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from common import runs
 from common.data.batches import Plan, SeededBatches
 from common.data.detection import Scenes, TorchvisionDetection
-from common.data.shapes import coco_to_voc, shape_scenes
+from common.data.shapes import shape_scenes
 from rbonn.detect import fit
 from rbonn.detection import (
     faster_rcnn,
