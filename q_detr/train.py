@@ -150,6 +150,8 @@ def build(cfg: DictConfig, fabric: Fabric, classes: int, first_batch):
     method = cfg.method
     if method.start not in STARTS:
         raise ValueError(f"method.start={method.start!r}, allowed: {', '.join(STARTS)}")
+    if method.start == "weights" and cfg.start.weights is None:
+        raise ValueError("method.start=weights needs start.weights=<checkpoint or official weights>")
     options = OmegaConf.to_container(cfg.model)
     teacher = None
     if method.quantised:

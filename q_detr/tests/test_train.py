@@ -191,6 +191,7 @@ def test_the_learning_rate():
     [
         (["method.quant.bits=1"], ValueError, "bits=1, allowed: 2 to 8"),
         (["method.drd.tau=1.5"], ValueError, "tau=1.5"),
+        (["method.start=weights"], ValueError, "needs start.weights="),
         (["method.start=stage2"], ValueError, "method.start='stage2', allowed: teacher, stage1"),
         (["+teacher.model.dim=32"], ValueError, "do not fit the model"),
         (["model.kind=yolo"], ValueError, "model.kind='yolo'"),
