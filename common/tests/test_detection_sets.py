@@ -51,18 +51,21 @@ def test_ground_truth_fed_back_has_ap_one(name, layouts):
 
 def test_transform_flips_boxes_with_the_image_and_counts_classes_from_one():
     training, _ = detection_sets(name="scenes", seed=0, train=8, test=2, side=48)
+    flips = set()
     for index in range(8):
         image, target = training[index]
         for seed in range(4):
             torch.manual_seed(seed)
             out, new = TorchvisionDetection(training)[index]
             flipped = not torch.equal(out, image.float() / 255)
+            flips.add(flipped)
             boxes = torch.as_tensor(target["boxes"]).float()
             expected = (
                 torch.stack([48 - boxes[:, 2], boxes[:, 1], 48 - boxes[:, 0], boxes[:, 3]], 1) if flipped else boxes
             )
             torch.testing.assert_close(new["boxes"], expected)
             assert torch.equal(new["labels"], target["labels"] + 1) and type(new["boxes"]) is torch.Tensor
+    assert flips == {True, False}
 
 
 def test_the_ground_truth_fed_back_has_ap_one_and_nothing_has_zero():
