@@ -4,8 +4,7 @@ A run directory holds ``config.yaml`` (resolved), ``metrics.jsonl`` (a line per 
 ``result.json``, which ``common.metrics.report`` reads. A train loop stays in its paper's folder and calls these functions;
 devices, precision, DDP and saving are Lightning Fabric's.
 
-    fabric = launch(cfg.fabric)
-    run = Run.open(out, cfg, fabric)            # None: this run is finished already
+    run = Run.open(out, cfg, fabric, data=identity)   # None: this run is finished already
     if run is None: return
     state = run.load_checkpoint()               # None: from the start
     with run:                                   # an exception marks the run as failed, and is raised again
@@ -18,6 +17,7 @@ devices, precision, DDP and saving are Lightning Fabric's.
 import atexit
 import contextlib
 import copyreg
+import errno
 import fcntl
 import hashlib
 import importlib
@@ -28,6 +28,7 @@ import platform
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,14 @@ from typing import Any
 import torch
 import yaml
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment
 from omegaconf import DictConfig, OmegaConf
 
 # Where and on what a run computes is not what it computes: these keys do not enter the fingerprint.
 NOT_IN_FINGERPRINT = (
     "run_root", "force", "preflight", "threads", "estimate", "after", "logger", "train.log_every", "train.save_every",
     "data.root", "data.download", "data.workers",
-    "fabric.accelerator", "fabric.devices", "fabric.strategy",
+    "fabric.accelerator", "fabric.devices", "fabric.strategy", "fabric.num_nodes",
 )  # fmt: skip
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "lightning-fabric", "hydra-core")
 
@@ -98,8 +100,20 @@ def differing_keys(old: Mapping, new: Mapping) -> list[str]:
 def launch(fabric_cfg: Mapping, **kwargs: Any) -> Fabric:
     """A launched `Fabric` for the processes that a launcher (torchrun) made; one process without a launcher.
 
-    Raises `RunError` if the launcher's world size and Fabric's disagree, instead of two trainings in one directory."""
+    Raises `RunError` if the launcher's world size and Fabric's disagree, instead of two trainings in one directory, and
+    inside `srun` with several tasks that are no ranks; ValueError for 16-mixed on a CPU, which has no such arithmetic."""
     world = int(os.environ.get("WORLD_SIZE", 1))
+    if "WORLD_SIZE" not in os.environ:
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+            raise RunError(
+                "srun started several tasks, each would train by itself in one directory: use srun --ntasks-per-node=1 "
+                "torchrun --nproc_per_node=<cards> train.py ..."
+            )
+        kwargs = {"plugins": [LightningEnvironment()], **kwargs}  # an allocation's variables make no ranks
+    if fabric_cfg.get("precision") == "16-mixed" and (
+        fabric_cfg.get("accelerator") == "cpu" or not torch.cuda.is_available()
+    ):
+        raise ValueError("fabric.precision=16-mixed needs a GPU: on a CPU use bf16-mixed or 32-true")
     nodes = max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     fabric = Fabric(**{"num_nodes": nodes, **fabric_cfg}, **kwargs)
     if fabric.world_size != world and "WORLD_SIZE" in os.environ:
@@ -149,36 +163,42 @@ def check_finite(terms: Mapping[str, torch.Tensor], *, step: int, last_good: Pat
 class Run:
     """One run directory. Only rank 0 writes; every rank reads the same decision."""
 
-    def __init__(self, path: Path, config: dict, fabric: Fabric, lock: Any) -> None:
-        self.dir, self.config, self.fabric, self._lock = path, config, fabric, lock
+    def __init__(self, path: Path, config: dict, fabric: Fabric, lock: Any, data: Mapping[str, Any], new: bool) -> None:
+        self.dir, self.config, self.fabric, self.data, self._lock = path, config, fabric, dict(data), lock
         self.sha = fingerprint(config)
         self.checkpoint = path / "last.ckpt"
-        self.seconds_before, self._start, self._lines = 0.0, time.perf_counter(), 0
+        self.seconds_before, self._start, self._lines, self._new = 0.0, time.perf_counter(), 0, new
 
     @classmethod
-    def open(cls, path: str | Path, cfg: DictConfig | Mapping, fabric: Fabric) -> "Run | None":
+    def open(
+        cls, path: str | Path, cfg: DictConfig | Mapping, fabric: Fabric, data: Mapping[str, Any] | None = None
+    ) -> "Run | None":
         """The run to carry out, or None if `path` holds it finished already.
 
-        The same fingerprint: a finished run is skipped, any other is resumed. Another fingerprint: `RunError` naming the
-        differing keys, or with `force: true` the old run is overwritten."""
-        path, config = Path(path), plain(cfg)
+        The same fingerprint and data: a finished run is skipped, any other is resumed. Another one: `RunError` naming what
+        differs, or with `force: true` the old run is overwritten. data: the identity of the images
+        (`common.data.files.identity`); where they lie may change, what they are may not."""
+        path, config, data = Path(path), plain(cfg), dict(data or {})
         lock, decision = None, ""
         if fabric.is_global_zero:
-            path.mkdir(parents=True, exist_ok=True)
             lock = _lock(path)
-            decision = _decide(path, config)
+            decision = _decide(path, config, data)
+            if decision != "skip" and isinstance(lock, OSError):
+                decision = f"refuse cannot write {path}: {lock.strerror}"
             if decision == "start":
                 for name in ("last.ckpt", "best.ckpt", "metrics.jsonl", "result.json"):
                     (path / name).unlink(missing_ok=True)
         decision = fabric.broadcast(decision, src=0)
         if decision.startswith("refuse"):
+            _release(path, lock)
             raise RunError(decision.removeprefix("refuse "))
         if decision == "skip":
+            _release(path, lock)
             fabric.print(f"finished already: {path} (force=true runs it again)")
             return None
-        run = cls(path, config, fabric, lock)
+        run = cls(path, config, fabric, lock, data, new=decision == "start")
         if fabric.is_global_zero:
-            if decision == "resume" and (old := read_json(path / "result.json")):
+            if decision == "resume" and (old := _result_of(path)):
                 run.seconds_before = old.get("seconds", 0.0)
             _write(path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
             run._result("running", {})
@@ -190,9 +210,17 @@ class Run:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Exception) and self.fabric.is_global_zero:
-            self._result("failed", {}, error=f"{type(error).__name__}: {error}")
-        if self._lock:
-            self._lock.close()
+            if (
+                self._new
+                and not self._lines
+                and not self.checkpoint.exists()
+                and not isinstance(error, FloatingPointError)
+            ):
+                for name in ("config.yaml", "result.json"):  # it never began: a wrong value leaves nothing behind
+                    (self.dir / name).unlink(missing_ok=True)
+            else:
+                self._result("failed", {}, error=f"{type(error).__name__}: {error}")
+        _release(self.dir, self._lock)
 
     @property
     def seconds(self) -> float:
@@ -211,10 +239,12 @@ class Run:
 
         A full disk raises `RunError` and leaves the previous checkpoint as it was."""
         target, beside = self.dir / name, self.dir / f".{name}.tmp"
-        header = {"config_sha256": self.sha, "lines": self._lines, "seconds": self.seconds}
+        header = {"config_sha256": self.sha, "data": self.data, "lines": self._lines, "seconds": self.seconds}
         try:
-            self.fabric.save(beside, {**state, "run": header})
-            if self.fabric.is_global_zero:
+            if (
+                self.fabric.is_global_zero
+            ):  # straight beside the target: a temporary folder may be small, or lost by a kill
+                torch.save({**state, "run": header}, beside)
                 os.replace(beside, target)
         except (OSError, RuntimeError) as error:
             beside.unlink(missing_ok=True)
@@ -227,7 +257,16 @@ class Run:
             self._cut_log(0)
             return None
         state = load_checkpoint(self.checkpoint)
-        header = state["run"]
+        header = state.get("run") if isinstance(state, Mapping) else None
+        if not isinstance(header, Mapping) or not {"config_sha256", "lines", "seconds"} <= header.keys():
+            raise RunError(
+                f"{self.checkpoint} was not written by this script: move it away to start from the beginning"
+            )
+        if header["config_sha256"] != self.sha:
+            raise RunError(
+                f"{self.checkpoint} belongs to another configuration than {self.dir / 'result.json'}: move it away to start "
+                "from the beginning, or force=true"
+            )
         self._lines = header["lines"]
         self.seconds_before = header["seconds"]
         self._cut_log(self._lines)
@@ -250,7 +289,8 @@ class Run:
         c = self.config
         _write(self.dir / "result.json", json.dumps({
             "scale": c.get("scale"), "arm": c.get("arm"), "seed": c.get("seed"), "status": status, "metrics": metrics,
-            "seconds": round(self.seconds, 3), "config_sha256": self.sha, **provenance(self.fabric.device), **more,
+            "seconds": round(self.seconds, 3), "config_sha256": self.sha, "data": self.data,
+            **provenance(self.fabric.device), **more,
         }, indent=1) + "\n")  # fmt: skip
 
 
@@ -262,6 +302,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path.absolute()}")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch writes checksums and does not look at them
+                if (broken := archive.testzip()) is not None:
+                    raise ValueError(f"damaged at {broken}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         what = str(error).splitlines()[0]
@@ -270,15 +314,16 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                 f"refused {path}: it holds pickled objects, not only tensors and plain types ({what})"
             ) from error
         raise RunError(
-            f"cannot read {path}: truncated or not a checkpoint ({what}). Delete it to start again"
+            f"cannot read {path}: damaged, truncated or not a checkpoint ({what}). Use a copy, or move it away to start again"
         ) from error
 
 
 def remove_if_empty(path: str | Path, root: str | Path) -> None:
     """Remove `path` and its parents up to `root` as long as they are empty (Hydra makes the directory first)."""
     path, root = Path(path).absolute(), Path(root).absolute()
-    with contextlib.suppress(FileNotFoundError):  # another rank was faster
-        while path != root.parent and path.is_dir() and not any(path.iterdir()):
+    keep = {Path.cwd(), root.parent, *Path.cwd().parents}
+    with contextlib.suppress(OSError):  # another rank was faster, or it is not ours
+        while path not in keep and path.is_dir() and not any(path.iterdir()):
             path.rmdir()
             path = path.parent
 
@@ -291,7 +336,7 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise RunError(f"corrupt {path}: {error}. Delete it and start again") from error
+        raise RunError(f"corrupt {path}: {error}. Move it away and start again") from error
 
 
 # -------------------------------------------------------------------------------------------------------- provenance
@@ -346,23 +391,67 @@ def _write(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-def _decide(path: Path, config: dict) -> str:
-    result = read_json(path / "result.json")
-    if result is None or config.get("force"):
+def _result_of(path: Path) -> dict[str, Any] | None:
+    """The result of a run directory; from its last checkpoint where result.json is missing or was cut off."""
+    file = path / "result.json"
+    try:
+        if file.exists() and file.stat().st_size and (result := read_json(file)) is not None:
+            return result
+    except RunError:
+        if not (path / "last.ckpt").exists():
+            raise
+    if not (path / "last.ckpt").exists():
+        return None
+    state = load_checkpoint(path / "last.ckpt")
+    header = state.get("run") if isinstance(state, Mapping) else None
+    if not isinstance(header, Mapping) or "config_sha256" not in header:
+        raise RunError(f"{path / 'last.ckpt'} was not written by this script: move it away to start from the beginning")
+    return {**header, "status": "interrupted"}
+
+
+def _decide(path: Path, config: dict, data: Mapping[str, Any]) -> str:
+    if config.get("force") or (result := _result_of(path)) is None:
         return "start"
     if result["config_sha256"] != fingerprint(config):
         old = yaml.safe_load((path / "config.yaml").read_text()) if (path / "config.yaml").exists() else {}
-        keys = "\n  ".join(differing_keys(old, config))
-        return f"refuse {path} holds a {result['status']} run with another configuration; force=true overwrites it:\n  {keys}"
+        keys = "; ".join(differing_keys(old or {}, config))
+        return f"refuse {path} holds a {result['status']} run with another configuration ({keys}); force=true overwrites it"
+    if result.get("data") is not None and dict(result["data"]) != dict(data):
+        return (
+            f"refuse {path} holds a {result['status']} run on other data ({_described(result['data'])}; now "
+            f"{_described(data)}): give another run_root=, or force=true to overwrite it"
+        )
     return "skip" if result["status"] == "finished" else "resume"
 
 
+def _described(data: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in data.items()) or "embedded"
+
+
 def _lock(path: Path) -> Any:
-    """Hold the directory against a second writer; wait for one that is still at work (a killed sweep's last cell)."""
-    handle = (path / ".lock").open("w")
+    """Hold the directory (made if need be) against a second writer; wait for one that is still at work (a killed sweep's last
+    cell). An OSError is returned where the disk cannot be written: a finished run can be read there all the same."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = (path / ".lock").open("w")
+    except OSError as error:
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return error
+        raise
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         print(f"waiting: another process is still writing {path}", file=sys.stderr, flush=True)
         fcntl.flock(handle, fcntl.LOCK_EX)
     return handle
+
+
+def _release(path: Path, lock: Any) -> None:
+    """Let go of the directory; one that holds nothing but the lock goes, too."""
+    if lock is None or isinstance(lock, OSError):
+        return
+    with contextlib.suppress(OSError):
+        if [p.name for p in path.iterdir()] == [".lock"]:
+            (path / ".lock").unlink()
+            path.rmdir()
+    lock.close()

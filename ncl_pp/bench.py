@@ -2,27 +2,25 @@
 
 python bench.py threads=1
 
-Every row is {name, ours, baseline, ratio = baseline / ours, unit, threads, batch, isa, machine}; nothing is asserted.
+Interleaved rounds, medians with quartiles; ratio = baseline / ours; nothing is asserted.
 """
 
 import copy
-import json
-import os
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import hydra
 import torch
 import torch.nn.functional as F
+from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor
 
 from common.data.longtail import long_tail_counts
-from common.runs import provenance
+from common.metrics.timing import Bench, Timing, interleaved
+from common.onnx_export import export_onnx
+from common.scripts import script
 from ncl_pp.criterion import NCLPlusLoss
-from ncl_pp.export import export_onnx
 from ncl_pp.model import Ensemble, Experts
 
 CLASSES, EXPERTS, COPIES, HARD = 100, 2, 4, 30
@@ -55,19 +53,8 @@ def plain_loss(z: Tensor, labels: Tensor, counts: Tensor, *, lam: float = 0.6) -
     return loss
 
 
-def milliseconds(call: Callable[[], object], seconds: float) -> float:
-    """Median time of a call over `seconds`, after one to warm up."""
-    call()
-    times, end = [], time.perf_counter() + seconds
-    while not times or time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return 1000 * sorted(times)[len(times) // 2]
-
-
-def criterion_times(batch: int, seconds: float) -> tuple[float, float]:
-    """(NCLPlusLoss, plain loops): forward and backward on logits of `batch` images. ValueError if they disagree."""
+def criterion_times(batch: int, rounds: int) -> dict[str, Timing]:
+    """{ours: NCLPlusLoss, loops}: forward and backward on logits of `batch` images. ValueError if they disagree."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(EXPERTS, COPIES * batch, CLASSES, generator=generator).requires_grad_()
     labels = torch.randint(0, CLASSES, (batch,), generator=generator)
@@ -82,14 +69,13 @@ def criterion_times(batch: int, seconds: float) -> tuple[float, float]:
 
     if not torch.allclose(ours(), baseline(), rtol=1e-5):
         raise ValueError(f"the two criteria disagree: {ours().item()} and {baseline().item()}")
-    return tuple(milliseconds(lambda f=f: torch.autograd.grad(f(), z), seconds) for f in (ours, baseline))  # type: ignore[return-value]
+    calls = {"ours": lambda: torch.autograd.grad(ours(), z), "loops": lambda: torch.autograd.grad(baseline(), z)}
+    return interleaved(calls, rounds=rounds)
 
 
 @torch.no_grad()
-def deployment_times(
-    batches: list[int], seconds: float, threads: int, *, backbone: str = "resnet32"
-) -> dict[int, dict[str, float]]:
-    """Milliseconds per batch of 32 x 32 images: one expert and the ensemble, each eager, channels_last and onnxruntime."""
+def deployment_times(batches: list[int], rounds: int, *, backbone: str = "resnet32") -> dict[int, dict[str, Timing]]:
+    """Times per batch of 32 x 32 images: one expert and the ensemble, each eager, channels_last and onnxruntime."""
     import onnxruntime
 
     torch.manual_seed(0)
@@ -101,58 +87,41 @@ def deployment_times(
     experts.eval()
     networks = {"expert": experts.single(0), "ensemble": Ensemble(experts)}
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = torch.get_num_threads()
     calls: dict[str, Callable[[Tensor], object]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, network in networks.items():
             file = Path(scratch) / f"{name}.onnx"
-            export_onnx(network, torch.zeros(1, 3, 32, 32), file)
+            export_onnx(network, torch.zeros(1, 3, 32, 32), file, about={})
             session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
             calls[f"{name} eager"] = network
             calls[f"{name} onnxruntime"] = lambda x, s=session: s.run(None, {"images": x.numpy()})
             last = copy.deepcopy(network).to(memory_format=torch.channels_last)
             calls[f"{name} channels_last"] = lambda x, n=last: n(x.to(memory_format=torch.channels_last))
     images = {b: torch.randn(b, 3, 32, 32) for b in batches}
-    return {b: {n: milliseconds(lambda c=c, x=x: c(x), seconds) for n, c in calls.items()} for b, x in images.items()}
+    return {
+        b: interleaved({n: lambda c=c, x=x: c(x) for n, c in calls.items()}, rounds=rounds) for b, x in images.items()
+    }
 
 
 def bench(cfg: DictConfig) -> list[dict]:
     """Measures, prints, writes cfg.out and returns the rows."""
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    threads, machine = torch.get_num_threads(), provenance()["machine"]
-    capped = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    isa = torch.backends.cpu.get_cpu_capability() + (f", oneDNN capped at {capped}" if capped else "")
-    common = {"threads": threads, "isa": isa, "machine": machine}
-    rows = []
-
-    def row(name: str, ours: float, baseline: float, batch: int) -> None:
-        rows.append(
-            {"name": name, "ours": ours, "baseline": baseline, "ratio": baseline / ours, "unit": "ms", "batch": batch}
-            | common
-        )
-        print(f"{name:60s} batch {batch:4d} {ours:9.3f} ms {baseline:9.3f} ms  x {baseline / ours:.2f}", flush=True)
-
-    print(f"{'':70s} {'ours':>12s} {'baseline':>12s}")
-    ours, baseline = criterion_times(cfg.batch, cfg.seconds)
-    row(f"criterion, K={EXPERTS} N={COPIES} C={CLASSES}: vectorised vs loops", ours, baseline, cfg.batch)
-    for batch, times in deployment_times([1, cfg.batch], cfg.seconds, threads).items():
-        fastest = {n: min(v for k, v in times.items() if k.startswith(f"{n} ")) for n in ("expert", "ensemble")}
+    table = Bench(cfg.out)
+    times = criterion_times(cfg.batch_size, cfg.rounds)
+    name = f"criterion, K={EXPERTS} N={COPIES} C={CLASSES}: vectorised vs loops"
+    table.add(name, times["ours"], times["loops"], batch=cfg.batch_size)
+    for batch, found in deployment_times([1, cfg.batch_size], cfg.rounds).items():
+        kinds = ("expert", "ensemble")
+        fastest = [min(t for k, t in found.items() if k.startswith(f"{n} ")) for n in kinds]
         for other in ("eager", "channels_last"):
-            row(
-                f"ResNet-32 expert: onnxruntime vs {other}",
-                times["expert onnxruntime"],
-                times[f"expert {other}"],
-                batch,
-            )
-        row(f"ResNet-32: one expert vs ensemble of {EXPERTS}, each at its fastest", *fastest.values(), batch)
-    Path(cfg.out).write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"written to {cfg.out}")
-    return rows
+            name = f"ResNet-32 expert: onnxruntime vs {other}"
+            table.add(name, found["expert onnxruntime"], found[f"expert {other}"], batch=batch)
+        table.add(f"ResNet-32: one expert vs ensemble of {EXPERTS}, each at its fastest", *fastest, batch=batch)
+    return table.write()
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="bench")
-def main(cfg: DictConfig) -> None:
+@script("bench")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     bench(cfg)
 
 

@@ -5,18 +5,17 @@ python counts.py        writes runs/default/counts/seed0/result.json, in seconds
 
 from pathlib import Path
 
-import hydra
 import torch
-from hydra.core.hydra_config import HydraConfig
+from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
-from common import runs
 from common.data.longtail import long_tail_counts
 from common.metrics.classification import class_groups
-from common.metrics.ops import count_macs, count_parameters
+from common.metrics.ops import count_macs, count_parameters, record_counts
+from common.scripts import script
 from ncl_pp.model import Experts
 
-NETWORKS = {  # name: backbone, classes, head, image size (section 4)
+NETWORKS = {  # name: backbone, classes, head, image size
     "resnet32_c10": ("resnet32", 10, "linear", 32),
     "resnet32_c100": ("resnet32", 100, "linear", 32),
     "resnet50_imagenet": ("resnet50", 1000, "cosine", 224),
@@ -45,16 +44,9 @@ def count() -> dict[str, float]:
     return found
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="counts")
-def main(cfg: DictConfig) -> None:
-    run = runs.Run.open(Path(HydraConfig.get().runtime.output_dir), cfg, runs.launch(cfg.fabric))
-    if run is None:
-        return
-    with run:
-        found = count()
-        run.finish(found)
-    for name, value in found.items():
-        print(f"{name:32s} {value:>16,}")
+@script("counts")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    record_counts(cfg, fabric, out, count)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The long-tailed data sets: embedded digits, CIFAR-LT and its kin by subsampling, list files, class folders (section 6)."""
+"""The long-tailed data sets: embedded digits, CIFAR-LT and its kin by subsampling, list files, class folders."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -11,11 +11,12 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from common.data.batches import Plan, SeededBatches, TensorBatches, Views, to_float
 from common.data.digits import split_per_class
 from common.data.longtail import load_indices, long_tail_counts, subsample
-from common.data.vision import KNOWN, data_root, image_folder, image_list, in_memory, torchvision_set
+from common.data.vision import KNOWN, data_root, image_folder, image_list, in_memory, set_identity, torchvision_set
 from ncl_pp.transforms import (
     BATCHED,
     AffineNoise,
     CropFlipCutout,
+    look,
     moco_transform,
     normalization,
     normalize,
@@ -35,7 +36,8 @@ class LongTailed:
     """A long-tailed training set and its test (and validation) set.
 
     counts, classes: training images and name by class id; indices: the images used of the full training set;
-    full_size: its size where a subset was drawn from files, else 0.
+    full_size: its size where a subset was drawn from files, else 0. source: the identity of the files, {} if there are none.
+    look: what an image must go through before the network sees it, see `transforms.look`.
     Either `tensors` (images, targets) are held in memory with a batch augmentation, or `dataset` yields PIL
     images for `transform`, and `second` for the second view of the MoCo branch.
     """
@@ -45,8 +47,10 @@ class LongTailed:
     indices: list[int]
     channels: int
     test: Dataset
+    look: dict[str, Any]
     validation: Dataset | None = None
     full_size: int = 0
+    source: dict[str, Any] = field(default_factory=dict)
     images: Tensor | None = None
     targets: Tensor | None = None
     augment: Any = None
@@ -65,6 +69,10 @@ class LongTailed:
         assert self.dataset is not None and self.transform is not None
         transforms = [self.transform] * copies + ([self.second] if second_view and self.second else [])
         return SeededBatches(Views(self.dataset, transforms, self.indices), plan, workers=self.workers, device=device)
+
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint must say so that a network can be used without this data set."""
+        return {"classes": self.classes, "channels": self.channels, "counts": self.counts, **self.look}
 
     def split(self, name: Literal["test", "validation"]) -> Dataset:
         """The test or validation set. ValueError where there is no validation split."""
@@ -142,7 +150,8 @@ def build_data(
         _same_classes(base, train.classes, test.classes)
         classes = train.classes
     return LongTailed(
-        _counts(train.targets, len(classes), f"{base}"), classes, list(range(len(train))), 3, test, val,
+        _counts(train.targets, len(classes), f"{base}"), classes, list(range(len(train))), 3, test,
+        look(augment, size=size), val, source=set_identity(train, name, base),
         dataset=train, transform=transform, second=moco_transform(augment, size=size), workers=workers,
     )  # fmt: skip
 
@@ -160,8 +169,10 @@ def _digits(*, seed: int, imbalance: float, n_max: int, test_per_class: int, aug
     train, test = split_per_class(test_per_class=test_per_class, seed=seed, permute_classes=True)
     counts = long_tail_counts(n_max, imbalance, 10)
     chosen = subsample(train.targets, counts, seed=seed)
+    shown = dict(zip(train.targets.tolist(), train.extra["digit"].tolist(), strict=True))
     return LongTailed(
-        counts, [str(c) for c in range(10)], chosen, 1, TensorDataset(test.images, test.targets),
+        counts, [str(shown[c]) for c in range(10)], chosen, 1, TensorDataset(test.images, test.targets),
+        look("affine", size=8, channels=1),
         images=train.images[chosen], targets=train.targets[chosen], augment=DIGITS_AUGMENT[augment](),
     )  # fmt: skip
 
@@ -198,14 +209,15 @@ def _subsampled(
         n_max = n_max or int(targets.bincount(minlength=known.classes).max())
         chosen = subsample(targets, long_tail_counts(n_max, imbalance, known.classes), seed=seed)
     counts = _counts(targets[chosen].tolist(), known.classes, indices or str(root))
+    source = set_identity(sets[0], base, root)
     classes = [str(c) for c in sets[0].classes]
     channels = 1 if "mnist" in base else 3
     if augment not in BATCHED:
         transform, second = (make(augment, size=size, channels=channels) for make in (train_transform, moco_transform))
         sets[1].transform = test_transform(augment, size=size, channels=channels)
         return LongTailed(
-            counts, classes, chosen, channels, sets[1], full_size=len(targets),
-            dataset=sets[0], transform=transform, second=second, workers=workers,
+            counts, classes, chosen, channels, sets[1], look(augment, size=size, channels=channels),
+            full_size=len(targets), source=source, dataset=sets[0], transform=transform, second=second, workers=workers,
         )  # fmt: skip
     images, labels = _decoded(sets[0], chosen)
     stats = normalization(augment, channels)
@@ -216,7 +228,8 @@ def _subsampled(
         batched = CropFlipCutout(flip=channels == 3, cutout=size // 2 if augment == "cifar_gpu" else 0, stats=stats)
     return LongTailed(
         counts, classes, chosen, channels, TensorDataset(normalize(to_float(test_images), stats), test_labels),
-        full_size=len(targets), images=images, targets=labels, augment=batched,
+        look(augment, size=test_images.shape[-1], channels=channels), full_size=len(targets), source=source,
+        images=images, targets=labels, augment=batched,
     )  # fmt: skip
 
 
@@ -246,10 +259,3 @@ def _counts(targets: Sequence[int], classes: int, where: str) -> list[int]:
     if empty := [c for c, n in enumerate(counts) if n == 0]:
         raise ValueError(f"{where}: no training image for classes {empty[:10]}; log 0 has no balanced softmax")
     return counts
-
-
-def inference_transform(data: Mapping[str, Any], channels: int) -> Callable:
-    """PIL image -> float (channels, H, W) as the test images of a run were; data: its configuration node."""
-    if data["name"] == "digits_lt":
-        return test_transform("affine", size=8, channels=1)
-    return test_transform(data["augment"] or default_augment(data["name"]), size=data["size"], channels=channels)

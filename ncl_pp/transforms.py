@@ -1,6 +1,7 @@
-"""Augmentation: batched on tensors for small in-memory sets, torchvision and timm pipelines for real images (section 5)."""
+"""Augmentation: batched on tensors for small in-memory sets, torchvision and timm pipelines for real images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ class CropFlipCutout(CropFlip):
 
     The CIFAR augmentation without AutoAugment, which has no batched form: with cutout=0 the weak variant
     (crop + flip), with cutout=16 as near as a batch on the device comes to the strong one. Cutout zeroes a
-    square around a uniform centre, clipped at the border, before normalisation (section 5).
+    square around a uniform centre, clipped at the border, before normalisation.
     """
 
     def __init__(self, *, padding: int = 4, flip: bool = True, cutout: int = 0, stats: Stats = ((0.0,), (1.0,))):
@@ -171,16 +172,24 @@ def moco_transform(recipe: str, *, size: int, channels: int = 3) -> Callable:
     return v2.Compose([*first, *_to_tensor(channels), _normalize(recipe, channels)])
 
 
-def test_transform(recipe: str, *, size: int, channels: int = 3) -> Callable:
-    """Test transform from a PIL image to a float tensor (channels, size, size), normalised as in training.
-
-    imagenet, inat, places: the shorter side to 256/224 of `size`, then the centre; otherwise resized to `size`.
-    """
+def look(recipe: str, *, size: int, channels: int = 3) -> dict[str, Any]:
+    """What the network sees of a test image, as plain data for a checkpoint: {size, crop: the shorter side to 256/224 of the size
+    and then the centre, normalise: {mean, std} of images in 0..1}. ValueError for another recipe."""
     _check(recipe, tuple(STATS))
-    first = [v2.Resize([size, size])]
-    if recipe in ("imagenet", "inat", "places"):
-        first = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
-    return v2.Compose([*first, *_to_tensor(channels), _normalize(recipe, channels)])
+    mean, std = normalization(recipe, channels)
+    crop = recipe in ("imagenet", "inat", "places")
+    return {"size": size, "crop": crop, "normalise": {"mean": list(mean), "std": list(std)}}
+
+
+def inference_transform(*, size: int, crop: bool, normalise: Mapping[str, Sequence[float]], channels: int) -> Callable:
+    """Test transform from a PIL image to a float tensor (channels, size, size), from what `look` says."""
+    first = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)] if crop else [v2.Resize([size, size])]
+    return v2.Compose([*first, *_to_tensor(channels), v2.Normalize(list(normalise["mean"]), list(normalise["std"]))])
+
+
+def test_transform(recipe: str, *, size: int, channels: int = 3) -> Callable:
+    """Test transform of a recipe from a PIL image to a float tensor (channels, size, size), normalised as in training."""
+    return inference_transform(channels=channels, **look(recipe, size=size, channels=channels))
 
 
 test_transform.__test__ = False  # type: ignore[attr-defined]

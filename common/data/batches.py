@@ -5,13 +5,14 @@ augmentation are seeded by (seed, epoch, step) for images in memory and by (seed
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning_fabric import Fabric
 from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -69,6 +70,19 @@ class Plan:
         self.size, self.batch_size, self.seed, self.repeats = size, batch_size, seed, repeats
         self.rank, self.world, self.accumulation = rank, world, accumulation
         self.steps = size // batch_size
+
+    @classmethod
+    def of(cls, train: Mapping[str, Any], size: int, fabric: Fabric, *, seed: int, repeats: int = 1) -> "Plan":
+        """The plan of a configuration's node `train` (batch_size: the GLOBAL batch; accumulation) for the ranks of `fabric`."""
+        return cls(
+            size, train["batch_size"], seed=seed, rank=fabric.global_rank, world=fabric.world_size,
+            accumulation=train.get("accumulation", 1), repeats=repeats,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        """global batch 64 = 2 devices x 1 micro-steps x 32"""
+        part = self.batch_size // (self.world * self.accumulation)
+        return f"global batch {self.batch_size} = {self.world} devices x {self.accumulation} micro-steps x {part}"
 
     def __len__(self) -> int:
         """Micro-batches per epoch and rank."""
@@ -183,7 +197,7 @@ class SeededBatches:
     def __init__(
         self, dataset: Dataset, plan: Plan, *, device: torch.device, workers: int = 0, collate: Callable | None = None
     ):
-        self.sampler, self.device = _PlanSampler(plan), device
+        self.plan, self.sampler, self.device = plan, _PlanSampler(plan), device
         self.loader = DataLoader(
             _Seeded(dataset, plan.seed),
             batch_sampler=self.sampler,  # type: ignore[arg-type]

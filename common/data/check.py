@@ -19,9 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from common.data.vision import KNOWN, data_root, image_list, open_image, torchvision_set
+from common.data.files import folders as _folders
+from common.data.files import is_image, open_image
+from common.data.vision import KNOWN, data_root, image_list, torchvision_set
 
 SHOWN = 10
 LAYOUTS = {
@@ -78,10 +78,6 @@ def _open_all(paths: Iterable[Path], report: Report) -> None:
             report.problems.append(str(error))
 
 
-def _folders(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
 def check_torchvision(root: Path, report: Report, options: Options, *, name: str) -> None:
     known = KNOWN[name]
     if missing := [root / f for f in known.layout if not (root / f).is_file()]:
@@ -112,7 +108,7 @@ def check_image_folder(root: Path, report: Report, options: Options) -> None:
         per_class, others = {}, 0
         for folder in _folders(split):
             files = [p for p in folder.rglob("*") if p.is_file()]
-            images = [p for p in files if p.suffix.lower() in IMG_EXTENSIONS]
+            images = [p for p in files if is_image(p)]
             per_class[folder.name], others = len(images), others + len(files) - len(images)
             if not images:
                 report.problems.append(f"{name}: no image in class folder {folder}")

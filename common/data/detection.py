@@ -23,8 +23,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
+from common.data.files import open_image
 from common.data.shapes import ShapeScenes, shape_scenes
-from common.data.vision import data_root, open_image
+from common.data.vision import data_root
 
 SETS = ("scenes", "coco", "voc")
 
@@ -111,7 +112,7 @@ class DetectionSet(Dataset):
         """The image alone, uint8 RGB (3, H, W). ValueError if its size is not the annotated one."""
         info = self.infos[index]
         path, size = self.folder / info["file_name"], (info["height"], info["width"])
-        image = tv_tensors.Image(pil_to_tensor(open_image(path)))
+        image = tv_tensors.Image(pil_to_tensor(open_image(path, upright=False)))
         if tuple(image.shape[-2:]) != size:
             found = f"{image.shape[-2]}x{image.shape[-1]} (height x width)"
             raise ValueError(f"{path} is {found}, annotated as {size[0]}x{size[1]}")

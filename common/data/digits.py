@@ -32,8 +32,8 @@ def split_per_class(
 ) -> tuple[Dataset, Dataset]:
     """Train and test digits, with the same number of test images in every class.
 
-    permute_classes: renames the classes by a random permutation, so that which digit becomes a head or a
-    tail class of a long-tailed subset varies with the seed. With `longtail.long_tail_counts(100, 50, 10)`
+    permute_classes: renames the classes by a random permutation (`extra["digit"]` is what an image shows), so that
+    which digit becomes a head or a tail class of a long-tailed subset varies with the seed. With `longtail.long_tail_counts(100, 50, 10)`
     this is the long-tailed digit set: real images, 100 ... 2 per class, a balanced test set of 600. It
     shows what class imbalance does; ten easy classes cannot show confusions between many similar ones.
     Raises ValueError unless 1 <= test_per_class <= 173 (the rarest digit has 174 images).
@@ -49,7 +49,7 @@ def split_per_class(
         held_out[rng.permutation(members)[:test_per_class]] = True
     if permute_classes:
         names = torch.from_numpy(rng.permutation(10))
-        data = Dataset(data.images, names[data.targets])
+        data = Dataset(data.images, names[data.targets], extra={"digit": data.targets})
     return data.subset(np.flatnonzero(~held_out)), data.subset(np.flatnonzero(held_out))
 
 

@@ -6,8 +6,6 @@ the way to get it, and the path of an image that cannot be decoded.
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor
+
+from common.data.files import (
+    folders,
+    identity,
+    is_image,
+    label,
+    open_image,
+    read_json,
+    read_lines,
+    read_table,
+    tensor_identity,
+)
 
 
 @dataclass(frozen=True)
@@ -65,17 +74,6 @@ def data_root(root: str | Path | None) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"no folder {path} (data.root={root})")
     return path
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """Decodes one image as RGB. Raises FileNotFoundError or ValueError, both naming the path."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no image {path}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot decode image {path}: {error}") from error
 
 
 def torchvision_set(
@@ -132,9 +130,21 @@ def image_folder(root: str | Path | None, split: str | None = None, *, transform
     if not path.is_dir():
         raise FileNotFoundError(f"no folder {path}. {layout}")
     try:
-        return datasets.ImageFolder(str(path), transform=transform, loader=open_image)
+        return _ClassFolders(
+            str(path), transform=transform, loader=open_image, is_valid_file=lambda p: is_image(Path(p))
+        )
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no usable classes in {path}: {error}. {layout}") from error
+
+
+class _ClassFolders(datasets.ImageFolder):
+    """Hidden folders are no classes."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names = [p.name for p in folders(Path(directory))]
+        if not names:
+            raise FileNotFoundError("no class folder")
+        return names, {name: i for i, name in enumerate(names)}
 
 
 class ListedImages(torch.utils.data.Dataset):
@@ -163,6 +173,10 @@ class ListedImages(torch.utils.data.Dataset):
         image = open_image(self.paths[index])
         return (image if self.transform is None else self.transform(image)), self.targets[index]
 
+    def identity(self) -> dict[str, Any]:
+        """What the set is, see `common.data.files.identity`."""
+        return identity("list", self.paths, classes=self.num_classes)
+
 
 def image_list(
     list_file: str | Path,
@@ -186,11 +200,12 @@ def image_list(
             f"no list {where}; expected a .txt ('relative/path label' per line), .csv or .json file"
         )
     readers = {".txt": _read_txt, ".csv": _read_csv, ".json": _read_json}
-    if where.suffix not in readers:
+    if where.suffix.lower() not in readers:
         raise ValueError(f"list {where}: suffix {where.suffix!r}, allowed are {', '.join(readers)}")
-    rows, num_classes = readers[where.suffix](where)
+    rows, num_classes = readers[where.suffix.lower()](where)
     if not rows:
         raise ValueError(f"list {where} names no image")
+    _one_label_per_image(where, rows)
     prefix = strip_prefix or ""
     for name, _ in rows:
         if not name.startswith(prefix):
@@ -205,41 +220,58 @@ def image_list(
     return ListedImages(paths, [label for _, label in rows], num_classes=num_classes, transform=transform)
 
 
-def _row(where: Path, number: int, name: str, label: Any) -> tuple[str, int]:
-    text = str(label).strip()
-    if not name or not text.isdecimal():
-        raise ValueError(f"list {where}, entry {number}: expected a path and a label >= 0, got {name!r}, {label!r}")
-    return name, int(text)
+def _row(where: Path, number: int, name: str, target: Any) -> tuple[str, int]:
+    if not name:
+        raise ValueError(f"list {where}, line {number}: expected a path and a label >= 0, got {name!r}, {target!r}")
+    return name, label(target, f"list {where}, line {number} ({name})")
 
 
 def _read_txt(where: Path):
-    lines = enumerate(where.read_text().splitlines(), 1)
-    split = ((n, line.strip().rpartition(" ")) for n, line in lines if line.strip())
-    return [_row(where, n, name.strip(), label) for n, (name, _, label) in split], None
+    split = ((n, line.rpartition(" ") if " " in line else line.rpartition("\t")) for n, line in read_lines(where))
+    return [_row(where, n, name.strip(), target) for n, (name, _, target) in split], None
 
 
 def _read_csv(where: Path):
-    with where.open(newline="") as file:
-        rows = [(n, [c.strip() for c in row]) for n, row in enumerate(csv.reader(file), 1) if row]
-    if rows and rows[0][1][:2] == ["path", "label"]:
+    rows = read_table(where)
+    if rows and [c.lower() for c in rows[0][1][:2]] == ["path", "label"]:
         rows = rows[1:]
     for n, row in rows:
         if len(row) != 2:
-            raise ValueError(f"list {where}, entry {n}: expected two columns path,label, got {len(row)}")
+            raise ValueError(f"list {where}, line {n}: expected two columns path,label, got {len(row)}")
     return [_row(where, n, *row) for n, row in rows], None
 
 
 def _read_json(where: Path):
+    content = read_json(where)
     try:
-        content = json.loads(where.read_text())
         entries, classes = content["annotations"], int(content["num_classes"])
         return [_row(where, n, e["fpath"], e["category_id"]) for n, e in enumerate(entries)], classes
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(
             f"list {where}: expected "
             '{"annotations": [{"fpath", "category_id"}, ...], "num_classes"}; '
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _one_label_per_image(where: Path, rows: list[tuple[str, int]]) -> None:
+    """ValueError for an image that a list names with two labels; named twice with the same one it is kept twice."""
+    first: dict[str, int] = {}
+    for name, target in rows:
+        if first.setdefault(name, target) != target:
+            raise ValueError(f"list {where}: {name} has the labels {first[name]} and {target}")
+
+
+def set_identity(dataset: Any, kind: str, root: str | Path | None = None) -> dict[str, Any]:
+    """`common.data.files.identity` of a class folder, a list, or one of torchvision's sets."""
+    if hasattr(dataset, "identity"):
+        return dataset.identity()
+    if hasattr(dataset, "samples"):
+        return identity(
+            kind, [path for path, _ in dataset.samples], root=root or dataset.root, classes=len(dataset.classes)
+        )
+    data, targets = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
+    return tensor_identity(kind, data, targets)
 
 
 def in_memory(dataset) -> tuple[torch.Tensor, torch.Tensor]:

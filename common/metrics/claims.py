@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from common.metrics import stats
+from common.scripts import arm_name
 
 BASES = ("text+code", "text", "code", "reconstruction")
 SOURCES = ("paper", "code", "cited", "memory", "unknown")
@@ -129,7 +130,8 @@ def _claim(where: str, raw: Any, published: dict[str, dict], path: Path) -> dict
             f"name a row with a value and a source in {COMPARABLE}",
         )
     return {
-        **{key: raw[key] for key in ("id", "statement", "kind", "primary", "metric", "arms")},
+        **{key: raw[key] for key in ("id", "statement", "kind", "primary", "metric")},
+        "arms": [arm_name(arm) for arm in arms],  # as their directories are called
         **{"scale": scales, "published": row, "better": better, "margin": margin, "tol": tol, "note": raw.get("note")},
     }
 

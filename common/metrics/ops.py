@@ -6,12 +6,15 @@ Always name the convention beside a number: at 4 bits they differ by a factor of
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from common.runs import Run
 
 
 @dataclass(frozen=True)
@@ -155,3 +158,14 @@ def parameter_bits(model: nn.Module, bits: Mapping[str, int]) -> dict[int, int]:
 def memory_mbit(counts: Mapping[int, int]) -> float:
     """Memory in Mbit = 1e6 bit of {width in bits: number of parameters}; divide by 8 for MB = 1e6 bytes."""
     return sum(width * n for width, n in counts.items()) / 1e6
+
+
+def record_counts(cfg: Any, fabric: Any, out: Path, count: Callable[[], Mapping[str, float]]) -> None:
+    """The body of counts.py: prints the exact numbers of `count` and keeps them as the finished run `out`."""
+    if (run := Run.open(out, cfg, fabric)) is None:
+        return
+    with run:
+        found = count()
+        run.finish(found)
+    for name, value in found.items():
+        print(f"{name:36s} {value:>20,.0f}" if float(value).is_integer() else f"{name:36s} {value:>20,.6g}")

@@ -12,14 +12,15 @@ from PIL import Image
 from common import runs
 from common.data.batches import eval_batches
 from ncl_pp import bench, evaluate, export, predict
+from ncl_pp.checkpoint import data_of, load
 from ncl_pp.model import Ensemble, Experts, ensemble
 from ncl_pp.tests.layouts import folder_arm, short_config, write_class_folders
 from ncl_pp.train import fit
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluate
-def test_evaluate_gives_the_numbers_of_the_run(checkpoint, script_config, capsys):
-    metrics = evaluate.evaluate(script_config("evaluate", f"weights={checkpoint}", "per_class=true"))
+def test_evaluate_gives_the_numbers_of_the_run(checkpoint, script_config, capsys, fabric):
+    metrics = evaluate.evaluate(script_config("evaluate", f"weights={checkpoint}", "per_class=true"), fabric)
     recorded = json.loads((checkpoint.parent / "result.json").read_text())["metrics"]
     assert metrics == pytest.approx(recorded, abs=1e-6) and metrics["top1"] > 60
     out = capsys.readouterr().out
@@ -27,18 +28,18 @@ def test_evaluate_gives_the_numbers_of_the_run(checkpoint, script_config, capsys
     assert len(per_class) == 10 and np.mean(per_class) == pytest.approx(metrics["top1_ensemble"], abs=0.01)
 
 
-def test_shifted_priors_pay_when_known_and_groups_follow_the_convention(checkpoint, script_config):
+def test_shifted_priors_pay_when_known_and_groups_follow_the_convention(checkpoint, script_config, fabric):
     for prior in ("forward", "backward", "train"):
         cfg = script_config("evaluate", f"weights={checkpoint}", f"prior={prior}", "groups=official")
-        metrics = evaluate.evaluate(cfg)
+        metrics = evaluate.evaluate(cfg, fabric)
         assert metrics["top1_ensemble_prior_known"] != metrics["top1_ensemble_prior_ignored"]
         assert {"top1_medium", "top1_few"} & metrics.keys() and "top1_many" not in metrics  # 40 ... 10 images
 
 
-def test_evaluate_on_other_data_and_the_record(checkpoint, script_config, tmp_path):
-    other = evaluate.evaluate(script_config("evaluate", f"weights={checkpoint}", "+data.test_per_class=20"))
+def test_evaluate_on_other_data_and_the_record(checkpoint, script_config, tmp_path, fabric):
+    other = evaluate.evaluate(script_config("evaluate", f"weights={checkpoint}", "+data.test_per_class=20"), fabric)
     base = evaluate.evaluate(
-        script_config("evaluate", f"weights={checkpoint}", "record=true", f"record_to={tmp_path / 'external'}")
+        script_config("evaluate", f"weights={checkpoint}", "record=true", f"record_to={tmp_path / 'external'}"), fabric
     )
     assert other != base
     (file,) = (tmp_path / "external").iterdir()
@@ -47,31 +48,31 @@ def test_evaluate_on_other_data_and_the_record(checkpoint, script_config, tmp_pa
     assert record["n"] == 600 and record["value"] == base["top1_ensemble"]
 
 
-def test_bad_checkpoints_and_splits_are_named(checkpoint, script_config, tmp_path):
+def test_bad_checkpoints_and_splits_are_named(checkpoint, script_config, tmp_path, fabric):
     half = tmp_path / "half.ckpt"
     half.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(runs.RunError, match=r"half\.ckpt"):
-        evaluate.load(str(half))
+        load(str(half))
     with pytest.raises(FileNotFoundError, match=r"nowhere\.ckpt"):
-        evaluate.load(str(tmp_path / "nowhere.ckpt"))
+        load(str(tmp_path / "nowhere.ckpt"))
     torch.save({"model": {}, "config": {}}, tmp_path / "foreign.ckpt")
     with pytest.raises(ValueError, match="lacks channels, classes, counts"):
-        evaluate.load(str(tmp_path / "foreign.ckpt"))
+        load(str(tmp_path / "foreign.ckpt"))
     with pytest.raises(ValueError, match="no validation split"):
-        evaluate.evaluate(script_config("evaluate", f"weights={checkpoint}", "split=validation"))
+        evaluate.evaluate(script_config("evaluate", f"weights={checkpoint}", "split=validation"), fabric)
     with pytest.raises(TypeError, match="rooot"):
-        evaluate.evaluate(script_config("evaluate", f"weights={checkpoint}", "+data.rooot=/x"))
+        evaluate.evaluate(script_config("evaluate", f"weights={checkpoint}", "+data.rooot=/x"), fabric)
     write_class_folders(tmp_path / "d", {"train": 1, "test": 1}, ("a", "b", "c"))
     folder = ["+data.name=folder", f"data.root={tmp_path / 'd'}", "+data.augment=plain"]
     with pytest.raises(ValueError, match="folder has 3 classes, the model 10"):
-        evaluate.evaluate(script_config("evaluate", f"weights={checkpoint}", *folder))
+        evaluate.evaluate(script_config("evaluate", f"weights={checkpoint}", *folder), fabric)
 
 
 # ------------------------------------------------------------------------------------------------------------ predict
 @pytest.fixture
 def test_images(checkpoint, tmp_path):
     """Twelve test digits as PNG files (sixteenths of grey survive in 8 bits), their tensors and labels."""
-    data = evaluate.load(str(checkpoint)).data().test
+    data = data_of(load(checkpoint), {}).test
     for i in range(12):
         grey = (data[i][0][0] * 255).round().to(torch.uint8).numpy()
         (tmp_path / "in").mkdir(exist_ok=True)
@@ -79,15 +80,17 @@ def test_images(checkpoint, tmp_path):
     return tmp_path / "in", *next(iter(eval_batches(data, batch_size=12, workers=0)))
 
 
-def test_predict_writes_the_ensembles_and_an_experts_probabilities(checkpoint, test_images, script_config, tmp_path):
+def test_predict_writes_the_ensembles_and_an_experts_probabilities(
+    checkpoint, test_images, script_config, tmp_path, fabric
+):
     folder, images, _ = test_images
-    trained = evaluate.load(str(checkpoint))
+    trained = load(str(checkpoint))
     with torch.no_grad():
         logits = trained.model(images)
     for which, z in (("null", ensemble(logits)), ("1", logits[1])):
         out = tmp_path / f"{which}.csv"
-        args = [f"weights={checkpoint}", f"images={folder}", f"out={out}", "topk=3", f"expert={which}", "batch_size=5"]
-        predict.classify(script_config("predict", *args))
+        args = [f"weights={checkpoint}", f"images={folder}", f"out={out}", "top=3", f"expert={which}", "batch_size=5"]
+        predict.classify(script_config("predict", *args), fabric)
         rows = list(csv.DictReader(out.open()))
         assert list(rows[0]) == ["path", "label", "probability"] and len(rows) == 36
         top = z.softmax(-1).topk(3)
@@ -101,38 +104,38 @@ def test_predict_names_classes_and_refuses_bad_input(checkpoint, fabric, script_
     fit(short_config(*folder_arm(tmp_path / "d"), "train.epochs=2"), fabric, tmp_path / "run")
     out = tmp_path / "one.csv"
     weights = f"weights={tmp_path / 'run/last.ckpt'}"
-    predict.classify(script_config("predict", weights, f"images={tmp_path / 'd/test/ant/0.png'}", f"out={out}"))
+    predict.classify(script_config("predict", weights, f"images={tmp_path / 'd/test/ant/0.png'}", f"out={out}"), fabric)
     (row,) = csv.DictReader(out.open())
     assert row["label"] in ("ant", "bee", "cat") and 1 / 3 <= float(row["probability"]) <= 1
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no image in .*empty"):
-        predict.classify(script_config("predict", weights, f"images={tmp_path / 'empty'}"))
+        predict.classify(script_config("predict", weights, f"images={tmp_path / 'empty'}"), fabric)
     with pytest.raises(FileNotFoundError, match="no file or folder"):
-        predict.classify(script_config("predict", weights, f"images={tmp_path / 'gone'}"))
-    with pytest.raises(ValueError, match=r"topk=4, allowed: 1\.\.3"):
-        predict.classify(script_config("predict", weights, "images=x", "topk=4"))
+        predict.classify(script_config("predict", weights, f"images={tmp_path / 'gone'}"), fabric)
+    with pytest.raises(ValueError, match=r"top=4, allowed: 1\.\.3"):
+        predict.classify(script_config("predict", weights, "images=x", "top=4"), fabric)
     with pytest.raises(ValueError, match="expert 2, allowed"):
-        predict.classify(script_config("predict", weights, f"images={tmp_path / 'd'}", "expert=2"))
+        predict.classify(script_config("predict", weights, f"images={tmp_path / 'd'}", "expert=2"), fabric)
     (tmp_path / "empty/broken.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"broken\.png"):
-        predict.classify(script_config("predict", weights, f"images={tmp_path / 'empty'}"))
+        predict.classify(script_config("predict", weights, f"images={tmp_path / 'empty'}"), fabric)
 
 
 # ------------------------------------------------------------------------------------------------------------- export
 @pytest.mark.parametrize("expert", ["best", "ensemble"])
 def test_exported_network_equals_torch_and_says_which_it_is(
-    expert, checkpoint, test_images, script_config, tmp_path, capsys
+    expert, checkpoint, test_images, script_config, tmp_path, capsys, fabric
 ):
     import onnxruntime
 
     out = tmp_path / "model.onnx"
-    export.export(script_config("export", f"weights={checkpoint}", f"out={out}", f"expert={expert}"))
+    export.export(script_config("export", f"weights={checkpoint}", f"out={out}", f"expert={expert}"), fabric)
     said = capsys.readouterr().out
     assert ("expert 0: this data set has no validation split" in said) is (expert == "best")
     assert "the ensemble costs K = 2 times one expert" in said
     _, images, _ = test_images
     with torch.no_grad():
-        logits = evaluate.load(str(checkpoint)).model(images)
+        logits = load(str(checkpoint)).model(images)
     expected = logits[0] if expert == "best" else ensemble(logits)
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"images": images.numpy()})
@@ -143,7 +146,7 @@ def test_exported_network_equals_torch_and_says_which_it_is(
 def test_the_best_expert_is_chosen_on_the_validation_split(fabric, tmp_path):
     write_class_folders(tmp_path / "d", {"train": 4, "test": 1, "val": 4}, ("ant", "bee", "cat"))
     fit(short_config(*folder_arm(tmp_path / "d"), "train.epochs=2"), fabric, tmp_path / "run")
-    trained = evaluate.load(str(tmp_path / "run/last.ckpt"))
+    trained = load(str(tmp_path / "run/last.ckpt"))
     x, y = next(iter(eval_batches(trained.data().validation, batch_size=12, workers=0)))
     trained.model.heads[0].weight.data.zero_()
     trained.model.heads[0].bias.data = torch.tensor([0.0, -1.0, -1.0])  # expert 0 always says ant: 4 of 12
@@ -166,13 +169,13 @@ def test_a_network_that_onnx_changes_is_refused(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_export_refuses_an_unknown_choice(checkpoint, script_config):
+def test_export_refuses_an_unknown_choice(checkpoint, script_config, fabric):
     with pytest.raises(ValueError, match=r"expert='worst', allowed: best, ensemble, 0\.\.1"):
-        export.export(script_config("export", f"weights={checkpoint}", "expert=worst"))
+        export.export(script_config("export", f"weights={checkpoint}", "expert=worst"), fabric)
 
 
 # -------------------------------------------------------------------------------------------------------------- bench
-def test_plain_criterion_is_the_criterion_and_rows_are_complete(tmp_path, monkeypatch, script_config, capsys):
+def test_plain_criterion_is_the_criterion_and_rows_are_complete(tmp_path, monkeypatch, script_config, capsys, fabric):
     ours, baseline = bench.criterion_times(4, 0.01)  # raises if the two losses differ
     assert ours > 0 and baseline > 0
     names = [f"{n} {how}" for n in ("expert", "ensemble") for how in ("eager", "onnxruntime", "channels_last")]

@@ -1,0 +1,78 @@
+"""Networks as ONNX files that say what they need, checked against torch before they are written."""
+
+import contextlib
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def export_onnx(
+    model: nn.Module,
+    image: Tensor,
+    out: str | Path,
+    *,
+    about: Mapping[str, Any],
+    tolerance: float = 1e-4,
+    batches: Sequence[int] = (1, 5),
+    outputs: Sequence[str] = ("logits",),
+) -> float:
+    """Writes model(images (B, C, H, W)) -> outputs with a dynamic batch, `about` as JSON in its metadata (`read_about`); returns
+    the largest difference between onnxruntime and torch.
+
+    image: one example (1, C, H, W). Checked on random batches of sizes `batches`; ValueError, and no file, above `tolerance`."""
+    import onnx
+
+    for name in ("onnxscript", "onnx_ir"):  # they tell every node that they remove
+        logging.getLogger(name).setLevel(logging.WARNING)
+    out, model = Path(out).expanduser(), model.cpu().eval()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f".{out.name}.tmp.onnx")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # the exporter reports its progress
+            torch.onnx.export(
+                model, (image.repeat(2, 1, 1, 1),), beside, input_names=["images"], output_names=list(outputs),
+                dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, external_data=False, verbose=False,
+            )  # fmt: skip
+        proto = onnx.load(beside)
+        onnx.helper.set_model_props(proto, {"about": json.dumps(dict(about))})
+        onnx.save(proto, beside)
+        worst = difference(model, beside, image, batches)
+        if not worst < tolerance:
+            raise ValueError(f"onnxruntime differs from torch by {worst:.2g}, allowed: tolerance={tolerance:g}")
+        beside.replace(out)
+    finally:
+        beside.unlink(missing_ok=True)
+    return worst
+
+
+@torch.no_grad()
+def difference(model: nn.Module, file: str | Path, image: Tensor, batches: Sequence[int]) -> float:
+    """Largest absolute difference of all outputs on random images of the shape of `image` (1, C, H, W)."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    generator, worst = torch.Generator().manual_seed(0), 0.0
+    for batch in batches:
+        images = torch.randn(batch, *image.shape[1:], generator=generator)
+        expected = model(images)
+        expected = expected if isinstance(expected, tuple | list) else (expected,)
+        for found, wanted in zip(session.run(None, {"images": images.numpy()}), expected, strict=True):
+            worst = max(worst, float(np.abs(found - wanted.numpy()).max()))
+    return worst
+
+
+def read_about(file: str | Path) -> dict[str, Any]:
+    """What an exported file says about its network: classes, channels, size, normalise, ... ValueError where it says nothing."""
+    import onnx
+
+    props = {p.key: p.value for p in onnx.load(str(file), load_external_data=False).metadata_props}
+    if "about" not in props:
+        raise ValueError(f"{file} was not written by export.py here: it does not say its classes and normalisation")
+    return json.loads(props["about"])
