@@ -60,7 +60,7 @@ def watched():
             return
         if module.training:
             seen.training.append(type(module).__name__)
-        own = [p for p in module.parameters(recurse=False)]
+        own = list(module.parameters(recurse=False))
         if own and not any(p.requires_grad for p in own):
             seen.frozen.setdefault(id(module), (module, [p.detach().clone() for p in own]))
 
@@ -77,7 +77,7 @@ def watched():
 
 def weights(out):
     state = runs.load_checkpoint(out / "last.ckpt")
-    return [v for v in _leaves({k: v for k, v in state.items() if k not in ("optimizer", "run", "config")})]
+    return list(_leaves({k: v for k, v in state.items() if k not in ("optimizer", "run", "config")}))
 
 
 def _leaves(node):

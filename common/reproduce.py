@@ -95,7 +95,7 @@ def cells(paper: Path, scale: str, extra: tuple[str, ...] = ()) -> list[Cell]:
                     script=script,
                     overrides=overrides,
                     dir=paper / cfg.hydra.sweep.dir / subdir,
-                    arm=subdir.parent.as_posix(),
+                    arm=subdir.parent.as_posix(),  # see common.scripts.run_name
                     seed=task.seed,
                     sha=fingerprint(task),
                     gpu_hours=OmegaConf.select(task, "estimate.gpu_hours"),
@@ -314,7 +314,8 @@ def verify(paper: Path, scale: str, name: str | None = None, extra: tuple[str, .
     equal = True
     for metric in sorted(old["metrics"] | new["metrics"]):
         a, b = old["metrics"].get(metric), new["metrics"].get(metric)
-        same = a is not None and b is not None and abs(a - b) <= 1e-9 * max(1.0, abs(a))
+        # Up to a rounding of float32: a logged loss may be divided before or after it becomes a Python number.
+        same = a is not None and b is not None and abs(a - b) <= 2e-7 * max(1.0, abs(a))
         equal &= same
         print(f"  {metric:32s} recorded {a}  now {b}  {'same' if same else 'DIFFERENT'}")
     where = f"recorded on {old['machine']['cpu']}, {old['machine']['accelerator']}, torch {old['versions']['torch']}"
@@ -355,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
             ))  # fmt: skip
         return min(1, run(paper, args.scale, extra=extra, only=args.only or None))
     except (RunError, ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
 
 

@@ -18,8 +18,8 @@ from common.metrics import stats
 from common.scripts import arm_name
 
 BASES = ("text+code", "text", "code", "reconstruction")
-SOURCES = ("paper", "code", "cited", "memory", "unknown")
-COMPARABLE = ("paper", "code", "cited")  # a number from memory is shown, never compared
+SOURCES = ("paper", "code", "cited", "ours", "memory", "unknown")  # ours: a count of our own, published by nobody
+COMPARABLE = ("paper", "code", "cited", "ours")  # a number from memory is shown, never compared
 TESTED = ("ordering", "ratio", "property")  # kinds with a t test
 COMPARED = ("exact", "value", "released_weights")  # kinds that need a published number
 VERDICTS = ("supported", "contradicted", "equivalent", "inconclusive", "not_run")
@@ -30,7 +30,7 @@ MAX_PRIMARY = 3
 
 _PUBLISHED_KEYS = {"id", "table", "setting", "metric", "value", "unit", "source"}
 _CLAIM_KEYS = {"id", "statement", "kind", "scale", "primary", "published", "metric", "arms"}
-_CLAIM_OPTIONAL = {"better", "margin", "tol", "note"}
+_CLAIM_OPTIONAL = {"better", "margin", "tol", "note", "front"}
 
 Measurements = dict[str, dict[int, dict[str, float]]]
 
@@ -44,7 +44,7 @@ def load_claims(paper_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def load_document(paper_dir: str | Path) -> dict[str, Any]:
-    """Read and check `<paper_dir>/claims.yaml`; return {basis, published, claims} with defaults filled in.
+    """Read and check `<paper_dir>/claims.yaml`; return {basis, published, claims, equations} with defaults filled in.
 
     In the result `scale` is a list, `published` of a claim is its published row or None, `margin` and `tol` are
     floats, `better` and `note` may be None. For kind ratio, margin is a factor (default 1) and tol is relative.
@@ -56,7 +56,7 @@ def load_document(paper_dir: str | Path) -> dict[str, Any]:
         document = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
-    _check_keys(f"{path}", document, {"basis", "published", "claims"}, set())
+    _check_keys(f"{path}", document, {"basis", "published", "claims"}, {"equations"})
     _check(document["basis"] in BASES, f"{path}: basis {document['basis']!r}", f"use one of {BASES}")
     rows = [_published_row(f"{path}: published[{i}]", row) for i, row in enumerate(document["published"] or [])]
     by_id = {row["id"]: row for row in rows}
@@ -70,7 +70,10 @@ def load_document(paper_dir: str | Path) -> dict[str, Any]:
             f"{path}: claims {primary} are all primary at scale {scale!r}",
             f"keep at most {MAX_PRIMARY} and set primary: false on the others",
         )
-    return {"basis": document["basis"], "published": rows, "claims": claims}
+    equations = document.get("equations") or []
+    for i, row in enumerate(equations):
+        _check_keys(f"{path}: equations[{i}]", row, {"source", "says", "code"}, set())
+    return {"basis": document["basis"], "published": rows, "claims": claims, "equations": equations}
 
 
 def _published_row(where: str, row: Any) -> dict[str, Any]:
@@ -133,6 +136,7 @@ def _claim(where: str, raw: Any, published: dict[str, dict], path: Path) -> dict
         **{key: raw[key] for key in ("id", "statement", "kind", "primary", "metric")},
         "arms": [arm_name(arm) for arm in arms],  # as their directories are called
         **{"scale": scales, "published": row, "better": better, "margin": margin, "tol": tol, "note": raw.get("note")},
+        "front": bool(raw.get("front", False)),  # shown on the first screen of the README
     }
 
 

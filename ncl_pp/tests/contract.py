@@ -31,6 +31,6 @@ KEYS = {
     "experts": (3, ONE), "copies": (3, ONE), "w_con": (0.5, NCL),
     "loss.hard": (0.6, ONE), "loss.lam": (0.3, ONE), "loss.lam_hcm": (0.3, ONE), "loss.w_ce": (0.5, ONE),
     "loss.w_hcm": (0.5, ONE), "loss.inter": (False, ONE), "loss.intra": (False, ONE), "loss.partial": (False, ONE),
-    "loss.norm": ("ncl", ["method.experts=3", *ONE]), "loss.mode": ("renorm", ONE), "loss.select": ("mean", ONE),
+    "loss.norm": ("ncl", ["method.experts=3", *ONE]), "loss.mode": ("renorm", ONE), "loss.select": ("per_expert", ONE),
     "loss.balanced": (False, ONE), "loss.detach_teacher": (True, ONE),
 }  # fmt: skip
