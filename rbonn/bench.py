@@ -1,68 +1,67 @@
-"""Speed of a binary 3x3 convolution from packed bits against float convolutions on this CPU. Writes bench.json; about 30 s.
+"""Speed of a binary 3x3 convolution from packed bits against float convolutions on this CPU. Writes bench.json; a minute.
 
-python bench.py
+python bench.py threads=1
+
+Interleaved rounds, medians with quartiles; ratio = baseline / ours; nothing is asserted. The baseline is the fastest float
+convolution of the same shape: eager, channels_last, or bfloat16 channels_last.
 """
 
-import json
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from lightning_fabric import Fabric
+from omegaconf import DictConfig
 
-from common import runs
+from common.metrics.timing import Bench, interleaved
 from common.quant.pack import binary_conv2d, pack_signs
+from common.scripts import script
 
 SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels and side of the four stages of ResNet-18 at 224 x 224
 
 
-def seconds(run, *, budget: float = 1.0) -> float:
-    """Median time of one call after a warm-up."""
-    run()
-    times, end = [], time.perf_counter() + budget
-    while not times or (time.perf_counter() < end and len(times) < 200):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+def calls(channels: int, side: int) -> tuple[dict[str, Callable], dict[str, Callable]]:
+    """({ours}, {float convolutions}) of one shape. RuntimeError if the packed result is not the float one."""
+    x, w = torch.randn(1, channels, side, side).sign(), torch.randn(channels, channels, 3, 3).sign()
+    packed, weight = pack_signs(x.permute(0, 2, 3, 1)), pack_signs(w.permute(0, 2, 3, 1))
+    last = x.contiguous(memory_format=torch.channels_last), w.contiguous(memory_format=torch.channels_last)
+    half = last[0].bfloat16(), last[1].bfloat16()
+    result = binary_conv2d(packed, weight, channels, padding=1, backend="numba").permute(0, 3, 1, 2)
+    if not torch.equal(result.float(), F.conv2d(x, w, padding=1)):
+        raise RuntimeError(f"the packed convolution of {channels} channels is not the float one")
+
+    def convolve(bits: torch.Tensor) -> torch.Tensor:
+        return binary_conv2d(bits, weight, channels, padding=1, backend="numba")
+
+    ours = {
+        "packed input": lambda: convolve(packed),
+        "packing included": lambda: convolve(pack_signs(x.permute(0, 2, 3, 1))),
+    }
+    return ours, {
+        "float eager": lambda: F.conv2d(x, w, padding=1),
+        "float channels_last": lambda: F.conv2d(*last, padding=1),
+        "bf16 channels_last": lambda: F.conv2d(*half, padding=1),
+    }
 
 
 @torch.inference_mode()
-def main() -> None:
-    rows = []
-    for channels, side in SHAPES:
-        x = torch.randn(1, channels, side, side).sign()
-        w = torch.randn(channels, channels, 3, 3).sign()
-        packed = pack_signs(x.permute(0, 2, 3, 1)), pack_signs(w.permute(0, 2, 3, 1))
-        last = x.contiguous(memory_format=torch.channels_last), w.contiguous(memory_format=torch.channels_last)
-        half = last[0].bfloat16(), last[1].bfloat16()
-        result = binary_conv2d(*packed, channels, padding=1, backend="numba").permute(0, 3, 1, 2)
-        if not torch.equal(result.float(), F.conv2d(x, w, padding=1)):
-            raise RuntimeError(f"the packed convolution of {channels} channels is not the float one")
-        ours = seconds(lambda p=packed, c=channels: binary_conv2d(*p, c, padding=1, backend="numba"))
-        baselines = {
-            "float eager": seconds(lambda a=x, b=w: F.conv2d(a, b, padding=1)),
-            "float channels_last": seconds(lambda p=last: F.conv2d(*p, padding=1)),
-            "bf16 channels_last": seconds(lambda p=half: F.conv2d(*p, padding=1)),
-        }
-        with_packing = seconds(
-            lambda a=x, b=packed[1], c=channels: binary_conv2d(
-                pack_signs(a.permute(0, 2, 3, 1)), b, c, padding=1, backend="numba"
-            )
-        )
-        best = min(baselines, key=baselines.get)  # type: ignore[arg-type]
-        for name, mine in (("packed input", ours), ("packing included", with_packing)):
-            rows.append({
-                "name": f"3x3 convolution, {channels} channels, {side}x{side}, {name}", "ours": mine * 1e3,
-                "baseline": baselines[best] * 1e3,
-                "ratio": baselines[best] / mine, "unit": f"ms (baseline: best float, {best})", "threads": torch.get_num_threads(),
-                "batch": 1, "isa": torch.backends.cpu.get_cpu_capability(), "machine": runs.provenance()["machine"],
-            })  # fmt: skip
-            print(
-                f"{rows[-1]['name']:70s} {mine * 1e3:8.3f} ms   best float {baselines[best] * 1e3:8.3f} ms "
-                f"({best})   x{rows[-1]['ratio']:.2f}"
-            )
-    (Path(__file__).parent / "bench.json").write_text(json.dumps(rows, indent=1) + "\n")
+def bench(out: str | Path, *, rounds: int, shapes: tuple[tuple[int, int], ...] = SHAPES) -> list[dict]:
+    """Writes `out` and returns its rows: two per shape."""
+    table = Bench(out)
+    for channels, side in shapes:
+        ours, floats = calls(channels, side)
+        times = interleaved({**ours, **floats}, rounds=rounds)
+        best = min(floats, key=lambda name: times[name].median)
+        for name in ours:
+            label = f"3x3 convolution, {channels} channels, {side}x{side}, {name}"
+            table.add(label, times[name], times[best], baseline_is=best)
+    return table.write()
+
+
+@script("bench")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    bench(cfg.out, rounds=cfg.rounds)
 
 
 if __name__ == "__main__":

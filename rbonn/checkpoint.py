@@ -1,4 +1,4 @@
-"""Networks from configurations and from checkpoints: those of train.py and the published ones."""
+"""Checkpoints of train.py and detect.py, packed files of export.py, and published ones: what they say, and their network."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,88 +7,89 @@ from typing import Any
 from torch import nn
 
 from common import runs
-from rbonn.layers import make_conv, make_sign
-from rbonn.model import build_model
+from common.loop import Loaded
+from rbonn.data import STATS, look
+from rbonn.deploy import FORMAT, unpack
+from rbonn.network import build_detector, build_network
+from rbonn.recurrent import Recurrence
 from rbonn.released import is_released, load_released
 
-NEW_IN_STAGE_2 = ("scale_factor", "u")
+
+def state(
+    network: nn.Module,
+    optimizer: Any,
+    recurrence: Recurrence,
+    *,
+    epoch: int,
+    rows: list[dict],
+    about: Mapping,
+    config: dict,
+) -> dict[str, Any]:
+    """What a run needs to go on, and what anybody needs to use its network."""
+    return {
+        "model": network.state_dict(), "optimizer": optimizer.state_dict(), "recurrence": recurrence.state_dict(), "epoch": epoch,
+        "rows": rows, "about": dict(about), "config": config,
+    }  # fmt: skip
 
 
-def build_network(*, model: Mapping, method: Mapping, sign_zero: int, classes: int, channels: int) -> nn.Module:
-    """The network of one arm: `model` and `method` are config nodes. ValueError or TypeError names a wrong key or value."""
-    if sign_zero not in (1, 0, -1):
-        raise ValueError(f"parity.sign_zero={sign_zero!r}, allowed: 1, 0, -1")
-    method = dict(method)
-    sign = make_sign(activations=method.pop("activations"), zero=sign_zero)
-    conv = make_conv(**method, zero=sign_zero)
-    return build_model(num_classes=classes, in_channels=channels, conv=conv, sign=sign, **model)
+def resume(saved: Mapping | None, network: nn.Module, optimizer: Any, recurrence: Recurrence) -> tuple[int, list[dict]]:
+    """(first epoch to run, rows of those before), with everything in the state that `saved` (see `state`) holds."""
+    if saved is None:
+        return 1, []
+    network.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    recurrence.load_state_dict(saved["recurrence"])
+    return saved["epoch"] + 1, saved["rows"]
 
 
-def load_network(path: str | Path, *, zero: int | None = None) -> tuple[nn.Module, dict[str, Any] | None]:
-    """(network in evaluation mode, the checkpoint's content or None for a published one).
+def load(path: str | Path, *, zero: int | None = None) -> Loaded:
+    """The network in evaluation mode, the configuration and what to know of a checkpoint; without the training data.
 
-    zero: value of sign(0) for a published checkpoint (their codes use 0, the default); ours keep the one they were trained with.
-    FileNotFoundError, `runs.RunError` for a broken file, ValueError for any other content."""
-    state = runs.load_checkpoint(path)
-    if is_released(state):
-        return load_released(state, zero=0 if zero is None else zero), None
-    if missing := {"model", "config", "classes", "channels"} - state.keys():
+    about: classes, channels, size, crop, normalise, task (classify | detect), and build: the nodes that the network is built
+    from. zero: value of sign(0) for a published checkpoint (their codes use 0, the default); ours keep the one they were trained
+    with. FileNotFoundError, `runs.RunError` for a broken file, ValueError for any other content."""
+    found = runs.load_checkpoint(path)
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path} holds a {type(found).__name__}, no checkpoint")
+    if found.get("format") == FORMAT:
+        return unpack(found)
+    if is_released(found):
+        network, build = load_released(found, zero=0 if zero is None else zero)
+        about = {"classes": imagenet_names(build["classes"]), "channels": 3, **look(224, STATS["folder"], crop=True)}
+        return Loaded(network, {}, {**about, "task": "classify", "build": build})
+    if missing := {"model", "config", "about"} - found.keys():
         raise ValueError(
-            f"{path} is neither a checkpoint of rbonn/train.py (it lacks {', '.join(sorted(missing))}) "
-            "nor one of ReActNet or RBONN"
+            f"{path} is neither a checkpoint of rbonn/train.py or detect.py (it lacks {', '.join(sorted(missing))}), a packed "
+            "file, nor one of ReActNet or RBONN"
         )
-    config = state["config"]
-    network = build_network(
-        model=config["model"], method=config["method"], sign_zero=config["parity"]["sign_zero"],
-        classes=state["classes"], channels=state["channels"],
-    )  # fmt: skip
-    network.load_state_dict(state["model"])
-    return network.eval(), state
-
-
-def initialise(network: nn.Module, path: str | Path) -> None:
-    """Load the weights of a first stage (binary activations, real weights), ours or ReActNet's, into a network of the second.
-
-    Only scale_factor and u may be missing. FileNotFoundError says how to make the checkpoint; ValueError names a misfit."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no stage-1 checkpoint at {path.absolute()}: train it first (method=activations), or set init.weights to the file"
-        )
-    stage1, _ = load_network(path)
-    found, expected = stage1.state_dict(), network.state_dict()
-    wrong = [
-        f"{k}: {tuple(v.shape)} instead of {tuple(expected[k].shape)}"
-        for k, v in found.items()
-        if k in expected and v.shape != expected[k].shape
-    ]
-    wrong += [f"unexpected {k}" for k in found.keys() - expected.keys() if k.rpartition(".")[2] not in NEW_IN_STAGE_2]
-    wrong += [f"missing {k}" for k in expected.keys() - found.keys() if k.rpartition(".")[2] not in NEW_IN_STAGE_2]
-    if wrong:
-        raise ValueError(f"{path} is no first stage of this network: {'; '.join(sorted(wrong)[:5])}")
-    network.load_state_dict({k: v for k, v in found.items() if k in expected}, strict=False)
-
-
-def build_teacher(*, path: str | Path | None, timm_name: str | None, classes: int, channels: int) -> nn.Module | None:
-    """A frozen network in evaluation mode: a checkpoint, a pretrained timm model by name, or None when neither is given.
-
-    ValueError when it has other classes than the data, or when both are given."""
-    if path is not None and timm_name is not None:
-        raise ValueError(f"teacher: give either a checkpoint ({path}) or teacher.timm={timm_name!r}, not both")
-    if path is not None:
-        teacher, _ = load_network(path)
-        found = teacher.fc.out_features  # type: ignore[union-attr]
-    elif timm_name is not None:
-        import timm
-
-        if not timm.is_model(timm_name):
-            raise ValueError(
-                f"teacher.timm={timm_name!r} is no timm model, e.g. {', '.join(timm.list_models('resnet34*'))}"
-            )
-        teacher = timm.create_model(timm_name, pretrained=True, in_chans=channels)
-        found = teacher.num_classes  # type: ignore[union-attr]
+    config, about = found["config"], found["about"]
+    build = {"method": config["method"], "sign_zero": config["parity"]["sign_zero"], "classes": len(about["classes"])}
+    if "detector" in config:
+        network = build_detector(detector=config["detector"], **build)
+        build, task = {"detector": config["detector"], **build}, "detect"
     else:
-        return None
-    if found != classes:
-        raise ValueError(f"the teacher {path or timm_name} has {found} classes, the data {classes}")
-    return teacher.eval().requires_grad_(False)
+        build, task = {"model": config["model"], "channels": about["channels"], **build}, "classify"
+        network = build_network(**build)
+    network.load_state_dict(found["model"])
+    return Loaded(network.eval(), config, {**about, "task": task, "build": build})
+
+
+def imagenet_names(classes: int) -> list[str]:
+    """'n01440764 tench' and so on for the thousand classes of ImageNet; for another number of classes their indices."""
+    if classes != 1000:
+        return [str(c) for c in range(classes)]
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    return [f"{info.index_to_label_name(c)} {info.index_to_description(c).split(',')[0]}" for c in range(classes)]
+
+
+def check_classes(known: list[str], found: list[str], *, who: str) -> None:
+    """ValueError unless a data set has the classes of a network, in its order. 'n01440764' is 'n01440764 tench'; published
+    weights that know no names fit any set with as many classes."""
+    if len(known) != len(found):
+        raise ValueError(f"{who} has {len(known)} classes, the data {len(found)}")
+    if known == [str(c) for c in range(len(known))]:
+        return
+    if wrong := [(a, b) for a, b in zip(known, found, strict=True) if b not in (a, a.split(" ")[0])]:
+        raise ValueError(f"{who} has other classes than the data: {wrong[0][0]!r} where the data have {wrong[0][1]!r}")

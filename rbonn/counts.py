@@ -1,19 +1,18 @@
-"""Parameters, 1-bit weights, BOPs, FLOPs, OPs, memory and state-dict entries of the backbones (section 4).
+"""Parameters, 1-bit weights, BOPs, FLOPs, OPs, memory and state-dict entries of the backbones.
 
 python counts.py            print them;   the same numbers are the `exact` claims of claims.yaml
 """
 
 from pathlib import Path
 
-import hydra
 import torch
-from hydra.core.hydra_config import HydraConfig
+from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
-from common import runs
-from common.metrics.ops import count_ops, count_parameters, layer_ops, memory_mbit, parameter_bits
-from rbonn.layers import make_conv, make_sign
-from rbonn.model import RESNETS, ReActNetA, ReActResNet, operand_bits
+from common.metrics.ops import count_ops, count_parameters, layer_ops, memory_mbit, parameter_bits, record_counts
+from common.scripts import script
+from rbonn.model import RESNETS, operand_bits
+from rbonn.network import build_network
 
 NETWORKS = ("resnet18", "rbonn18", "resnet34", "reactnet_a")
 
@@ -25,42 +24,36 @@ def measure(name: str) -> dict[str, float]:
     if name not in NETWORKS:
         raise ValueError(f"network {name!r}, allowed: {', '.join(NETWORKS)}")
     weights = {"weights": "bilinear", "recurrent": "drelu_official"} if name == "rbonn18" else {"weights": "xnor"}
-    options = {"num_classes": 1000, "in_channels": 3, "sign": make_sign(activations="binary")}
-    options["conv"] = make_conv(**weights)  # type: ignore[arg-type]
+    layers = RESNETS[34 if name == "resnet34" else 18]
+    shape = {"name": "reactnet_a"} if name == "reactnet_a" else {"name": "react_resnet", "layers": layers}
     with torch.device("meta"):
-        if name == "reactnet_a":
-            model = ReActNetA(**options)
-        else:
-            model = ReActResNet(**options, layers=RESNETS[34 if name == "resnet34" else 18])
+        model = build_network(
+            model=shape, method={**weights, "activations": "binary"}, sign_zero=1, classes=1000, channels=3
+        )
         image = torch.empty(1, 3, 224, 224)
     bits = operand_bits(model)
-    layers = layer_ops(model, image, bits=bits)
-    binary = {f"{layer}.weight": 1 for layer in bits}
-    sizes = parameter_bits(model, binary)
+    ops = layer_ops(model, image, bits=bits)
+    sizes = parameter_bits(model, {f"{layer}.weight": 1 for layer in bits})
     return {
         "params": count_parameters(model)["total"],
         "binary_weights": sizes[1],
-        "bops": sum(x.macs for x in layers if x.weight_bits == 1),
-        "flops": sum(x.macs for x in layers if x.weight_bits != 1),
-        "ops": count_ops(layers, "bnn64"),
+        "bops": sum(x.macs for x in ops if x.weight_bits == 1),
+        "flops": sum(x.macs for x in ops if x.weight_bits != 1),
+        "ops": count_ops(ops, "bnn64"),
         "mbit": round(memory_mbit(sizes), 2),
         "entries": len(model.state_dict()),
         "channels": sum(model.get_submodule(layer).out_channels for layer in bits),  # type: ignore[misc, arg-type]
     }
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="counts")
-def main(cfg: DictConfig) -> None:
-    out = HydraConfig.get().runtime.output_dir
-    fabric = runs.launch(cfg.fabric)
-    run = runs.Run.open(Path(out), cfg, fabric)
-    if run is None:
-        return
-    with run:
-        metrics = {f"{name}_{key}": value for name in NETWORKS for key, value in measure(name).items()}
-        run.finish(metrics)
-        for key, value in metrics.items():
-            print(f"{key:28s} {value:,}")
+def count() -> dict[str, float]:
+    """{<network>_<count>: number} of every network."""
+    return {f"{name}_{key}": value for name in NETWORKS for key, value in measure(name).items()}
+
+
+@script("counts")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    record_counts(cfg, fabric, out, count)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""DReLU, the choice of the channels that are backtracked (section 3.3), and what the published code does instead.
+"""DReLU, the choice of the channels that are backtracked, and what the published code does instead.
 
 The paper: D(x_i) = 1 iff the rank of x_i (1-based, ascending) exceeds T = int(C tau), and
 

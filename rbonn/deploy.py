@@ -1,17 +1,18 @@
 """A trained network for use: scales folded into the norms, weights that are exactly +-1, and one bit per weight on disk."""
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from common import runs
+from common.loop import Loaded
 from common.quant.pack import pack_signs, unpack_signs
-from rbonn.checkpoint import build_network
+from rbonn.binary_conv import BinaryConv2d, binary_layers
 from rbonn.model import conv_norm_pairs
+from rbonn.network import build_detector, build_network
 
-FORMAT = "rbonn-packed-1"
+FORMAT = "rbonn-packed-2"
 
 
 @torch.no_grad()
@@ -33,10 +34,11 @@ def deploy_(network: nn.Module) -> nn.Module:
     """Replace every binary convolution by nn.Conv2d with weights of exactly +-1, its scale folded into the norm; in place.
 
     Only the scale is folded: between norm and the next sign stands the shortcut's addition, so that in these networks the norm
-    itself cannot become a threshold. Evaluation mode. ValueError where a weight is 0 and sign(0) = 0: it has no bit."""
+    itself cannot become a threshold. Evaluation mode. ValueError where a weight is 0 and sign(0) = 0: it has no bit, and for a
+    binary convolution that no norm follows."""
     for parent, name, norm in list(conv_norm_pairs(network)):
-        conv: Any = getattr(parent, name)
-        if not hasattr(conv, "signs_and_scale"):
+        conv = getattr(parent, name)
+        if not isinstance(conv, BinaryConv2d):
             continue
         signs, scale = conv.signs_and_scale()
         if bool((signs == 0).any()):
@@ -45,12 +47,14 @@ def deploy_(network: nn.Module) -> nn.Module:
             )
         plain = nn.Conv2d(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
-            bias=False
+            bias=False, padding_mode=conv.padding_mode,
         )  # fmt: skip
         plain.weight.copy_(signs)
         plain.weight.requires_grad_(False)
         setattr(parent, name, plain.to(signs.device))
         fold_scale_(norm, scale)
+    if left := binary_layers(network):
+        raise ValueError(f"no batch norm to take the scale of {', '.join(left)}")
     return network.eval()
 
 
@@ -61,29 +65,29 @@ def binary_names(network: nn.Module) -> list[str]:
     ]  # fmt: skip
 
 
-def pack(network: nn.Module, config: dict[str, Any], *, classes: int, channels: int, size: int) -> dict[str, Any]:
-    """Content of a packed file of a deployed network: signs as uint8 bits, everything else as float32, and how to rebuild it."""
+def pack(network: nn.Module, config: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Content of a packed file of a deployed network: signs as uint8 bits, everything else as float32, and how to rebuild and use
+    it. config, about: those of `checkpoint.load`."""
     names = binary_names(network)
     state = {k: v for k, v in network.state_dict().items() if k.removesuffix(".weight") not in names}
     signs = {n: pack_signs(network.get_submodule(n).weight.flatten()) for n in names}  # type: ignore[operator, union-attr, arg-type]
+    build = {**about["build"], "method": {**about["build"]["method"], "weights": "real", "recurrent": "none"}}
     return {
-        "format": FORMAT, "signs": signs, "state": state, "classes": classes, "channels": channels, "size": size,
-        "model": config["model"], "method": config["method"], "sign_zero": config["parity"]["sign_zero"],
-    }  # fmt: skip
+        "format": FORMAT,
+        "signs": signs,
+        "state": state,
+        "about": {**about, "build": build},
+        "config": dict(config),
+    }
 
 
-def load_packed(path: str | Path) -> nn.Module:
-    """The deployed network of a packed file, in evaluation mode. ValueError for another format."""
-    content = runs.load_checkpoint(path)
-    if content.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {content.get('format')!r}, expected {FORMAT!r} as export.py writes it")
-    network = build_network(
-        model=content["model"], method={**content["method"], "weights": "real", "recurrent": "none"},
-        sign_zero=content["sign_zero"], classes=content["classes"], channels=content["channels"],
-    )  # fmt: skip
+def unpack(content: Mapping[str, Any]) -> Loaded:
+    """The deployed network of a packed file's content, in evaluation mode, and what is known of it."""
+    about = content["about"]
+    network = (build_detector if "detector" in about["build"] else build_network)(**about["build"])
     weights = {}
     for name, bits in content["signs"].items():
         shape = network.get_submodule(name).weight.shape  # type: ignore[union-attr]
         weights[f"{name}.weight"] = unpack_signs(bits, shape.numel()).view(shape)  # type: ignore[union-attr, arg-type]
     network.load_state_dict({**content["state"], **weights})
-    return network.eval()
+    return Loaded(network.eval(), dict(content["config"]), about)

@@ -1,7 +1,6 @@
-"""Faster R-CNN on a binary backbone (section 5)."""
+"""Faster R-CNN on a binary backbone."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -69,22 +68,3 @@ def freeze_norms(model: FasterRCNN) -> None:
     for m in model.backbone.body.modules():  # type: ignore[union-attr]
         if isinstance(m, nn.BatchNorm2d) and not m.weight.requires_grad:
             m.eval()
-
-
-def load_backbone(model: FasterRCNN, path: str | Path) -> None:
-    """Weights of a classification network of rbonn/train.py (or a published one) into the backbone; its classifier is left out.
-
-    FileNotFoundError or ValueError naming what does not fit."""
-    from rbonn.checkpoint import load_network
-
-    found = {k: v for k, v in load_network(path)[0].state_dict().items() if not k.startswith("fc.")}
-    body = model.backbone.body  # type: ignore[union-attr]
-    expected = body.state_dict()  # type: ignore[operator]
-    wrong = sorted(
-        k
-        for k in found.keys() | expected.keys()
-        if k not in found or k not in expected or found[k].shape != expected[k].shape
-    )
-    if wrong:
-        raise ValueError(f"{path} does not fit the backbone: {', '.join(wrong[:5])}")
-    body.load_state_dict(found)  # type: ignore[operator]

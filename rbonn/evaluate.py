@@ -1,55 +1,68 @@
-"""Evaluate a checkpoint of train.py, or a published ReActNet or RBONN checkpoint on ImageNet.
+"""Evaluate a classifier or a detector: a checkpoint of train.py or detect.py, a packed file, or published ImageNet weights.
 
 python evaluate.py weights=runs/default/drelu_official/seed0/last.ckpt
 python evaluate.py weights=checkpoint.pth.tar data.root=/datasets/imagenet record=true claim=released_rbonn_resnet18
 """
 
-import hashlib
-import json
 from pathlib import Path
 
-import hydra
+from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
-from common import runs
-from common.metrics.claims import load_claims
-from rbonn.checkpoint import load_network
-from rbonn.data import build_data, test_folder
+from common.loop import Loaded
+from common.metrics.external import check_claim, print_metrics, write_record
+from common.scripts import script
+from rbonn.checkpoint import check_classes, load
+from rbonn.data import test_set
+from rbonn.detect import evaluate_detector, test_scenes
 from rbonn.train import classification_metrics, predict
 
 PAPER = Path(__file__).resolve().parent
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
-def main(cfg: DictConfig) -> None:
-    known = [c["id"] for c in load_claims(PAPER) if c["kind"] == "released_weights"]
-    if cfg.claim is not None and cfg.claim not in known:
-        raise ValueError(f"claim={cfg.claim}, allowed: {', '.join(known)}")
-    network, state = load_network(cfg.weights, zero=cfg.sign_zero)
-    trained = state["config"]["data"] if state else {"name": "folder", "size": 224, "val": "val"}
-    data_cfg = trained | {k: v for k, v in OmegaConf.to_container(cfg.data).items() if v is not None}  # type: ignore[union-attr]
-    if data_cfg["name"] == "folder":  # the training images are not needed
-        test = test_folder(data_cfg.get("root"), size=data_cfg["size"], val=data_cfg["val"])
-        classes = len(test.classes)
-    else:
-        data = build_data(seed=state["config"]["seed"], **data_cfg)  # type: ignore[index]
-        test, classes = data.test, data.classes
-    if network.fc.out_features != classes:
-        raise ValueError(f"{cfg.weights} has {network.fc.out_features} classes, the data {classes}")
-    fabric = runs.launch(cfg.fabric)
-    network = fabric.setup_module(network)
+def classifier_metrics(trained: Loaded, options: dict, cfg: DictConfig, fabric: Fabric) -> tuple[dict[str, float], int]:
+    """(top1, top5 and cross-entropy on the test images of the data set `options`, their number)."""
+    test, names = test_set(seed=trained.config.get("seed", 0), **options)
+    check_classes(trained.about["classes"], names, who=str(cfg.weights))
+    network = fabric.setup_module(trained.model)
     logits, labels = predict(fabric, network, test, batch_size=cfg.batch_size, workers=cfg.workers)
-    metrics = classification_metrics(logits, labels)
-    for name, value in metrics.items():
-        print(f"{name:12s} {value:.4f}")
-    if cfg.record:
-        digest = hashlib.sha256(Path(cfg.weights).expanduser().read_bytes()).hexdigest()
-        record = {"claim": cfg.claim, "value": metrics["top1"], "weights_sha256": digest, "n": len(labels)}
-        record |= {"data": data_cfg["name"], "metrics": metrics, "sign_zero": cfg.sign_zero}
-        target = Path(cfg.record_to or PAPER / "results/external") / f"{digest[:12]}_{data_cfg['name']}.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps({**record, **runs.provenance(fabric.device)}, indent=1) + "\n")
-        print(f"recorded in {target}")
+    return classification_metrics(logits, labels), len(labels)
+
+
+def evaluate(cfg: DictConfig, fabric: Fabric) -> dict[str, float]:
+    """Prints and returns the metrics of cfg.weights; see configs/evaluate.yaml."""
+    check_claim(PAPER, cfg.claim)
+    if cfg.sign_zero not in (None, 0, 1, -1):
+        raise ValueError(f"sign_zero={cfg.sign_zero}, allowed: null, 0, 1, -1")
+    trained = load(cfg.weights, zero=cfg.sign_zero)
+    if trained.config and cfg.sign_zero is not None:
+        raise ValueError(
+            f"sign_zero={cfg.sign_zero} is for published weights; {cfg.weights} keeps the one it was trained with"
+        )
+    own = trained.config.get("data", {"name": "folder", "size": 224, "val": "val"})
+    options = own | {k: v for k, v in OmegaConf.to_container(cfg.data).items() if v is not None}  # type: ignore[union-attr]
+    if trained.about["task"] == "detect":
+        held_out = test_scenes(options, seed=trained.config["seed"])
+        check_classes(trained.about["classes"], list(held_out.classes), who=str(cfg.weights))
+        metrics, images = (
+            evaluate_detector(fabric, trained.model.to(fabric.device), held_out, batch_size=cfg.batch_size),
+            len(held_out),
+        )
+    else:
+        metrics, images = classifier_metrics(trained, options, cfg, fabric)
+    print_metrics(metrics, images)
+    if cfg.record and fabric.is_global_zero:
+        value = metrics["top1" if "top1" in metrics else "map50"]
+        write_record(
+            cfg.record_to or PAPER / "results/external", weights=cfg.weights, value=value, n=images, data=options["name"],
+            metrics=metrics, claim=cfg.claim, device=fabric.device, sign_zero=cfg.sign_zero,
+        )  # fmt: skip
+    return metrics
+
+
+@script("evaluate")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    evaluate(cfg, fabric)
 
 
 if __name__ == "__main__":

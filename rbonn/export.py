@@ -1,59 +1,92 @@
-"""Export a checkpoint as ONNX (ordinary convolutions) and as a packed file with one bit per binary weight.
+"""Export a checkpoint: a classifier as ONNX (ordinary convolutions), and any network packed with one bit per binary weight.
 
-python export.py weights=runs/default/drelu_official/seed0/last.ckpt     writes model.onnx and model.packed.pt
+python export.py weights=runs/default/drelu_official/seed0/last.ckpt out=model.onnx        also writes model.packed.pt
+python export.py weights=detector.ckpt out=detector.packed.pt                              packed only
 """
 
 import copy
+import os
 from pathlib import Path
 
-import hydra
 import torch
+from lightning_fabric import Fabric
 from omegaconf import DictConfig
+from torch import Tensor, nn
 
-from rbonn.checkpoint import load_network
-from rbonn.deploy import deploy_, load_packed, pack
+from common.onnx_export import export_onnx
+from common.scripts import script
+from rbonn.checkpoint import load
+from rbonn.deploy import deploy_, pack
+
+
+def tensors(out: object) -> list[Tensor]:
+    """Everything that a network gave, as a flat list."""
+    if isinstance(out, Tensor):
+        return [out.float()]
+    return [t for part in (out.values() if isinstance(out, dict) else out) for t in tensors(part)]  # type: ignore[attr-defined]
+
+
+def worst_difference(a: nn.Module, b: nn.Module, example: object) -> float:
+    """Largest difference of two networks' outputs, relative to the largest output; infinite where the shapes differ."""
+    pairs = list(zip(tensors(a(example)), tensors(b(example)), strict=False))
+    if any(x.shape != y.shape for x, y in pairs):
+        return float("inf")
+    return max(
+        (float((x - y).abs().max() / x.abs().max().clamp_min(1e-12)) for x, y in pairs if x.numel()), default=0.0
+    )
 
 
 @torch.no_grad()
-def export(weights: str, target: Path, *, size: int = 224, tolerance: float = 1e-4) -> dict[str, float]:
-    """Write target.onnx and (for our checkpoints) target.packed.pt, and check both against the network.
+def export(cfg: DictConfig, fabric: Fabric) -> dict[str, float]:
+    """Writes cfg.out and the packed file beside it, and checks both. Returns sizes in bytes and largest differences.
 
-    size: image side for published checkpoints, ours know theirs. Returns file sizes in bytes and the largest differences of
-    the outputs relative to the largest output. ValueError if one exceeds `tolerance`."""
-    network, state = load_network(weights, zero=1)
-    side, channels = (state["size"], state["channels"]) if state else (size, 3)
-    x = torch.randn(2, channels, side, side, generator=torch.Generator().manual_seed(0))
-    expected = network(x)
-    deployed = deploy_(copy.deepcopy(network))
-    onnx = target.with_suffix(".onnx")
-    torch.onnx.export(
-        deployed, (x,), onnx, dynamo=True, input_names=["images"], output_names=["logits"], external_data=False, verbose=False,
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
-    )  # fmt: skip
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
-    found = {"deployed": deployed(x), "onnx": torch.from_numpy(session.run(None, {"images": x.numpy()})[0])}
-    sizes = {
-        "checkpoint_bytes": sum(v.numel() * v.element_size() for v in network.state_dict().values()),
-        "onnx_bytes": onnx.stat().st_size,
+    ValueError, and no file, if one differs by more than cfg.tolerance (relative to the largest output)."""
+    out = Path(cfg.out).expanduser()
+    trained = load(cfg.weights, zero=1)
+    about, detector = trained.about, trained.about["task"] == "detect"
+    if detector and out.suffix == ".onnx":
+        raise ValueError(f"out={cfg.out}: a detector is exported packed only, give out=<name>.packed.pt")
+    packed = out.with_name(f"{out.name.removesuffix('.onnx').removesuffix('.packed.pt')}.packed.pt")
+    size = cfg.size or (96 if detector else about["size"])
+    generator = torch.Generator().manual_seed(0)
+    example = (
+        [torch.rand(3, size, size, generator=generator)]
+        if detector
+        else torch.randn(2, about["channels"], size, size, generator=generator)
+    )
+    deployed = deploy_(copy.deepcopy(trained.model))
+    found = {
+        "checkpoint_bytes": sum(v.numel() * v.element_size() for v in trained.model.state_dict().values()),
+        "deployed": worst_difference(trained.model, deployed, example),
     }
-    if state is not None:
-        packed = target.with_suffix(".packed.pt")
-        torch.save(pack(deployed, state["config"], classes=state["classes"], channels=channels, size=side), packed)
-        found["packed"] = load_packed(packed)(x)
-        sizes["packed_bytes"] = packed.stat().st_size
-    differences = {k: ((v - expected).abs().max() / expected.abs().max()).item() for k, v in found.items()}
-    if wrong := {k: v for k, v in differences.items() if v > tolerance}:
-        raise ValueError(f"exported outputs differ from the network by more than {tolerance:g}: {wrong}")
-    return {**sizes, **differences}
-
-
-@hydra.main(version_base="1.3", config_path="configs", config_name="export")
-def main(cfg: DictConfig) -> None:
-    target = Path(cfg.target) if cfg.target else Path(cfg.weights).with_name("model")
-    for name, value in export(cfg.weights, target, size=cfg.size).items():
+    packed.parent.mkdir(parents=True, exist_ok=True)
+    beside = packed.with_name(f".{packed.name}.tmp")
+    try:
+        torch.save(pack(deployed, trained.config, about), beside)
+        found |= {
+            "packed": worst_difference(trained.model, load(beside).model, example),
+            "packed_bytes": beside.stat().st_size,
+        }
+        if wrong := {k: v for k, v in found.items() if not k.endswith("bytes") and not v <= cfg.tolerance}:
+            raise ValueError(
+                f"exported outputs differ from the network by more than tolerance={cfg.tolerance:g}: {wrong}"
+            )
+        if not detector:
+            shape = torch.zeros(1, about["channels"], size, size)
+            found["onnx"] = export_onnx(deployed, shape, out, about=about | {"size": size}, tolerance=cfg.tolerance)
+            found["onnx_bytes"] = out.stat().st_size
+        os.replace(beside, packed)
+    finally:
+        beside.unlink(missing_ok=True)
+    print("written: " + ", ".join(str(f) for f in ((packed,) if detector else (out, packed))))
+    for name, value in found.items():
         print(f"{name:20s} {value:,}" if name.endswith("bytes") else f"{name:20s} differs by {value:.2g}")
+    return found
+
+
+@script("export")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    export(cfg, fabric)
 
 
 if __name__ == "__main__":

@@ -6,37 +6,34 @@ from functools import partial
 from torch import Tensor, nn
 
 from common.quant.binary import RSign, binarize, binary_sign, clip_ste_weight, ede, ede_temperature, libra, xnor_scale
+from rbonn.binary_conv import BinaryConv2d, binary_layers
 from rbonn.recurrent import RBConv2d, check_options
 
 WEIGHTS = ("real", "xnor", "bilinear", "irnet")
 ACTIVATIONS = ("real", "binary", "irnet")
 
 
-class XNORConv2d(nn.Conv2d):
-    """ReActNet's convolution: mean|w_c| sign(w_c), straight-through inside |w| <= 1. zero: value of sign(0)."""
+class XNORConv2d(BinaryConv2d):
+    """ReActNet's convolution: mean|w_c| sign(w_c), straight-through inside |w| <= 1."""
 
-    zero = 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, clip_ste_weight(self.weight, zero=self.zero).to(x.dtype), self.bias)
+    def binary_weight(self) -> Tensor:
+        return clip_ste_weight(self.weight, zero=self.zero)
 
     def signs_and_scale(self) -> tuple[Tensor, Tensor]:
-        """See `RBConv2d.signs_and_scale`."""
         return binary_sign(self.weight, zero=self.zero), xnor_scale(self.weight).flatten()
 
 
-class IRConv2d(nn.Conv2d):
+class IRConv2d(BinaryConv2d):
     """IR-Net's convolution: standardised weights, power-of-two scale, the derivative of k tanh(t x). `anneal` moves t."""
 
-    zero, t = 1, 0.1
+    t = 0.1
 
-    def forward(self, x: Tensor) -> Tensor:
+    def binary_weight(self) -> Tensor:
         w, scale = libra(self.weight)
-        w = scale * binarize(w, estimator=partial(ede, t=self.t), zero=self.zero)
-        return self._conv_forward(x, w.to(x.dtype), self.bias)
+        return scale * binarize(w, estimator=partial(ede, t=self.t), zero=self.zero)
 
     def signs_and_scale(self) -> tuple[Tensor, Tensor]:
-        """See `RBConv2d.signs_and_scale`; the signs are those of w - mean(w)."""
+        """See `BinaryConv2d.signs_and_scale`; the signs are those of w - mean(w)."""
         w, scale = libra(self.weight.detach())
         return binary_sign(w, zero=self.zero), scale.flatten()
 
@@ -53,17 +50,18 @@ def anneal(model: nn.Module, progress: float) -> None:
 
 def make_conv(
     *, weights: str, zero: int = 1, recurrent: str = "none", lam: float = 1e-4, tau: float = 0.6, u_init: float = 0.2,
-    const: float = 0.02,
+    const: float = 0.02, scale_grad: str = "released",
 ) -> Callable[..., nn.Conv2d]:  # fmt: skip
     """Builder (in, out, kernel_size, **geometry) -> convolution without bias. weights: real | xnor (ReActNet) | bilinear
     (RBONN; the other options are its) | irnet. ValueError names a wrong value, also of an option that is not used."""
-    check_options(recurrent=recurrent, lam=lam, tau=tau, u_init=u_init, const=const)
+    check_options(recurrent=recurrent, lam=lam, tau=tau, u_init=u_init, const=const, scale_grad=scale_grad)
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}, allowed: {', '.join(WEIGHTS)}")
     if weights == "bilinear":
         return partial(
-            RBConv2d, recurrent=recurrent, lam=lam, tau=tau, u_init=u_init, const=const, zero=zero, bias=False
-        )
+            RBConv2d, recurrent=recurrent, lam=lam, tau=tau, u_init=u_init, const=const, zero=zero, scale_grad=scale_grad,
+            bias=False,
+        )  # fmt: skip
     if recurrent != "none":
         raise ValueError(f"recurrent={recurrent!r} with weights={weights!r}: only weights=bilinear has a recurrence")
     if weights == "real":
@@ -89,7 +87,7 @@ def make_sign(*, activations: str, zero: int = 1) -> Callable[[int], nn.Module]:
 
 def latent_sparsity(model: nn.Module, *, share: float = 0.1) -> float | None:
     """Share of latent weights with |w| < `share` x median|w| of their layer, over all binary layers; None without any."""
-    layers: list[Tensor] = [m.weight.detach() for m in model.modules() if hasattr(m, "signs_and_scale")]  # pyright: ignore
+    layers = [m.weight.detach() for m in binary_layers(model).values()]
     if not layers:
         return None
     small = sum(int((w.abs() < share * w.abs().median()).sum()) for w in layers)

@@ -1,4 +1,4 @@
-"""The backbones of section 4: the Bi-Real/ReActNet residual network (18, 34 or small) and ReActNet-A.
+"""The backbones: the Bi-Real/ReActNet residual network (18, 34 or small) and ReActNet-A.
 
 They take the builders of `rbonn.layers`, so that every arm is the same network with another convolution."""
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common.quant.binary import RPReLU
+from rbonn.binary_conv import BinaryConv2d, binary_layers
 
 Conv = Callable[..., nn.Conv2d]
 Sign = Callable[[int], nn.Module]
@@ -130,7 +131,8 @@ def build_model(*, name: str, num_classes: int, in_channels: int, conv: Conv, si
 
 
 def conv_norm_pairs(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.BatchNorm2d]]:
-    """(parent, name of the binary convolution in it, the norm that follows) for every one of these backbones' blocks."""
+    """(parent, name of the binary convolution in it, the norm that follows) for every one of these backbones' blocks, and in
+    every nn.Sequential (the neck of the detector)."""
     for m in model.modules():
         if isinstance(m, Block):
             yield m, "conv", m.norm
@@ -138,8 +140,15 @@ def conv_norm_pairs(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Batch
             yield m, "conv1", m.norm1
             for i, norm in enumerate(m.norm2):
                 yield m.conv2, str(i), norm  # type: ignore[misc]
+        elif isinstance(m, nn.Sequential):
+            for (name, child), norm in pairwise([*m.named_children(), ("", None)]):
+                norm, parent = norm[1], m
+                if isinstance(child, nn.Sequential) and len(child):  # (sign, convolution), norm
+                    parent, name, child = child, *list(child.named_children())[-1]
+                if isinstance(child, BinaryConv2d) and isinstance(norm, nn.BatchNorm2d):
+                    yield parent, name, norm
 
 
 def operand_bits(model: nn.Module) -> dict[str, tuple[int, int]]:
     """{name of a convolution: (1, 1)} for every binary one, for `common.metrics.ops.layer_ops`."""
-    return {n: (1, 1) for n, m in model.named_modules() if hasattr(m, "signs_and_scale")}
+    return dict.fromkeys(binary_layers(model), (1, 1))

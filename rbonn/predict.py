@@ -1,53 +1,76 @@
-"""Class probabilities for image files.
+"""Classes, or boxes, of image files; writes a CSV (or JSON).
 
-python predict.py weights=checkpoint.pth.tar images='[a.jpg, b.jpg]' [top=5]
+python predict.py weights=runs/default/drelu_official/seed0/last.ckpt images=photos/ top=3
+python predict.py weights=detector.ckpt images=street.jpg          one row per box; score=0.5 is the least that is written
 """
 
 from pathlib import Path
 
-import hydra
 import torch
+from lightning_fabric import Fabric
 from omegaconf import DictConfig
-from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from common.data.vision import open_image
-from rbonn.checkpoint import load_network
-from rbonn.data import CIFAR, IMAGENET
+from common.data.files import ImageStream, Table, find_images
+from common.scripts import script
+from rbonn.checkpoint import load
+from rbonn.data import inference_transform
 
 
-def image_tensor(path: str | Path, *, channels: int, size: int, data: str) -> Tensor:
-    """A file as the network sees it, (1, channels, size, size). data: digits | cifar10 | folder, which names the statistics.
-
-    FileNotFoundError or ValueError, naming the path, when it cannot be read."""
-    image = open_image(path)
-    if channels == 1:
-        image = image.convert("L")
-    crop = [v2.Resize((size, size))] if size < 64 else [v2.Resize(round(size * 8 / 7)), v2.CenterCrop(size)]
-    x = v2.Compose([*crop, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])(image)
-    if data == "digits":
-        x = (x - x.mean()) / x.std().clamp_min(1e-6)  # the training set was standardised as a whole
-    else:
-        x = v2.functional.normalize(x, *(CIFAR if data == "cifar10" else IMAGENET))
-    return x[None]
+def predict(cfg: DictConfig, fabric: Fabric) -> Path:
+    """Writes cfg.out and returns its path; see configs/predict.yaml."""
+    model, _, about = load(cfg.weights)
+    paths = find_images(cfg.images)
+    if about["task"] == "detect":
+        return boxes(cfg, model.to(fabric.device), about["classes"], paths)
+    if not 1 <= cfg.top <= len(about["classes"]):
+        raise ValueError(f"top={cfg.top}, allowed: 1..{len(about['classes'])}")
+    return classes(cfg, fabric.setup_module(model), about, paths)
 
 
 @torch.no_grad()
-def predict(network: nn.Module, x: Tensor, *, top: int) -> list[tuple[int, float]]:
-    """The `top` classes of one image with their probabilities, best first."""
-    p, classes = network.eval()(x).softmax(1)[0].sort(descending=True)
-    return list(zip(classes[:top].tolist(), p[:top].tolist(), strict=True))
+def classes(cfg: DictConfig, model, about: dict, paths: list[Path]) -> Path:
+    """One row per image and rank: path, label, probability."""
+    look = {key: about[key] for key in ("size", "crop", "normalise", "channels")}
+    device = next(model.parameters()).device
+    stream = ImageStream(paths, inference_transform(**look), batch_size=cfg.batch_size, workers=cfg.workers)
+    with Table(cfg.out) as table:
+        for files, images in stream:
+            best = model(images.to(device)).float().softmax(-1).topk(cfg.top)
+            for path, probabilities, labels in zip(files, best.values.tolist(), best.indices.tolist(), strict=True):
+                for label, p in zip(labels, probabilities, strict=True):
+                    table.write({"path": path, "label": about["classes"][label], "probability": f"{p:.6f}"})
+    print(f"{stream.done} images, top {cfg.top}: {table.out}")
+    stream.finish()
+    return table.out
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="predict")
-def main(cfg: DictConfig) -> None:
-    network, state = load_network(cfg.weights)
-    options = {"channels": 3, "size": 224, "data": "folder"}
-    if state is not None:
-        options = {"channels": state["channels"], "size": state["size"], "data": state["config"]["data"]["name"]}
-    for path in [cfg.images] if isinstance(cfg.images, str) else cfg.images:
-        best = predict(network, image_tensor(path, **options), top=cfg.top)
-        print(f"{path}: " + "  ".join(f"class {c} {p:.3f}" for c, p in best))
+@torch.no_grad()
+def boxes(cfg: DictConfig, model, names: list[str], paths: list[Path]) -> Path:
+    """One row per box with at least cfg.score: path, label, score, x0, y0, x1, y1 in pixels of the upright image."""
+    if not 0 <= cfg.score <= 1:
+        raise ValueError(f"score={cfg.score}, allowed: 0..1")
+    device, found = next(model.parameters()).device, 0
+    tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    stream = ImageStream(paths, tensor, batch_size=cfg.batch_size, workers=cfg.workers)
+    with Table(cfg.out) as table:
+        for files, images in stream:
+            for path, out in zip(files, model([x.to(device) for x in images]), strict=True):
+                for box, label, score in zip(
+                    out["boxes"].tolist(), out["labels"].tolist(), out["scores"].tolist(), strict=True
+                ):
+                    if score >= cfg.score:
+                        corners = {k: f"{v:.1f}" for k, v in zip(("x0", "y0", "x1", "y1"), box, strict=True)}
+                        table.write({"path": path, "label": names[label - 1], "score": f"{score:.4f}", **corners})
+                        found += 1
+    print(f"{stream.done} images, {found} boxes: {table.out}")
+    stream.finish()
+    return table.out
+
+
+@script("predict")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    predict(cfg, fabric)
 
 
 if __name__ == "__main__":

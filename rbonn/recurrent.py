@@ -1,4 +1,4 @@
-"""Recurrent bilinear optimisation (section 3.3): the layer, and the optimizer hook that feeds it.
+"""Recurrent bilinear optimisation: the layer, and the optimizer hook that feeds it.
 
     conv = RBConv2d(64, 64, 3, padding=1, recurrent="drelu_fixed")      # a norm must follow it
     optimizer = torch.optim.Adam(parameters(model))
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from common.quant.binary import binary_sign
-from rbonn.bilinear import bilinear_binarize
+from rbonn.bilinear import SCALE_GRADS, bilinear_binarize, constraint
+from rbonn.binary_conv import BinaryConv2d, binary_layers
 from rbonn.density_relu import check_tau, density_channels, small_scale_channels
 
 RECURRENT = ("none", "all", "drelu_official", "drelu_fixed", "paper")
 
 
-class RBConv2d(nn.Conv2d):
+class RBConv2d(BinaryConv2d):
     """Convolution with binary weights const * |s_c| * sign(w_c), s learned per channel, and the recurrence of RBONN.
 
     recurrent, with g = the gradient of the last optimizer step and alpha = |s|:
@@ -32,41 +33,45 @@ class RBConv2d(nn.Conv2d):
       drelu_fixed     the same on the channels with the smallest alpha
       paper           after each step w <- w + U DReLU(w_old, A_old) and U <- |U|; the forward pass uses w
     lam >= 0: weight of the reconstruction; tau: share of DReLU; u_init: all entries of u; const: factor of the published
-    code; zero: value of sign(0). Input (B, in, H, W): any, usually signs. In evaluation the recurrence is off.
+    code; zero: value of sign(0); scale_grad: released | true, see `bilinear_binarize`. kernel_size ... padding_mode: of
+    nn.Conv2d. Input (B, in, H, W): any, usually signs. In evaluation the recurrence is off.
     Parameters: weight (out, in/groups, k, k), scale_factor and (unless none) u, both (out, 1, 1, 1).
     `const` makes the output small: a norm has to follow. ValueError for a value out of range."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0, dilation: int = 1,
-        groups: int = 1, bias: bool = False, *, recurrent: str = "drelu_official", lam: float = 1e-4, tau: float = 0.6,
-        u_init: float = 0.2, const: float = 0.02, zero: int = 1,
+        self, in_channels: int, out_channels: int, kernel_size: Any, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+        groups: int = 1, bias: bool = False, padding_mode: str = "zeros", *, recurrent: str = "drelu_official",
+        lam: float = 1e-4, tau: float = 0.6, u_init: float = 0.2, const: float = 0.02, zero: int = 1,
+        scale_grad: str = "released",
     ):  # fmt: skip
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}")
-        check_options(recurrent=recurrent, lam=lam, tau=tau, u_init=u_init, const=const)
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        check_options(recurrent=recurrent, lam=lam, tau=tau, u_init=u_init, const=const, scale_grad=scale_grad)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         self.recurrent, self.lam, self.tau, self.const, self.zero = recurrent, lam, tau, const, zero
+        self.scale_grad = scale_grad
         self.scale_factor = nn.Parameter(torch.randn(out_channels, 1, 1, 1))
         if recurrent != "none":
             self.u = nn.Parameter(torch.full((out_channels, 1, 1, 1), float(u_init)))
         # Plain attributes: in the state dict they would change its format, and as buffers DDP would broadcast them.
-        self.previous: Tensor | None = None  # g, for "paper" DReLU(w_old, A_old)
+        self.previous: Tensor | None = None  # g, where the forward pass looks ahead along it
+        self.written_back: Tensor | None = None  # DReLU(w_old, A_old), of "paper"
         self.fed_by: int | None = None  # id of the module that a Recurrence feeds: a copy is another module
         self.passes: Any = 0
         self.active: Any = 0
         self.lookahead_flips: Any = 0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def binary_weight(self) -> Tensor:
         w = self.weight
         # A frozen layer has no gradient to go back to.
         if self.training and self.needs_feeding and self.weight.requires_grad:
-            if self.previous is None or self.fed_by != id(self):
+            if self.fed_by != id(self):
                 raise RuntimeError(
                     f"RBConv2d(recurrent={self.recurrent!r}, lam={self.lam:g}) trains without a Recurrence: recurrence and "
                     "reconstruction would be silently off. Make Recurrence(model, optimizer) once the model is on its device "
                     "(not on a copy; nn.DataParallel makes copies, use DistributedDataParallel)"
                 )
-            w = self._backtracked(self.previous)
+            w = self._backtracked()
             with torch.no_grad():
                 self.passes += 1
                 self.lookahead_flips = self.lookahead_flips + ((w < 0) != (self.weight < 0)).sum()
@@ -74,28 +79,29 @@ class RBConv2d(nn.Conv2d):
                     self.active = self.active + self.chosen().sum()
         # lam acts at the optimizer step (`_reconstruct`): in the backward pass it would be divided by the loss scale of
         # mixed precision and multiplied by the number of accumulated micro-steps.
-        w = bilinear_binarize(w, self.scale_factor.abs(), lam=0.0, const=self.const, zero=self.zero)
-        return self._conv_forward(x, w.to(x.dtype), self.bias)
+        return bilinear_binarize(
+            w, self.scale_factor.abs(), lam=0.0, const=self.const, zero=self.zero, scale_grad=self.scale_grad
+        )
 
     @property
     def needs_feeding(self) -> bool:
         """Whether training needs a `Recurrence`: for its gradients, or for the gradient of the reconstruction."""
         return self.recurrent != "none" or self.lam > 0
 
-    def _backtracked(self, previous: Tensor) -> Tensor:
-        if self.recurrent == "none":
-            return self.weight
-        if self.recurrent == "paper":
+    def _backtracked(self) -> Tensor:
+        if self.written_back is not None:
             # w was backtracked after the step; what is left is the gradient of u, dL/dU = <dL/dw, DReLU(w_old, A_old)>
-            return self.weight + (self.u - self.u.detach()) * previous
-        return self.weight - self.u * previous * self.chosen().view(-1, 1, 1, 1)
+            return self.weight + (self.u - self.u.detach()) * self.written_back
+        if self.previous is not None:
+            return self.weight - self.u * self.previous * self.chosen().view(-1, 1, 1, 1)
+        return self.weight
 
-    def _reconstruct(self, previous: Tensor) -> None:
-        """Add the gradients of lam/2 ||w - const sign(w) alpha||^2 (sign held fixed): those of `bilinear_binarize`."""
+    def _reconstruct(self) -> None:
+        """Add the gradients of the bilinear `constraint` to those of the task."""
         with torch.enable_grad():
-            w = self._backtracked(previous)
-            fixed = self.const * binary_sign(w, zero=self.zero)
-            term = self.lam / 2 * (w - fixed * self.scale_factor.abs()).square().sum()
+            term = constraint(
+                self._backtracked(), self.scale_factor.abs(), lam=self.lam, const=self.const, zero=self.zero
+            )
         parameters = [p for n, p in self.named_parameters() if n != "bias" and p.requires_grad]
         for p, grad in zip(parameters, torch.autograd.grad(term, parameters, allow_unused=True), strict=True):
             if grad is not None:
@@ -116,40 +122,55 @@ class RBConv2d(nn.Conv2d):
     def _a(self) -> Tensor:
         return 1 / (self.const * self.scale_factor.detach().abs().flatten()).clamp_min(1e-8)
 
+    def attach(self) -> None:
+        """Start with nothing to go back to; called by the `Recurrence` that feeds this layer from now on."""
+        self.previous = self.written_back = None
+        if self.recurrent == "paper":
+            self.written_back = torch.zeros_like(self.weight, requires_grad=False)
+        elif self.recurrent != "none":
+            self.previous = torch.zeros_like(self.weight, requires_grad=False)
+        self.fed_by = id(self)
+
+    @property
+    def snapshot(self) -> Tensor | None:
+        """What the next forward pass or step goes back to; None without a recurrence."""
+        return self.previous if self.written_back is None else self.written_back
+
     @torch.no_grad()
     def before_step(self) -> None:
-        """With the gradient that is about to be applied: add the reconstruction's, and remember what the next forward pass
+        """With the gradient that is about to be applied: add the constraint's, and remember what the next forward pass
         (or `after_step`) goes back to. RuntimeError without a gradient."""
-        if self.weight.grad is None or self.previous is None:
+        if self.weight.grad is None:
             raise RuntimeError(
                 "an RBConv2d has no gradient at optimizer.step(): use it in every step, or freeze its weight"
             )
         if self.lam > 0:
-            self._reconstruct(self.previous)
-        if self.recurrent == "paper":
+            self._reconstruct()
+        if self.written_back is not None:
             chosen = self.chosen()
-            self.previous = self.weight * chosen.view(-1, 1, 1, 1)
+            self.written_back = self.weight * chosen.view(-1, 1, 1, 1)
             self.active = self.active + chosen.sum()
             self._u = self.u.detach().clone()
-        else:
+        if self.previous is not None:
             self.previous.copy_(self.weight.grad)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """The paper's write-back w <- w + U^t DReLU(w^t, A^t) and projection U <- |U|; nothing for the other rules."""
-        if self.recurrent == "paper" and self.previous is not None:
-            self.weight.add_(self._u * self.previous)
+        if self.written_back is not None:
+            self.weight.add_(self._u * self.written_back)
             self.u.abs_()
 
     def signs_and_scale(self) -> tuple[Tensor, Tensor]:
-        """Signs of the weights (out, in/groups, k, k) and the scale per channel (out,): their product is what runs."""
         return binary_sign(self.weight, zero=self.zero), (self.const * self.scale_factor.detach().abs()).flatten()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recurrent={self.recurrent}, lam={self.lam:g}, tau={self.tau:g}"
 
 
-def check_options(*, recurrent: str, lam: float, tau: float, u_init: float, const: float) -> None:
+def check_options(
+    *, recurrent: str, lam: float, tau: float, u_init: float, const: float, scale_grad: str = "released"
+) -> None:
     """ValueError naming the option of `RBConv2d` that is out of range, and what is allowed."""
     if recurrent not in RECURRENT:
         raise ValueError(f"recurrent={recurrent!r}, allowed: {', '.join(RECURRENT)}")
@@ -159,6 +180,8 @@ def check_options(*, recurrent: str, lam: float, tau: float, u_init: float, cons
             raise ValueError(f"{name}={value}, allowed: finite and >= 0")
     if not 0 < const < float("inf"):
         raise ValueError(f"const={const}, allowed: finite and > 0")
+    if scale_grad not in SCALE_GRADS:
+        raise ValueError(f"scale_grad={scale_grad!r}, allowed: {', '.join(SCALE_GRADS)}")
 
 
 class Recurrence:
@@ -166,13 +189,13 @@ class Recurrence:
 
     model: on its device, its layers not wrapped one by one (give the module that Fabric or DDP wraps). optimizer: a
     torch.optim.Optimizer that holds every recurrent weight. Before each `optimizer.step()` the gradient about to be
-    applied is copied into the layers; a step that a loss scaler skips changes nothing. Layers with `signs_and_scale` (all
-    binary ones) have their flipped signs counted.
+    applied is copied into the layers; a step that a loss scaler skips changes nothing. The flipped signs of all binary layers are
+    counted.
     ValueError: a recurrent weight is in no group of the optimizer; a fused optimizer, which unscales only inside its
     step; at the step, a closure, which computes gradients only inside it."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
-        self.layers = {n: m for n, m in model.named_modules() if hasattr(m, "signs_and_scale")}
+        self.layers = binary_layers(model)
         self.fed = {
             n: m for n, m in self.layers.items()
             if isinstance(m, RBConv2d) and m.needs_feeding and m.weight.requires_grad
@@ -183,7 +206,7 @@ class Recurrence:
         if self.fed and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise ValueError("fused optimizers see scaled gradients under AMP: make the optimizer with fused=False")
         for m in self.fed.values():
-            m.previous, m.fed_by = torch.zeros_like(m.weight, requires_grad=False), id(m)
+            m.attach()
         self.steps = 0
         self._before: dict[str, Tensor] = {}
         self._flips: Any = 0
@@ -197,21 +220,21 @@ class Recurrence:
         for hook in self._hooks:
             hook.remove()
         for m in self.fed.values():
-            m.previous = m.fed_by = None
+            m.previous = m.written_back = m.fed_by = None
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if self.fed and any(callable(a) for a in (*args, *kwargs.values()) if a is not optimizer):
             raise ValueError("optimizer.step(closure) computes gradients inside the step; call backward before step()")
         for m in self.fed.values():
             m.before_step()
-        self._before = {n: m.signs_and_scale()[0] for n, m in self.layers.items()}  # type: ignore[operator]
+        self._before = {n: m.signs_and_scale()[0] for n, m in self.layers.items()}
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         for m in self.fed.values():
             m.after_step()
         self.steps += 1
         for n, m in self.layers.items():
-            self._flips = self._flips + (m.signs_and_scale()[0] != self._before[n]).sum()  # type: ignore[operator]
+            self._flips = self._flips + (m.signs_and_scale()[0] != self._before[n]).sum()
 
     def counters(self) -> dict[str, float]:
         """Since the last call: flip_rate, signs flipped per weight and step; with a recurrence also active_share, channels
@@ -219,7 +242,7 @@ class Recurrence:
         weight has not, per weight and forward pass. Empty without binary layers or steps."""
         if not self.layers or not self.steps:
             return {}
-        weights = sum(m.weight.numel() for m in self.layers.values())  # type: ignore[union-attr, operator, misc]
+        weights = sum(m.weight.numel() for m in self.layers.values())
         out = {"flip_rate": float(self._flips) / (weights * self.steps)}
         if any(m.recurrent != "none" for m in self.fed.values()):
             layers = self.fed.values()
@@ -235,12 +258,12 @@ class Recurrence:
 
     def state_dict(self) -> dict[str, Tensor]:
         """{layer: what it goes back to}, for an exact resume; belongs into the training checkpoint, not into the model's."""
-        return {n: m.previous.clone() for n, m in self.fed.items() if m.previous is not None}
+        return {n: m.snapshot.clone() for n, m in self.fed.items() if m.snapshot is not None}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """ValueError if `state` is of other layers."""
-        if state.keys() != self.fed.keys():
-            raise ValueError(f"recurrence state of other layers: {sorted(state.keys() ^ self.fed.keys())[:5]}")
-        for n, m in self.fed.items():
-            assert m.previous is not None
-            m.previous.copy_(state[n])
+        own = {n: m.snapshot for n, m in self.fed.items() if m.snapshot is not None}
+        if state.keys() != own.keys():
+            raise ValueError(f"recurrence state of other layers: {sorted(state.keys() ^ own.keys())[:5]}")
+        for n, snapshot in own.items():
+            snapshot.copy_(state[n])

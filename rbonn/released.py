@@ -5,11 +5,12 @@ binary weights as (N, 1) columns under `weights`."""
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
-from rbonn.layers import make_conv, make_sign
-from rbonn.model import RESNETS, ReActNetA, ReActResNet
+from rbonn.model import RESNETS
+from rbonn.network import build_network
 
 _RESNET = [
     (r"\.move0\.bias$", ".sign.bias"), (r"\.binary_conv\.weights?$", ".conv.weight"), (r"\.binary_conv\.", ".conv."),
@@ -32,8 +33,8 @@ def is_released(state: Mapping) -> bool:
     return any(re.search(r"\.move(0|11)\.bias$", str(k)) for k in _state(state))
 
 
-def load_released(state: Mapping, *, zero: int = 0) -> nn.Module:
-    """The network of a published checkpoint with its weights, in evaluation mode.
+def load_released(state: Mapping, *, zero: int = 0) -> tuple[nn.Module, dict[str, Any]]:
+    """(network of a published checkpoint in evaluation mode, the arguments of `build_network` that make it).
 
     state: what torch.load gives. Depth, classes and kind (RBONN has scale_factor, ReActNet has not) follow from its keys.
     zero: value of sign(0); the published codes use 0. ValueError naming missing, unexpected or misshapen entries."""
@@ -43,16 +44,10 @@ def load_released(state: Mapping, *, zero: int = 0) -> nn.Module:
             "no ReActNet or RBONN checkpoint: it has no '<block>.move0.bias', '<block>.move11.bias' or 'fc.weight'"
         )
     bilinear = any(k.endswith(".scale_factor") for k in tensors)
-    conv = (
-        make_conv(weights="bilinear", recurrent="drelu_official", zero=zero)
-        if bilinear
-        else make_conv(weights="xnor", zero=zero)
-    )
-    options = {"num_classes": len(tensors["fc.weight"]), "in_channels": 3, "conv": conv}
-    options["sign"] = make_sign(activations="binary", zero=zero)
-    mobile = any(".move11." in k for k in tensors)
-    if mobile:
-        model: nn.Module = ReActNetA(**options)
+    method = {"weights": "bilinear", "recurrent": "drelu_official"} if bilinear else {"weights": "xnor"}
+    build: dict[str, Any] = {"method": {**method, "activations": "binary"}, "sign_zero": zero}
+    build |= {"classes": len(tensors["fc.weight"]), "channels": 3, "model": {"name": "reactnet_a"}}
+    if any(".move11." in k for k in tensors):
         renamed = {
             re.sub(r"^feature\.(\d+)", lambda m: f"blocks.{int(m[1]) - 1}", k): v
             for k, v in _rename(tensors, _REACTNET_A)
@@ -63,8 +58,9 @@ def load_released(state: Mapping, *, zero: int = 0) -> nn.Module:
         )  # fmt: skip
         if counts not in RESNETS.values():
             raise ValueError(f"blocks per stage {counts}, known: {', '.join(map(str, RESNETS.values()))}")
-        model = ReActResNet(**options, layers=counts)
+        build["model"] = {"name": "react_resnet", "layers": list(counts)}
         renamed = dict(_rename(tensors, _RESNET))
+    model = build_network(**build)
     expected = model.state_dict()
     for k, v in renamed.items():  # (N, 1) columns of ReActNet-A
         if k in expected and v.shape != expected[k].shape and v.shape == (expected[k].numel(), 1):
@@ -80,11 +76,12 @@ def load_released(state: Mapping, *, zero: int = 0) -> nn.Module:
     if wrong:
         raise ValueError(f"{len(wrong)} entries do not fit: {'; '.join(sorted(wrong)[:5])}")
     model.load_state_dict(renamed)
-    return model.eval()
+    return model.eval(), build
 
 
 def _state(state: Mapping) -> dict[str, Tensor]:
     inner = state.get("state_dict", state)
+    inner = inner if isinstance(inner, Mapping) else {}
     return {str(k).removeprefix("module."): v for k, v in inner.items() if isinstance(v, Tensor)}
 
 

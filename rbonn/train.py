@@ -8,233 +8,191 @@ torchrun --nproc_per_node=8 train.py experiment=imagenet_stage1 data.root=/datas
 """
 
 import math
-import time
 from pathlib import Path
 
-import hydra
 import torch
 import torch.nn.functional as F
-from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from common import runs
 from common.data.batches import Plan, eval_batches, stream
+from common.loop import Means, Progress, bar, gather, preflight, sync_norm
+from common.scripts import script
 from rbonn.binarize import parameter_groups
-from rbonn.checkpoint import build_network, build_teacher, initialise
-from rbonn.data import build_data
+from rbonn.checkpoint import resume, state
+from rbonn.data import Classified, build_data, check_data
 from rbonn.distillation import distribution_loss
 from rbonn.layers import anneal, latent_sparsity
+from rbonn.metrics import classification_metrics
+from rbonn.network import build_network
 from rbonn.recurrent import Recurrence
 from rbonn.schedule import lr_at
+from rbonn.stages import build_teacher, check_teacher, initialise, stage_path, weights_identity
+
+OPTIMIZERS = ("adam", "sgd")
 
 
-def train_one_epoch(fabric: Fabric, model, teacher, optimizer, batches, *, epoch, accumulation, run) -> dict:
-    """One pass over the training set; returns the mean loss and the images seen per second."""
+def loss_of(model: nn.Module, teacher: nn.Module | None, images: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy with the labels, or with the teacher's probabilities where there is one."""
+    logits = model(images)
+    if teacher is None:
+        return F.cross_entropy(logits, labels)
+    with torch.no_grad():
+        soft = teacher(images)
+    return distribution_loss(logits, soft)
+
+
+def train_one_epoch(
+    fabric: Fabric, model, teacher, optimizer, batches, *, epoch: int, run: runs.Run
+) -> dict[str, float]:
+    """One pass over the training set; returns the mean loss over its images."""
     model.train()
-    total, images_seen, start = len(batches), 0, time.perf_counter()
-    loss_sum = torch.zeros((), device=fabric.device)
-    bar = tqdm(
-        batches.epoch(epoch), total=total, desc=f"epoch {epoch}", leave=False, disable=None if total > 100 else True
-    )
-    for micro, ((images,), labels) in enumerate(bar):
-        step = (epoch - 1) * (total // accumulation) + micro // accumulation
+    means, accumulation, precision = Means(), batches.plan.accumulation, run.config["fabric"]["precision"]
+    for micro, ((images,), labels) in enumerate(bar(batches.epoch(epoch), total=len(batches), title=f"epoch {epoch}")):
         last = (micro + 1) % accumulation == 0
         with fabric.no_backward_sync(model, enabled=not last):
-            logits = model(images)
-            if teacher is None:
-                loss = F.cross_entropy(logits, labels)
-            else:
-                with torch.no_grad():
-                    soft = teacher(images)
-                loss = distribution_loss(logits, soft)
-            runs.check_finite({"loss": loss}, step=step, last_good=run.checkpoint)
+            loss = loss_of(model, teacher, images, labels)
             fabric.backward(loss / accumulation)
+        means.add({"loss": loss}, len(labels))
         if last:
             norm = fabric.clip_gradients(model, optimizer, max_norm=math.inf, error_if_nonfinite=False)
-            if run.config["fabric"]["precision"] != "16-mixed":  # the fp16 loss scaler skips such a step by itself
-                runs.check_finite({"gradient norm": norm}, step=step, last_good=run.checkpoint)
+            step = ((epoch - 1) * len(batches) + micro) // accumulation
+            means.check(step=step, norm=norm, last_good=run.checkpoint, precision=precision)
             optimizer.step()  # its hook hands the gradients to the recurrent layers
             optimizer.zero_grad(set_to_none=True)
-        loss_sum += loss.detach()
-        images_seen += len(labels) * fabric.world_size
-    mean = fabric.all_reduce(loss_sum / total, reduce_op="mean").item()
-    return {"loss": mean, "images_per_s": images_seen / (time.perf_counter() - start)}
+    return means.result(fabric)
 
 
 @torch.no_grad()
-def predict(fabric: Fabric, model, dataset, *, batch_size: int, workers: int) -> tuple[Tensor, Tensor]:
-    """Logits (N, C) and labels (N,) of a data set, each image once, on every rank (in another order), on CPU."""
+def predict(fabric: Fabric, model: nn.Module, dataset, *, batch_size: int, workers: int) -> tuple[Tensor, Tensor]:
+    """Logits (N, C) and labels (N,) of a data set in its order, on every rank, on CPU."""
     model.eval()
     rank, world = fabric.global_rank, fabric.world_size
     loader = eval_batches(dataset, batch_size=batch_size, workers=workers, rank=rank, world=world)
     outputs = [(model(x.to(fabric.device)).float(), y) for x, y in loader]
-    logits = torch.cat([z for z, _ in outputs])
-    labels = torch.cat([y for _, y in outputs]).to(fabric.device)
-    if world > 1:  # shares differ by one image at most: pad, gather, drop the padding
-        pad = math.ceil(len(dataset) / world) - len(logits)
-        logits = torch.cat([logits, logits[:pad]])
-        labels = torch.cat([labels, labels.new_full((pad,), -1)])
-        logits, labels = fabric.all_gather(logits).flatten(0, 1), fabric.all_gather(labels).flatten()
-        logits, labels = logits[labels >= 0], labels[labels >= 0]
-    return logits.cpu(), labels.cpu()
-
-
-def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """top1 and top5 in percent, ce in nats."""
-    best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    top1, top5 = (100 * best[:, :k].any(1).double().mean().item() for k in (1, 5))
-    return {"top1": top1, "top5": top5, "test_ce": F.cross_entropy(logits, labels).item()}
-
-
-def stage_path(cfg: DictConfig, node: DictConfig) -> Path | None:
-    """The checkpoint that init or teacher names: its `weights`, or that of the run of `arm` at the same scale and seed."""
-    if node.arm is not None and node.weights is not None:
-        raise ValueError(f"give either an arm ({node.arm}) or weights ({node.weights}), not both")
-    if node.weights is not None:
-        return Path(node.weights)
-    return None if node.arm is None else Path(cfg.run_root) / cfg.scale / node.arm / f"seed{cfg.seed}" / "last.ckpt"
+    share = {"logits": torch.cat([z for z, _ in outputs]), "labels": torch.cat([y for _, y in outputs])}
+    whole = gather(fabric, share, len(dataset))
+    return whole["logits"], whole["labels"]
 
 
 def build_optimizer(model: nn.Module, cfg: DictConfig) -> torch.optim.Optimizer:
-    """Adam or SGD on the groups of section 5. ValueError for another name."""
+    """Adam or SGD on the published groups: u at a tenth of the rate, weight decay on convolution weights."""
     o = cfg.optim
     groups = parameter_groups(
         model, lr=o.lr, weight_decay=o.weight_decay, u_lr_mult=o.u_lr_mult, decay_4d_biases=cfg.parity.decay_4d_biases
     )
-    if o.name == "adam":
-        return torch.optim.Adam(groups)
-    if o.name == "sgd":
-        return torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum)
-    raise ValueError(f"optim.name={o.name!r}, allowed: adam, sgd")
+    return torch.optim.Adam(groups) if o.name == "adam" else torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum)
 
 
-def build(cfg: DictConfig, data) -> nn.Module:
-    """The network of a configuration, with weights drawn from its seed or loaded from its first stage."""
+def build(cfg: DictConfig, data: Classified) -> tuple[nn.Module, nn.Module | None, dict[str, str]]:
+    """(network, teacher or None, the hashes of the weights that they begin with).
+
+    The network's weights are drawn from the seed, or loaded from its first stage. A preflight makes do without stages."""
     torch.manual_seed(stream(cfg.seed))
-    model = build_network(
-        model=cfg.model, method=cfg.method, sign_zero=cfg.parity.sign_zero, classes=data.classes, channels=data.channels
-    )
-    if (path := stage_path(cfg, cfg.init)) is not None:
-        initialise(model, path)
-    return model
+    options = {
+        "model": cfg.model,
+        "sign_zero": cfg.parity.sign_zero,
+        "classes": data.classes,
+        "channels": data.channels,
+    }
+    model = build_network(method=cfg.method, **options)
+    if (first := stage_path(cfg, "init", fresh=cfg.preflight)) is not None:
+        initialise(model, first, classes=data.names)
+    teacher = build_teacher(
+        path=stage_path(cfg, "teacher", fresh=cfg.preflight), node=cfg.teacher, classes=data.names, channels=data.channels,
+        fresh={"method": {"weights": "real", "activations": "real"}, **options} if cfg.preflight else None,
+    )  # fmt: skip
+    begun = {"init": weights_identity(model if first is not None else None), "teacher": weights_identity(teacher)}
+    return model, teacher, {k: v for k, v in begun.items() if v is not None}
 
 
-def preflight(fabric: Fabric, cfg: DictConfig, model, optimizer, batches) -> None:
-    """One step forward and backward; prints memory and hours. Writes nothing."""
-    (images,), labels = next(iter(batches.epoch(1)))
-    model.train()
-    for _ in range(2):  # the first step also pays for allocation and kernel selection
-        start = time.perf_counter()
-        fabric.backward(F.cross_entropy(model(images), labels))
-        if fabric.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-    optimizer.zero_grad(set_to_none=True)
-    cuda = fabric.device.type == "cuda"
-    memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the card, " if cuda else ""
-    fabric.print(
-        f"preflight: data found, {len(labels)} images per device and step, {sum(p.numel() for p in model.parameters()):,} "
-        f"parameters, {memory}{seconds:.3f} s per step without data loading and teacher, about "
-        f"{seconds * len(batches) * cfg.train.epochs / 3600:.2g} h for {cfg.train.epochs} epochs"
-    )
+def check(cfg: DictConfig) -> None:
+    """ValueError or `RunError` for what would otherwise be found out late; reads no data and trains nothing."""
+    runs.plain(cfg)
+    if cfg.train.epochs < 1:
+        raise ValueError(f"train.epochs={cfg.train.epochs}, allowed: >= 1")
+    for epoch in {1, cfg.train.epochs}:
+        lr_at(epoch, base_lr=cfg.optim.lr, epochs=cfg.train.epochs, **cfg.schedule)
+    if cfg.optim.name not in OPTIMIZERS:
+        raise ValueError(f"optim.name={cfg.optim.name!r}, allowed: {', '.join(OPTIMIZERS)}")
+    check_data(**cfg.data)
+    with torch.device("meta"):  # nothing is computed
+        build_network(model=cfg.model, method=cfg.method, sign_zero=cfg.parity.sign_zero, classes=2, channels=1)
+    check_teacher(cfg.teacher)
+    for key in ("init", "teacher"):
+        stage_path(cfg, key, fresh=cfg.preflight)
 
 
 def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     """Build, train to the end, evaluate; resumes from out/last.ckpt."""
-    per_device = runs.per_device_batch(cfg.train.batch_size, fabric.world_size, cfg.train.accumulation)
-    schedule = {"base_lr": cfg.optim.lr, "epochs": cfg.train.epochs, **cfg.schedule}
-    lr_at(1, **schedule)  # a bad schedule stops here, before any data
+    check(cfg)
+    runs.per_device_batch(cfg.train.batch_size, fabric.world_size, cfg.train.accumulation)
     data = build_data(seed=cfg.seed, **cfg.data)
-    model = build(cfg, data)
-    teacher = build_teacher(
-        path=stage_path(cfg, cfg.teacher), timm_name=cfg.teacher.timm, classes=data.classes, channels=data.channels
-    )
-    if fabric.world_size > 1 and cfg.train.sync_norm and fabric.device.type == "cuda":  # torch has it for GPUs only
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    network, torch_optimizer = model, build_optimizer(model, cfg)
-    model, optimizer = fabric.setup(model, torch_optimizer)
+    plan = Plan.of(cfg.train, len(data), fabric, seed=cfg.seed)
+    network, teacher, begun = build(cfg, data)
+    network = sync_norm(fabric, network) if cfg.train.sync_norm else network
+    torch_optimizer = build_optimizer(network, cfg)
+    model, optimizer = fabric.setup(network, torch_optimizer)
     recurrence = Recurrence(network, torch_optimizer)
     teacher = None if teacher is None else fabric.to_device(teacher)
-    plan = Plan(
-        len(data), cfg.train.batch_size, seed=cfg.seed,
-        rank=fabric.global_rank, world=fabric.world_size, accumulation=cfg.train.accumulation,
-    )  # fmt: skip
     batches = data.batches(plan, fabric.device)
     if cfg.preflight:
-        return preflight(fabric, cfg, model, optimizer, batches)
-
-    run = runs.Run.open(out, cfg, fabric)
-    if run is None:
+        model.train()
+        (images,), labels = next(iter(batches.epoch(1)))
+        preflight(
+            fabric, lambda: fabric.backward(loss_of(model, teacher, images, labels)),
+            parameters=sum(p.numel() for p in network.parameters()), what=f"{len(labels)} images",
+            steps=len(batches) * cfg.train.epochs, note="" if teacher is None else "the teacher's forward pass included",
+        )  # fmt: skip
         return
-    with run:
-        first, rows = 1, []
-        if (state := run.load_checkpoint()) is not None:
-            network.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            recurrence.load_state_dict(state["recurrence"])
-            first, rows = state["epoch"] + 1, state["rows"]
-        fabric.print(
-            f"{cfg.arm} on {cfg.data.name}: {len(data)} images of {data.classes} classes, {'teacher' if teacher else 'labels'}, "
-            f"global batch {cfg.train.batch_size} = {fabric.world_size} devices x {cfg.train.accumulation} micro-steps x "
-            f"{per_device}, lr {cfg.optim.lr}, epochs {first}..{cfg.train.epochs}"
-        )
-        start = time.perf_counter()
-        for epoch in range(first, cfg.train.epochs + 1):
-            torch.manual_seed(stream(cfg.seed, epoch, fabric.global_rank))
-            lr = lr_at(epoch, **schedule)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_mult"]
-            anneal(network, (epoch - 1) / cfg.train.epochs)
-            row = train_one_epoch(
-                fabric, model, teacher, optimizer, batches, epoch=epoch, accumulation=cfg.train.accumulation, run=run
-            )
-            rate = row.pop("images_per_s")
-            row |= recurrence.counters()
-            rows.append(row)
-            run.log(epoch=epoch, lr=lr, **row)
-            for logger in fabric.loggers:
-                logger.log_metrics({"lr": lr, **row}, step=epoch)
-            if epoch % cfg.train.log_every == 0 or epoch in (first, cfg.train.epochs):
-                left = (time.perf_counter() - start) / (epoch - first + 1) * (cfg.train.epochs - epoch)
-                terms = "  ".join(f"{k} {v:.4g}" for k, v in row.items())
-                fabric.print(
-                    f"epoch {epoch}/{cfg.train.epochs}  lr {lr:.4g}  {terms}  {rate:.0f} images/s  {left:.0f} s left"
-                )
-            if epoch % cfg.train.save_every == 0 or epoch == cfg.train.epochs:
-                run.save_checkpoint({
-                    "model": network.state_dict(), "optimizer": optimizer.state_dict(), "recurrence": recurrence.state_dict(),
-                    "epoch": epoch, "rows": rows, "classes": data.classes, "channels": data.channels, "size": data.size,
-                    "config": run.config,
-                })  # fmt: skip
-        options = {"batch_size": cfg.evaluate.batch_size, "workers": cfg.data.workers}
-        metrics = classification_metrics(*predict(fabric, model, data.test, **options)) | {
-            "last_loss": rows[-1]["loss"]
-        }
-        if (plain := data.plain_train()) is not None:  # the loss of the network that is deployed, without look-ahead
-            metrics["train_ce"] = F.cross_entropy(*predict(fabric, model, plain, **options)).item()
-        for name in ("flip_rate", "active_share", "lookahead_flips"):
-            if name in rows[-1]:
-                metrics[name] = sum(r[name] for r in rows) / len(rows)
-        if (sparsity := latent_sparsity(network)) is not None:
-            metrics["latent_sparsity"] = sparsity
-        run.finish(metrics)
-        fabric.print("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+    if (run := runs.Run.open(out, cfg, fabric, data=data.source | begun)) is not None:
+        with run:
+            train(fabric, run, cfg, data, (model, network), teacher, optimizer, recurrence, batches)
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="config")
-def main(cfg: DictConfig) -> None:
-    out = HydraConfig.get().runtime.output_dir
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    try:
-        loggers = [instantiate(cfg.logger)] if cfg.logger else []
-        fit(cfg, runs.launch(cfg.fabric, loggers=loggers), Path(out))
-    finally:
-        runs.remove_if_empty(out, cfg.run_root)
+def train(
+    fabric: Fabric, run: runs.Run, cfg, data: Classified, models, teacher, optimizer, recurrence, batches
+) -> None:
+    """The epochs from the last checkpoint on, then the evaluation. models: as Fabric wraps it, and bare."""
+    model, network = models
+    first, rows = resume(run.load_checkpoint(), network, optimizer, recurrence)
+    epochs, plan = cfg.train.epochs, batches.plan
+    fabric.print(
+        f"{cfg.arm} on {cfg.data.name}: {len(data)} images of {data.classes} classes, {'teacher' if teacher else 'labels'}, "
+        f"{plan}, lr {cfg.optim.lr}, epochs {first}..{epochs}"
+    )
+    progress = Progress(fabric, run, first=first, last=epochs, every=cfg.train.log_every)
+    for epoch in range(first, epochs + 1):
+        torch.manual_seed(stream(cfg.seed, epoch, fabric.global_rank))
+        lr = lr_at(epoch, base_lr=cfg.optim.lr, epochs=epochs, **cfg.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+        anneal(network, (epoch - 1) / epochs)
+        row = {"lr": lr, **train_one_epoch(fabric, model, teacher, optimizer, batches, epoch=epoch, run=run)}
+        rows.append(row | recurrence.counters())
+        progress.report(epoch, rows[-1], images=plan.steps * plan.batch_size)
+        if epoch % cfg.train.save_every == 0 or epoch == epochs:
+            about = {"epoch": epoch, "rows": rows, "about": data.about(), "config": run.config}
+            run.save_checkpoint(state(network, optimizer, recurrence, **about))
+    options = {"batch_size": cfg.evaluate.batch_size, "workers": cfg.data.workers}
+    metrics = classification_metrics(*predict(fabric, model, data.test, **options)) | {"last_loss": rows[-1]["loss"]}
+    if (plain := data.plain_train()) is not None:  # the loss of the network that is deployed, without look-ahead
+        metrics["train_ce"] = F.cross_entropy(*predict(fabric, model, plain, **options)).item()
+    for name in [
+        n for n in rows[-1] if n not in ("lr", "loss")
+    ]:  # flip_rate, active_share, lookahead_flips: means over the epochs
+        metrics[name] = sum(r[name] for r in rows) / len(rows)
+    if (sparsity := latent_sparsity(network)) is not None:
+        metrics["latent_sparsity"] = sparsity
+    run.finish(metrics)
+    fabric.print("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+
+
+@script()
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    fit(cfg, fabric, out)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rbonn.bilinear import bilinear_binarize, reconstruction, reconstruction_grad, task_grad
+from rbonn.bilinear import bilinear_binarize, constraint, reconstruction, reconstruction_grad, task_grad
 
 
 def numeric(f, a, eps=1e-6):
@@ -43,7 +43,7 @@ def test_best_a_makes_the_reconstruction_gradient_vanish():
 
 
 def reference(w, alpha, grad, lam, c):
-    """The rule of section 3.4, entry by entry."""
+    """The published rule, entry by entry."""
     dw, dalpha = torch.zeros_like(w), torch.zeros_like(alpha)
     for o in range(w.shape[0]):
         for i in range(w.shape[1]):
@@ -83,3 +83,38 @@ def test_value_ignores_the_size_of_w_and_counts_zero_as_plus_one():
     torch.testing.assert_close(bilinear_binarize(w, alpha), expected)
     torch.testing.assert_close(bilinear_binarize(3 * w, alpha), expected)
     assert bilinear_binarize(w, alpha, zero=0)[0, 0, 0, :2].eq(0).all()
+
+
+@pytest.mark.parametrize("lam", [1e-4, 0.5])
+def test_the_constraint_at_the_step_and_the_published_backward_rule_are_one(lam):
+    """Task gradients through the backward pass, plus those of `constraint`, are the gradients of the whole rule."""
+    g = torch.Generator().manual_seed(5)
+    w = (3 * torch.randn(4, 3, 2, 2, generator=g, dtype=torch.float64)).requires_grad_()
+    s = torch.randn(4, 1, 1, 1, generator=g, dtype=torch.float64).requires_grad_()
+    grad = torch.randn(4, 3, 2, 2, generator=g, dtype=torch.float64)
+    whole = torch.autograd.grad(bilinear_binarize(w, s.abs(), lam=lam), (w, s), grad)
+    task = torch.autograd.grad(bilinear_binarize(w, s.abs(), lam=0.0), (w, s), grad)
+    pull = torch.autograd.grad(constraint(w, s.abs(), lam=lam), (w, s))
+    for a, b, c in zip(whole, task, pull, strict=True):
+        torch.testing.assert_close(a, b + c, rtol=1e-12, atol=1e-15)
+        assert c.abs().max() > 0
+
+
+def test_the_true_derivative_by_alpha_is_that_of_finite_differences_and_the_released_one_is_not():
+    g = torch.Generator().manual_seed(6)
+    w = torch.randn(3, 2, 3, 3, generator=g, dtype=torch.float64)
+    x = torch.randn(2, 2, 5, 5, generator=g, dtype=torch.float64).sign()
+    alpha = torch.tensor([0.5, 1.3, 2.0], dtype=torch.float64)
+
+    def objective(a):
+        return F.conv2d(x, bilinear_binarize(w, a.view(3, 1, 1, 1), lam=0.0, scale_grad="true")).square().sum()
+
+    found = {}
+    for name in ("true", "released"):
+        a = alpha.clone().requires_grad_()
+        out = F.conv2d(x, bilinear_binarize(w, a.view(3, 1, 1, 1), lam=0.0, scale_grad=name))
+        found[name] = torch.autograd.grad(out.square().sum(), a)[0]
+    torch.testing.assert_close(found["true"], numeric(objective, alpha), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(found["released"], found["true"])
+    with pytest.raises(ValueError, match="scale_grad='exact', allowed: released, true"):
+        bilinear_binarize(w, alpha.view(3, 1, 1, 1), scale_grad="exact")

@@ -7,7 +7,7 @@ from PIL import Image
 
 from common.data.batches import Plan
 from common.data.images import Images, Lighting
-from rbonn.data import CIFAR, CropFlipNormalise, build_data
+from rbonn.data import STATS, CropFlipNormalise, build_data
 from rbonn.schedule import lr_at
 
 
@@ -15,7 +15,7 @@ def test_cifar_batches_are_cropped_flipped_and_normalised():
     images = torch.full((4, 3, 8, 8), 128, dtype=torch.uint8)
     data = Images(10, 3, 8, None, tensors=(images, torch.arange(4)), augment=CropFlipNormalise(padding=2))
     (batch,), _ = next(data.batches(Plan(4, 4, seed=0), torch.device("cpu")).epoch(1))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in CIFAR)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in STATS["cifar10"])
     expected = torch.stack([(128 / 255 - mean) / std, -mean / std]).flatten(
         1
     )  # a pixel of the image, or of the padding

@@ -1,4 +1,4 @@
-"""DReLU: ranks, counts, the example of the specification, and where the published choice differs."""
+"""DReLU: ranks, counts, an example, and where the published choice differs."""
 
 import pytest
 import torch

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.quant.pack import binary_conv2d, pack_signs
-from rbonn.checkpoint import build_network
-from rbonn.deploy import binary_names, deploy_, fold_scale_, load_packed, pack
-from rbonn.export import export
+from rbonn.binary_conv import binary_layers
+from rbonn.deploy import binary_names, deploy_, fold_scale_
+from rbonn.network import build_network
 
 SMALL = {"name": "react_resnet", "layers": [1, 1], "widths": [8, 16], "stem": "small"}
 METHODS = {
@@ -41,7 +41,7 @@ def test_deployed_equals_trained_and_its_weights_are_signs(weights, name):
         expected = network(x)
         deployed = deploy_(copy.deepcopy(network))
         torch.testing.assert_close(deployed(x), expected, rtol=1e-4, atol=1e-4)
-    count = sum(hasattr(m, "signs_and_scale") for m in network.modules())
+    count = len(binary_layers(network))
     assert len(binary_names(deployed)) == count == (2 if name == "react_resnet" else 5)
 
 
@@ -56,17 +56,6 @@ def test_a_folded_scale_is_the_scaled_input_also_where_it_is_zero():
     fold_scale_(norm, scale)
     torch.testing.assert_close(norm(z), expected)
     assert torch.isfinite(norm.running_mean).all()
-
-
-def test_packed_file_rebuilds_the_network(tmp_path):
-    deployed = deploy_(trained("bilinear"))
-    config = {"model": SMALL, "method": METHODS["bilinear"], "parity": {"sign_zero": 1}}
-    torch.save(pack(deployed, config, classes=5, channels=1, size=12), tmp_path / "a.pt")
-    x = torch.randn(2, 1, 12, 12)
-    assert torch.equal(load_packed(tmp_path / "a.pt")(x), deployed(x))
-    torch.save({"model": {}}, tmp_path / "b.pt")
-    with pytest.raises(ValueError, match="expected 'rbonn-packed-1'"):
-        load_packed(tmp_path / "b.pt")
 
 
 def test_packed_convolution_is_the_trained_layer_borders_included():
@@ -110,13 +99,8 @@ def test_zero_weights_without_a_bit_are_refused():
         deploy_(network)
 
 
-def test_onnx_and_packed_files_match(tmp_path):
-    network = trained("bilinear")
-    config = {"model": SMALL, "method": METHODS["bilinear"], "parity": {"sign_zero": 1}, "seed": 0, "data": {}}
-    torch.save(
-        {"model": network.state_dict(), "config": config, "classes": 5, "channels": 1, "size": 12},
-        tmp_path / "last.ckpt",
-    )
-    found = export(str(tmp_path / "last.ckpt"), tmp_path / "model")
-    assert max(found["onnx"], found["packed"], found["deployed"]) < 1e-4
-    assert (tmp_path / "model.onnx").exists() and (tmp_path / "model.packed.pt").exists()
+def test_a_binary_layer_without_a_norm_is_named():
+    from rbonn.layers import make_conv
+
+    with pytest.raises(ValueError, match="no batch norm to take the scale of 0"):
+        deploy_(nn.Sequential(make_conv(weights="xnor")(2, 2, 3), nn.ReLU()))

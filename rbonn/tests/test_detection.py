@@ -4,22 +4,19 @@ import json
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from common import runs
 from common.data.batches import Plan, SeededBatches
 from common.data.detection import Scenes, TorchvisionDetection
 from common.data.shapes import shape_scenes
-from rbonn.detect import fit
-from rbonn.detection import (
-    faster_rcnn,
-    freeze_norms,
-    load_backbone,
-)
+from rbonn.detect import fit, rate
+from rbonn.detection import faster_rcnn, freeze_norms
 from rbonn.layers import make_conv, make_sign
 from rbonn.recurrent import RBConv2d
-from rbonn.tests.test_train import CONFIGS
+from rbonn.stages import load_backbone
+from rbonn.tests.layouts import DETECTOR, composed
 
 BUILDERS = {"conv": make_conv(weights="bilinear", recurrent="drelu_fixed"), "sign": make_sign(activations="binary")}
 TINY = {
@@ -65,33 +62,101 @@ def test_features_and_proposals_of_a_batch_are_those_of_single_images():
         torch.testing.assert_close(a[1:], b)
 
 
-def test_short_training_resumes_and_reports(tmp_path):
-    fabric = runs.launch({"accelerator": "cpu", "devices": 1})
-    overrides = [
-        "arm=test",
-        "data.train=12",
-        "data.test=4",
-        "data.side=48",
-        "train.epochs=2",
-        "train.batch_size=4",
-        "train.save_every=1",
-        "schedule.milestones=[2]",
-        "detector.backbone.layers=[1,1,1,1]",
-        "detector.backbone.widths=[8,8,8,8]",
-        "detector.fpn_channels=8",
-        "detector.head_width=16",
-        "detector.min_size=[48]",
-        "detector.max_size=64",
-        "detector.frozen_stages=1",
-    ]
-    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
-        cfg = compose("detect", overrides=overrides)
-    fit(cfg, fabric, tmp_path)
-    metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def trained(fabric, tmp_path_factory):
+    out = tmp_path_factory.mktemp("detector")
+    fit(composed("detect", *DETECTOR), fabric, out)
+    return out
+
+
+def test_short_training_reports_and_resumes_bit_for_bit(fabric, trained, tmp_path, monkeypatch):
+    metrics = json.loads((trained / "result.json").read_text())["metrics"]
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert 0 <= metrics["AP"] <= metrics["AP50"] <= 1 and len(rows) == 2 and rows[1]["active_share"] > 0
-    state = runs.load_checkpoint(tmp_path / "last.ckpt")
-    assert state["class_names"] == ["rectangle", "ellipse", "triangle"] and state["recurrence"]
+    assert metrics["active_share"] > 0 and rows[0]["loss"] == pytest.approx(
+        sum(v for k, v in rows[0].items() if k.startswith("loss_")), rel=1e-5
+    )
+    save = runs.Run.save_checkpoint
+
+    def killed(self, *args):
+        save(self, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.Run, "save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fit(composed("detect", *DETECTOR), fabric, tmp_path)
+    monkeypatch.setattr(runs.Run, "save_checkpoint", save)
+    fit(composed("detect", *DETECTOR), fabric, tmp_path)
+    whole, parts = (runs.load_checkpoint(p / "last.ckpt") for p in (trained, tmp_path))
+    torch.testing.assert_close(parts["model"], whole["model"], rtol=0, atol=0)
+    assert json.loads((tmp_path / "result.json").read_text())["metrics"] == metrics
+
+
+def test_gradients_are_clipped_and_rates_warm_up_and_fall(fabric, tmp_path):
+    seen = []
+
+    def before_step(optimizer, *_):
+        grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        seen.append((torch.stack([g.norm() for g in grads]).norm().item(), [g["lr"] for g in optimizer.param_groups]))
+
+    handle = register_optimizer_step_pre_hook(before_step)
+    cfg = composed("detect", *DETECTOR, "train.clip_norm=0.1", "schedule.warmup=4", "schedule.warmup_factor=0.2")
+    fit(cfg, fabric, tmp_path)
+    handle.remove()
+    assert len(seen) == 6 and all(0.09 < norm < 0.1001 for norm, _ in seen)
+    factors = [0.2, 0.4, 0.6, 0.08, 0.1, 0.1]  # warm-up to step 4, a tenth from the second epoch on
+    for (_, rates), factor in zip(seen, factors, strict=True):
+        assert rates == pytest.approx([0.02 * factor * m for m in (0.1, 1, 1)])
+    assert rate(cfg, 1, 2) == pytest.approx(0.012)
+
+
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [
+        ("train.clip_norm=-1", "clip_norm=-1, allowed: > 0"), ("train.epochs=0", "train.epochs=0"),
+        ("data.root=/x", "data.root=/x: scenes are generated"), ("data.name=lvis", "data.name='lvis', allowed"),
+        ("schedule.warmup_factor=2", "warmup_factor=2"), ("method.tau=3", "tau=3"), ("schedule.milestones=[5]", "milestones"),
+        ("detector.frozen_stages=1", "freezes weights that nothing has trained"), ("init.weights=/none.ckpt", "no backbone at"),
+        ("detector.frozen_stages=7", "frozen_stages=7"), ("schedule.kind=exp", "kind='exp'"),
+    ],
+)  # fmt: skip
+def test_wrong_values_are_named_before_anything_is_drawn(override, error, fabric, tmp_path, monkeypatch):
+    monkeypatch.setattr("rbonn.detect.detection_sets", None)  # calling it would be another error
+    with pytest.raises((ValueError, FileNotFoundError), match=error):
+        fit(composed("detect", *DETECTOR, override), fabric, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_detector_is_evaluated_used_and_packed_from_its_checkpoint(fabric, trained, tmp_path):
+    import csv
+
+    from PIL import Image
+
+    from rbonn.checkpoint import load
+    from rbonn.deploy import binary_names
+    from rbonn.evaluate import evaluate
+    from rbonn.export import export
+    from rbonn.predict import predict
+
+    weights = f"weights={trained / 'last.ckpt'}"
+    metrics = evaluate(composed("evaluate", weights, "batch_size=4"), fabric)
+    recorded = json.loads((trained / "result.json").read_text())["metrics"]
+    assert metrics["AP"] == recorded["AP"] and metrics["map50"] == recorded["map50"]
+    Image.new("RGB", (60, 48), (200, 30, 30)).save(tmp_path / "a.png")
+    Image.new("RGB", (40, 48), (20, 30, 200)).save(tmp_path / "b.png")
+    out = f"out={tmp_path / 'boxes.csv'}"
+    predict(composed("predict", weights, f"images={tmp_path}", out, "score=0"), fabric)
+    rows = list(csv.DictReader((tmp_path / "boxes.csv").open()))
+    assert {r["label"] for r in rows} <= {"rectangle", "ellipse", "triangle"} and rows
+    assert all(float(r["x1"]) <= (60 if r["path"].endswith("a.png") else 40) for r in rows)
+    with pytest.raises(ValueError, match="a detector is exported packed only"):
+        export(composed("export", weights), fabric)
+    found = export(composed("export", weights, f"out={tmp_path / 'd.packed.pt'}"), fabric)
+    assert max(found["deployed"], found["packed"]) < 1e-4
+    packed = load(tmp_path / "d.packed.pt")
+    assert len(binary_names(packed.model)) == 9 and packed.about["classes"] == ["rectangle", "ellipse", "triangle"]
+    again = evaluate(composed("evaluate", f"weights={tmp_path / 'd.packed.pt'}", "batch_size=4"), fabric)
+    assert again["map50"] == pytest.approx(metrics["map50"], abs=1e-3)
 
 
 def test_images_without_objects_and_of_different_size_make_a_batch():
@@ -110,14 +175,17 @@ def test_images_without_objects_and_of_different_size_make_a_batch():
 
 
 def test_backbone_loads_a_classifier_and_names_what_does_not_fit(tmp_path):
-    from rbonn.checkpoint import build_network
+    from rbonn.network import build_network
 
     shape = {"name": "react_resnet", **{k: list(v) if k != "stem" else v for k, v in TINY["backbone"].items()}}
     method = {"weights": "bilinear", "recurrent": "drelu_fixed", "activations": "binary"}
     network = build_network(model=shape, method=method, sign_zero=1, classes=4, channels=3)
     nn.init.normal_(network.bn1.running_mean)
     config = {"model": shape, "method": method, "parity": {"sign_zero": 1}}
-    torch.save({"model": network.state_dict(), "config": config, "classes": 4, "channels": 3}, tmp_path / "a.ckpt")
+    torch.save(
+        {"model": network.state_dict(), "config": config, "about": {"classes": list("abcd"), "channels": 3}},
+        tmp_path / "a.ckpt",
+    )
     model = faster_rcnn(num_classes=3, **BUILDERS, **TINY)
     load_backbone(model, tmp_path / "a.ckpt")
     assert torch.equal(model.backbone.body["bn1"].running_mean, network.bn1.running_mean)

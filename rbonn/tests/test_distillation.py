@@ -10,7 +10,7 @@ def logits(seed, shape=(5, 7)):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_is_the_sum_of_the_specification():
+def test_is_the_sum_over_classes_and_the_mean_over_images():
     s, t = logits(0), logits(1)
     expected = -(t.softmax(1) * s.log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(distribution_loss(s, t), expected)

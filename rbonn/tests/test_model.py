@@ -1,4 +1,4 @@
-"""The backbones: every count of the specification, published checkpoint formats, and the primitives that all arms share."""
+"""The backbones: every published count, published checkpoint formats, and the primitives that all arms share."""
 
 import re
 
@@ -10,10 +10,10 @@ from torch import nn
 
 from common.quant.binary import RSign, binarize, xnor_scale
 from rbonn.binarize import binarize_, parameter_groups
-from rbonn.checkpoint import build_network
 from rbonn.counts import measure
 from rbonn.layers import anneal, latent_sparsity, make_conv, make_sign
 from rbonn.model import ReActNetA, ReActResNet
+from rbonn.network import build_network
 from rbonn.recurrent import RBConv2d, Recurrence
 from rbonn.released import load_released
 
@@ -175,13 +175,14 @@ def test_published_checkpoints_load_by_key(name):
     state = {f"module.{published_name(k, mobile)}": v for k, v in model.state_dict().items()}
     if mobile:
         state = {k: v.reshape(-1, 1) if k.endswith(".weights") else v for k, v in state.items()}
-    loaded = load_released({"epoch": 3, "state_dict": state}, zero=1)
+    loaded, built = load_released({"epoch": 3, "state_dict": state}, zero=1)
+    assert build_network(**built).state_dict().keys() == loaded.state_dict().keys()
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
     )
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(model.eval()(x), loaded(x))
-    assert load_released(state).state_dict().keys() == model.state_dict().keys()
+    assert load_released(state)[0].state_dict().keys() == model.state_dict().keys()
     del state[next(k for k in state if k.endswith("running_var"))]
     with pytest.raises(ValueError, match="missing .*running_var"):
         load_released(state)
@@ -192,7 +193,7 @@ def test_a_file_of_another_kind_is_refused():
         load_released(torchvision.models.resnet18().state_dict())
 
 
-# --------------------------------------------------------------------------------------------- primitives of section 8
+# --------------------------------------------------------------------------------------------- primitives that all arms share
 def test_approx_sign_gradient_and_its_integral():
     x = torch.tensor([0.0, 0.5, -0.5, 1.0, -1.0, 2.0, -2.0], requires_grad=True)
     binarize(x, estimator="approx").sum().backward()
@@ -321,6 +322,49 @@ def test_binarize_takes_library_networks(source):
     assert len(names) == convs - 1 == sum(isinstance(m, RBConv2d) for m in model.modules())
     model(torch.randn(2, 3, 64, 64)).sum().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if n.endswith("scale_factor"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 2, "padding_mode": "reflect"},
+        {"padding": 1, "padding_mode": "circular", "stride": 2},
+        {"dilation": 2, "padding": 2},
+        {"groups": 4, "kernel_size": (1, 3)},
+        {"padding": "same"},
+    ],
+)
+def test_binarize_keeps_what_a_convolution_is(options):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, **{"kernel_size": 3, **options}).double().requires_grad_(False)
+    model = nn.Sequential(conv, nn.BatchNorm2d(8).double()).eval()
+    binarize_(model, skip_first=False, skip_last=False, activations=False, recurrent="none", lam=0.0)
+    new, x = model[0], torch.randn(2, 8, 9, 9, dtype=torch.float64)
+    assert new.weight.dtype == torch.float64 and not new.weight.requires_grad and not new.training
+    with torch.no_grad():
+        conv.weight.copy_(0.02 * new.scale_factor.abs() * torch.where(conv.weight < 0, -1.0, 1.0))
+    torch.testing.assert_close(new(x), conv(x))
+
+
+def test_binarize_refuses_by_name_what_it_would_change():
+    from timm.layers import Conv2dSame
+
+    def around(middle):
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), middle, nn.BatchNorm2d(8), nn.Linear(8, 2))
+
+    with pytest.raises(ValueError, match=r"cannot replace 2 \(Conv2dSame, not nn.Conv2d\)"):
+        binarize_(around(Conv2dSame(8, 8, 3)))
+    with pytest.raises(ValueError, match=r"2 \(ParametrizedConv2d"):
+        binarize_(around(nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3))))
+    hooked = around(nn.Conv2d(8, 8, 3))
+    hooked[2].register_forward_hook(lambda *a: None)
+    with pytest.raises(ValueError, match=r"2 \(it has hooks\)"):
+        binarize_(hooked)
+    shared = around(nn.Conv2d(8, 8, 3))
+    shared.again = shared[2]
+    with pytest.raises(ValueError, match=r"2 \(also used as again\)"):
+        binarize_(shared)
+    assert type(shared[2]) is nn.Conv2d
 
 
 def test_parameter_groups_decay_weights_only_and_slow_down_u():

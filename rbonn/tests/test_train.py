@@ -12,25 +12,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
-from PIL import Image
 
 from common import runs
+from rbonn.data import build_data
+from rbonn.tests.layouts import CONFIGS, SHORT, config, folder_config
 from rbonn.train import build, fit
 
 PAPER = Path(__file__).resolve().parents[1]
-CONFIGS = PAPER / "configs"
 ARMS = sorted(p.stem for p in (CONFIGS / "method").glob("*.yaml"))
-SHORT = ["train.epochs=2", "train.save_every=1", "train.batch_size=32", "data.train=192", "model.layers=[1,1]"]
-
-
-def config(*overrides):
-    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
-        return compose("config", overrides=[*SHORT, "arm=test", *overrides])
-
-
-@pytest.fixture(scope="module")
-def fabric():
-    return runs.launch({"accelerator": "cpu", "devices": 1})
 
 
 def result(folder):
@@ -62,20 +51,24 @@ def test_every_arm_trains_and_reports(method, fabric, tmp_path, stage1):
 
 
 def test_two_stages_begin_with_the_weights_of_the_first(fabric, stage1):
-    from rbonn.data import build_data
-
     cfg = config("method=drelu_fixed", f"init.weights={stage1}")
-    model = build(cfg, build_data(seed=0, **cfg.data))
+    model, teacher, begun = build(cfg, build_data(seed=0, **cfg.data))
+    assert teacher is None and set(begun) == {"init"}
     old = runs.load_checkpoint(stage1)["model"]
     new = model.state_dict()
     assert all(torch.equal(v, new[k]) for k, v in old.items())
     assert {k.rpartition(".")[2] for k in new.keys() - old.keys()} == {"scale_factor", "u"}
 
 
-def test_teacher_gives_the_labels(fabric, tmp_path, stage1):
+def test_the_teacher_is_its_checkpoint_frozen_in_evaluation_mode_and_gives_the_labels(fabric, tmp_path, stage1):
     overrides = ["method=xnor", f"init.weights={stage1}"]
-    fit(config(*overrides), fabric, tmp_path / "labels")
-    fit(config(*overrides, f"teacher.weights={stage1}"), fabric, tmp_path / "teacher")
+    cfg = config(*overrides, f"teacher.weights={stage1}")
+    _, teacher, begun = build(cfg, build_data(seed=0, **cfg.data))
+    saved = runs.load_checkpoint(stage1)["model"]
+    assert all(torch.equal(v, saved[k]) for k, v in teacher.state_dict().items()) and set(begun) == {"init", "teacher"}
+    assert not any(m.training for m in teacher.modules()) and not any(p.requires_grad for p in teacher.parameters())
+    fit(config(*overrides, "train.epochs=1"), fabric, tmp_path / "labels")
+    fit(config(*overrides, "train.epochs=1", f"teacher.weights={stage1}"), fabric, tmp_path / "teacher")
     rows = [
         json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[0])["loss"] for n in ("labels", "teacher")
     ]
@@ -116,12 +109,32 @@ def test_resumed_equals_uninterrupted_bit_for_bit(method, fabric, tmp_path, monk
     assert result(tmp_path / "whole")["metrics"] == result(tmp_path / "parts")["metrics"]
 
 
-def test_without_its_snapshot_a_resumed_run_would_differ(fabric, tmp_path):
-    """What the checkpoint of the recurrence is for: dropping it changes the numbers."""
-    fit(config("method=all", "train.epochs=2"), fabric, tmp_path / "whole")
-    state = runs.load_checkpoint(tmp_path / "whole/last.ckpt")
-    assert state["recurrence"] and all(v.abs().sum() > 0 for v in state["recurrence"].values())
-    assert not any("previous" in k for k in state["model"])
+def test_a_run_resumed_without_its_snapshot_differs(fabric, tmp_path):
+    """What the checkpoint of the recurrence is for: the weights are those of the uninterrupted run with it, others without."""
+    cfg = config("method=all", "optim.lr=0.05")
+    fit(cfg, fabric, tmp_path / "whole")
+    whole = runs.load_checkpoint(tmp_path / "whole/last.ckpt")["model"]
+    found = {}
+    save = runs.Run.save_checkpoint
+
+    def killed(self, state, *args):
+        save(self, state, *args)
+        raise KeyboardInterrupt
+
+    def killed_without(self, state, *args):
+        nothing = {k: torch.zeros_like(v) for k, v in state["recurrence"].items()}
+        killed(self, {**state, "recurrence": nothing}, *args)
+
+    for kept, kill in ((True, killed), (False, killed_without)):
+        out = tmp_path / str(kept)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runs.Run, "save_checkpoint", kill)
+            with pytest.raises(KeyboardInterrupt):
+                fit(cfg, fabric, out)
+        fit(cfg, fabric, out)
+        found[kept] = runs.load_checkpoint(out / "last.ckpt")["model"]
+    same = {k: all(torch.equal(v, whole[n]) for n, v in model.items()) for k, model in found.items()}
+    assert same == {True: True, False: False}
 
 
 def test_mixed_precision_keeps_the_recurrence_on(fabric, tmp_path):
@@ -151,7 +164,9 @@ for k in range(3):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 if fabric.global_rank == 0:
-    torch.save({"previous": net[0].previous, "model": net.state_dict(), **recurrence.counters()}, sys.argv[2])
+    signs, scale = net[0].signs_and_scale()
+    binary = {"signs": signs, "scale": scale}
+    torch.save({"previous": net[0].previous, "model": net.state_dict(), **binary, **recurrence.counters()}, sys.argv[2])
 if dist.is_initialized():  # a process that ends with gloo's threads still running may abort
     dist.destroy_process_group()
 """
@@ -171,25 +186,10 @@ def test_two_ranks_snapshot_the_averaged_gradient(tmp_path, monkeypatch):
     one, two = (torch.load(tmp_path / ranks, weights_only=True) for ranks in ("1", "2"))
     torch.testing.assert_close(one["previous"], two["previous"])
     torch.testing.assert_close(one["model"], two["model"])
+    assert torch.equal(one["signs"], two["signs"])
+    torch.testing.assert_close(one["scale"], two["scale"])
+    assert one["lookahead_flips"] == two["lookahead_flips"] > 0 and one["flip_rate"] == two["flip_rate"]
     assert one["active_share"] == two["active_share"] == 1.0 and one["previous"].abs().sum() > 0
-
-
-def test_the_script_trains_on_two_ranks_with_the_recurrence_on(tmp_path):
-    """Norms see one rank's images on CPU, so the numbers differ from one process; weights must be the same on both."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    extra = [
-        "method=all",
-        "init.arm=null",
-        "train.epochs=2",
-        "fabric.accelerator=cpu",
-        f"hydra.run.dir={tmp_path / 'two'}",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*torchrun, *SHORT, *extra], cwd=PAPER, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "2 devices x 1 micro-steps x" in done.stdout
-    metrics = result(tmp_path / "two")["metrics"]
-    assert metrics["active_share"] == 1.0 and metrics["lookahead_flips"] > 0
 
 
 def test_the_script_runs_from_inside_its_folder(tmp_path):
@@ -205,55 +205,6 @@ def test_a_finished_run_is_skipped(fabric, stage1, capsys):
     before = stage1.stat().st_mtime_ns
     fit(config("method=activations"), fabric, stage1.parent)
     assert "finished already" in capsys.readouterr().out and stage1.stat().st_mtime_ns == before
-
-
-# ------------------------------------------------------------------------------------------------ evaluate and predict
-def test_a_checkpoint_loads_evaluates_and_predicts(fabric, stage1, tmp_path):
-    from rbonn.checkpoint import load_network
-    from rbonn.data import build_data
-    from rbonn.predict import image_tensor
-    from rbonn.predict import predict as classes_of
-    from rbonn.train import classification_metrics, predict
-
-    network, state = load_network(stage1)
-    data = build_data(seed=0, **state["config"]["data"])
-    metrics = classification_metrics(*predict(fabric, network, data.test, batch_size=100, workers=0))
-    assert metrics["top1"] == pytest.approx(result(stage1.parent)["metrics"]["top1"])
-    Image.new("L", (8, 8), 100).save(tmp_path / "a.png")
-    best = classes_of(network, image_tensor(tmp_path / "a.png", channels=1, size=8, data="digits"), top=3)
-    assert len(best) == 3 and best[0][1] >= best[1][1] >= best[2][1]
-
-
-def test_class_folders_train_and_records_name_a_known_claim(fabric, tmp_path):
-    for split, n in (("train", 3), ("val", 1)):
-        for name in ("a", "b"):
-            for i in range(n):
-                path = tmp_path / "data" / split / name / f"{i}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.new("RGB", (40, 36), (80 * i, 40, 200 if name == "a" else 0)).save(path)
-    folder = [
-        "+data.size=32",
-        "+data.val=val",
-        "data.name=folder",
-        f"data.root={tmp_path / 'data'}",
-        "+data.lighting=correct",
-        "train.batch_size=4",
-    ]
-    fit(config("method=drelu_fixed", "model.layers=[1,1]", *folder), fabric, tmp_path / "run")
-    assert result(tmp_path / "run")["status"] == "finished"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "evaluate.py",
-        f"weights={tmp_path / 'run/last.ckpt'}",
-        "workers=0",
-        "record=true",
-        f"record_to={tmp_path}",
-    ]
-    done = subprocess.run(command, cwd=PAPER, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    record = json.loads(next(tmp_path.glob("*_folder.json")).read_text())
-    assert record["n"] == 2 and record["claim"] is None and len(record["weights_sha256"]) == 64
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
@@ -287,10 +238,13 @@ def test_a_misspelt_key_fails_with_its_name(override, error, fabric, tmp_path):
         (["schedule.kind=exp"], "kind='exp', allowed"),
         (["optim.name=lamb"], "optim.name='lamb', allowed"),
         (["model.name=resnet"], "model.name='resnet', allowed"),
-        (["data.name=mnist"], "data.name='mnist', allowed"),
+        (["data.name=svhn"], "data.name='svhn', allowed"),
+        (["data.root=/x"], "data.root=/x: digits are embedded"),
+        (["train.epochs=0"], "train.epochs=0, allowed"),
         (["parity.sign_zero=2"], "sign_zero=2"),
         (["train.batch_size=4096"], r"fewer than train\.batch_size=4096"),
         (["train.accumulation=3"], "batch_size=32.*multiple of"),
+        (["+method.scale_grad=false_"], "scale_grad='false_', allowed"),
         (["init.arm=a", "init.weights=b"], "not both"),
         (["teacher.timm=resnet3000"], "no timm model"),
     ],
@@ -307,7 +261,11 @@ def test_a_missing_or_foreign_first_stage_and_a_teacher_with_other_classes(fabri
     with pytest.raises(ValueError, match="is no first stage of this network"):
         fit(config(f"init.weights={stage1}", "model.widths=[8,32]"), fabric, tmp_path / "run")
     state = runs.load_checkpoint(stage1)
-    state["classes"] = 7
+    state["about"]["classes"] = list("abcdefghij")  # as many, but others
+    torch.save(state, tmp_path / "others.ckpt")
+    with pytest.raises(ValueError, match="has other classes than the data: 'a' where the data have '0'"):
+        fit(config(f"teacher.weights={tmp_path / 'others.ckpt'}"), fabric, tmp_path / "run")
+    state["about"]["classes"] = list("abcdefg")
     state["model"] |= {"fc.weight": torch.zeros(7, 16), "fc.bias": torch.zeros(7)}
     torch.save(state, tmp_path / "seven.ckpt")
     with pytest.raises(ValueError, match="has 7 classes, the data 10"):
@@ -315,11 +273,16 @@ def test_a_missing_or_foreign_first_stage_and_a_teacher_with_other_classes(fabri
     torch.save({"x": 1}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="neither a checkpoint of rbonn/train.py"):
         fit(config(f"teacher.weights={tmp_path / 'other.ckpt'}"), fabric, tmp_path / "run")
+    fit(config("method=xnor", "train.epochs=1"), fabric, tmp_path / "xnor")
+    with pytest.raises(
+        ValueError, match="is no first stage: its weights are xnor; stage 2 begins with method=activations"
+    ):
+        fit(config(f"init.weights={tmp_path / 'xnor/last.ckpt'}"), fabric, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_nan_loss_stops_the_run_and_names_the_term(fabric, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"step \d+: (loss|gradient norm)=(nan|inf)"):
+    with pytest.raises(FloatingPointError, match=r"step \d+:.*(loss|gradient norm)=(nan|inf)"):
         fit(config("optim.lr=1e30", "optim.name=sgd", "train.epochs=4"), fabric, tmp_path)
     assert result(tmp_path)["status"] == "failed"
 
@@ -328,11 +291,87 @@ def test_preflight_writes_nothing_and_missing_data_says_where(fabric, tmp_path, 
     fit(config("preflight=true"), fabric, tmp_path / "run")
     assert "preflight: data found" in capsys.readouterr().out and not (tmp_path / "run").exists()
     with pytest.raises(FileNotFoundError, match=str(tmp_path / "nowhere")):
-        fit(config("data.name=folder", f"data.root={tmp_path / 'nowhere'}"), fabric, tmp_path / "run")
+        fit(folder_config(tmp_path / "nowhere"), fabric, tmp_path / "run")
+
+
+def test_preflight_stands_in_for_stages_that_are_not_there_and_trains_none(fabric, tmp_path, capsys):
+    runs_at = tmp_path / "runs"
+    cfg = config("preflight=true", "init.arm=activations", "teacher.arm=real", f"run_root={runs_at}")
+    fit(cfg, fabric, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "no stage-1 checkpoint" in said and "no teacher" in said and "teacher's forward pass included" in said
+    assert not runs_at.exists() and not (tmp_path / "run").exists()
+
+
+# -------------------------------------------------------------------------------------------------------------- stages
+def test_a_stage_is_found_by_its_data_and_model_also_in_a_directory_of_overrides(fabric, tmp_path):
+    def stage(folder, *overrides):
+        fit(config("method=activations", "arm=activations", "train.epochs=1", *overrides), fabric, tmp_path / folder)
+
+    here = [f"run_root={tmp_path}", "method=xnor", "init.arm=activations"]
+    stage("default/activations/seed0")
+    with pytest.raises(ValueError, match=r"data.sigma: 0.25 -> 0.1.*method=activations"):
+        fit(config(*here, "data.sigma=0.1"), fabric, tmp_path / "run")
+    stage("default/activations/data.sigma-0.1/seed0", "data.sigma=0.1")
+    fit(config(*here, "data.sigma=0.1", "train.epochs=1"), fabric, tmp_path / "run")
+    stage("default/activations/other/seed0", "data.sigma=0.1", "optim.lr=0.1")
+    with pytest.raises(ValueError, match="choose one with init.weights="):
+        fit(config(*here, "data.sigma=0.1"), fabric, tmp_path / "run2")
+    unfinished = tmp_path / "default/activations/seed0/result.json"
+    unfinished.write_text(unfinished.read_text().replace('"finished"', '"running"'))
+    with pytest.raises(ValueError, match="has not finished: run its command again"):
+        fit(config(*here), fabric, tmp_path / "run3")
+
+
+def test_another_first_stage_is_another_run(fabric, tmp_path, stage1):
+    begin = tmp_path / "begin.ckpt"
+    begin.write_bytes(stage1.read_bytes())
+    cfg = config("method=xnor", f"init.weights={begin}", "train.epochs=1")
+    fit(cfg, fabric, tmp_path / "run")
+    state = runs.load_checkpoint(stage1)
+    state["model"]["fc.bias"] += 1
+    torch.save(state, begin)
+    with pytest.raises(runs.RunError, match="on other data .init"):
+        fit(cfg, fabric, tmp_path / "run")
+
+
+@pytest.mark.parametrize("experiment", sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml")))
+def test_no_recipe_of_a_second_stage_starts_without_the_first(experiment, fabric, tmp_path, monkeypatch):
+    """init.weights: ??? is really missing, and a stage that is named by its arm must be there."""
+    from rbonn import detect
+
+    main, fit_ = ("detect", detect.fit) if experiment.endswith("detection") else ("config", fit)
+    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
+        cfg = compose(
+            main, overrides=[f"experiment={experiment}", "arm=test", "data.root=/nowhere", f"run_root={tmp_path}"]
+        )
+    second = "stage2" in experiment or main == "detect"
+    needed = OmegaConf.is_missing(cfg.init, "weights") or cfg.init.get("arm") is not None
+    assert needed == second
+    expected = "init.weights|no stage-1 checkpoint" if second else "no folder /nowhere"
+    with pytest.raises((runs.RunError, FileNotFoundError), match=expected):
+        fit_(cfg, fabric, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretrained_teachers_offline_name_the_option_for_a_file(fabric, tmp_path, monkeypatch):
+    import timm
+
+    def offline(*args, **kwargs):
+        assert kwargs["pretrained"]
+        raise OSError("cannot reach the hub")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    cfg = config("teacher.timm=resnet10t")
+    with pytest.raises(ValueError, match="cannot reach the hub.*teacher.weights=<file> beside teacher.timm"):
+        build(cfg, build_data(seed=0, **cfg.data))
+    cfg = config("teacher.timm=resnet10t", "teacher.weights=/nowhere.safetensors")
+    with pytest.raises(FileNotFoundError, match="no file /nowhere.safetensors"):
+        build(cfg, build_data(seed=0, **cfg.data))
 
 
 def test_every_config_composes_and_builds():
-    from rbonn.checkpoint import build_network
+    from rbonn.network import build_network
 
     with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
         for model in (CONFIGS / "model").glob("*.yaml"):
