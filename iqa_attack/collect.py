@@ -1,170 +1,45 @@
-"""A yes/no study with people: a local web page shows every candidate beside its original and writes the answers to a
-CSV.
+"""A yes/no study with people: a local web page shows every candidate beside its original and writes the answers to a CSV.
 
-python attack.py save_candidates=true hydra.run.dir=runs/study/made                first: the candidates as PNG
-python collect.py run=runs/study/made subject=anna                                  then open the address it prints
-python attack.py reuse=runs/study/made observer.kind=csv observer.csv.file=answers.csv          last: select with the answers
+python attack.py save_candidates=true hydra.run.dir=runs/study/made                     first: the candidates as PNG
+python collect.py run=runs/study/made subject=anna                                      then open the address it prints
+python attack.py reuse=runs/study/made observer.kind=csv observer.csv.file=answers.csv hydra.run.dir=runs/study/judged
 
-Protocol (section 3.7): one second per image, half a second of grey between, random order, a training session first,
-breaks. Keys: s (same) and d (different). A study that is interrupted goes on where it stopped."""
+One second per image, half a second of grey between, random order, a training session first, breaks. Keys: s (same) and d
+(different). A study that is interrupted goes on where it stopped.
+"""
 
-import csv
-import json
-import re
-import threading
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote
 
-import hydra
-import numpy as np
-import yaml
+from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
-from iqa_attack.jnd import ANSWER_COLUMNS
-
-PAGE = Path(__file__).with_name("collect.html")
-
-
-def plan_trials(run: Path, subject: str, answered: set[tuple[str, str]], *, repeats: int, seed: int) -> list[dict]:
-    """The trials of a subject that are left, in a random order that belongs to the subject. FileNotFoundError without
-    candidates."""
-    files = sorted((run / "candidates").glob("*/[0-9]*.png"))
-    if not files:
-        raise FileNotFoundError(f"no candidates in {run / 'candidates'}: run attack.py with save_candidates=true first")
-    trials = [{"image": f.parent.name, "candidate": f.stem, "repeat": r} for f in files for r in range(repeats)]
-    order = np.random.default_rng([seed, *subject.encode()]).permutation(len(trials))
-    return [trials[i] for i in order if (trials[i]["image"], trials[i]["candidate"]) not in answered]
+from common.scripts import script
+from iqa_attack.study.session import Study, serve
 
 
-def read_answered(file: Path, subject: str, nr: str, fr: str) -> set[tuple[str, str]]:
-    """(image, candidate) that the subject has judged already."""
-    if not file.exists():
-        return set()
-    with file.open(newline="") as f:
-        return {
-            (r["image"], r["candidate"])
-            for r in csv.DictReader(f)
-            if (r["subject"], r["nr"], r["fr"]) == (subject, nr, fr)
-        }
-
-
-class Study:
-    """The state of one subject's session, and the file it appends to."""
-
-    def __init__(
-        self,
-        run: Path,
-        *,
-        subject: str,
-        file: Path,
-        repeats: int = 1,
-        training: int = 5,
-        pause_every: int = 60,
-        seed: int = 0,
-    ):
-        if not re.fullmatch(r"[\w.-]+", subject):
-            raise ValueError(f"subject={subject!r}: use letters, digits, '.', '_' and '-'")
-        if not (run / "config.yaml").is_file():
-            raise FileNotFoundError(f"{run} is no run of attack.py (no config.yaml)")
-        config = yaml.safe_load((run / "config.yaml").read_text())
-        self.nr, self.fr = config["nr"], config["fr"]["kind"]
-        self.run, self.subject, self.file, self.lock = run, subject, file, threading.Lock()
-        self.trials = plan_trials(
-            run, subject, read_answered(file, subject, self.nr, self.fr), repeats=repeats, seed=seed
-        )
-        self.page = {
-            "training": min(training, len(self.trials)),
-            "pause_every": pause_every,
-            "trials": self.trials,
-            "subject": subject,
-        }
-
-    def answer(self, row: dict) -> None:
-        """Append one answer. ValueError for one that is not of this study."""
-        known = {(t["image"], t["candidate"]) for t in self.trials}
-        if (row.get("image"), row.get("candidate")) not in known or row.get("answer") not in ("same", "different"):
-            raise ValueError(f"not an answer of this study: {row}")
-        line = {
-            "nr": self.nr,
-            "fr": self.fr,
-            "subject": self.subject,
-            **{k: row[k] for k in ("image", "candidate", "answer")},
-        }
-        line |= {"order": int(row["order"]), "seconds": f"{float(row['seconds']):.3f}"}
-        with self.lock:
-            new = not self.file.exists()
-            with self.file.open("a", newline="") as f:
-                writer = csv.DictWriter(f, ANSWER_COLUMNS, lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerow(line)  # type: ignore[arg-type]
-
-
-class Handler(BaseHTTPRequestHandler):
-    """GET / (page), /study (trials), /candidates/<image>/<file>.png; POST /answer."""
-
-    def __init__(self, study: Study, *args, **kwargs):
-        self.study = study
-        super().__init__(*args, **kwargs)
-
-    def _send(self, status: int, kind: str, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        path = unquote(self.path)
-        if path == "/":
-            return self._send(200, "text/html; charset=utf-8", PAGE.read_bytes())
-        if path == "/study":
-            return self._send(200, "application/json", json.dumps(self.study.page).encode())
-        asked = re.fullmatch(r"/candidates/([^/]+)/(original|\d+)\.png", path)
-        file = (
-            self.study.run / "candidates" / asked[1] / f"{asked[2]}.png"
-            if asked and asked[1] not in (".", "..")
-            else None
-        )
-        if file is None or not file.is_file():
-            return self._send(404, "text/plain", b"not here")
-        return self._send(200, "image/png", file.read_bytes())
-
-    def do_POST(self) -> None:
-        try:
-            if self.path != "/answer":
-                raise ValueError(f"nothing to post to {self.path}")
-            self.study.answer(json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0)))))
-        except (ValueError, KeyError, TypeError) as error:
-            return self._send(400, "text/plain", str(error).encode())
-        return self._send(204, "text/plain", b"")
-
-    def log_message(self, format: str, *args) -> None:
-        """No line per request."""
-
-
-def serve(study: Study, port: int) -> ThreadingHTTPServer:
-    """A server on this machine only; call serve_forever(). port 0: any free one."""
-    return ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, study))
-
-
-@hydra.main(version_base="1.3", config_path="configs", config_name="collect")
-def main(cfg: DictConfig) -> None:
+def collect(cfg: DictConfig) -> None:
+    """Serves the page until Ctrl-C."""
+    for key, low in {"repeats": 1, "training": 0, "pause_every": 1, "port": 0}.items():
+        if cfg[key] < low or (key == "port" and cfg.port > 65535):
+            raise ValueError(f"{key}={cfg[key]}, allowed: {'0..65535' if key == 'port' else f'>= {low}'}")
     study = Study(
-        Path(cfg.run), subject=str(cfg.subject), file=Path(cfg.file), repeats=cfg.repeats, training=cfg.training,
-        pause_every=cfg.pause_every, seed=cfg.seed,
+        Path(cfg.run).expanduser(), subject=str(cfg.subject), file=Path(cfg.file).expanduser(), repeats=cfg.repeats,
+        training=cfg.training, pause_every=cfg.pause_every, seed=cfg.seed,
     )  # fmt: skip
     server = serve(study, cfg.port)
-    print(
-        f"{len(study.trials)} trials for {study.subject}: open http://127.0.0.1:{server.server_port}/ , end with Ctrl-C",
-        flush=True,
-    )
+    where = f"http://127.0.0.1:{server.server_port}/"
+    print(f"{len(study.trials)} trials for {study.subject}: open {where} , end with Ctrl-C", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
         print(f"answers in {cfg.file}")
+    finally:
+        server.server_close()
+
+
+@script("collect")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    collect(cfg)
 
 
 if __name__ == "__main__":

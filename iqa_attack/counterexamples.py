@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,13 @@ class Judged:
         """(S, 3, H, W); the image itself where no candidate is below the JND."""
         picked = self.images[self.chosen.clamp(min=0), torch.arange(len(x0))]
         return torch.where((self.chosen >= 0).view(-1, 1, 1, 1).to(picked.device), picked, x0)
+
+    def row(self, s: int) -> dict[str, Any]:
+        """What became of image s: whether there is a counterexample, which candidate it is, how many were below the JND."""
+        k = int(self.chosen[s])
+        strength = float(self.strengths[max(k, 0), s]) if k >= 0 else 0.0
+        below = int(self.below[:, s].sum())
+        return {"success": k >= 0, "candidate": k, "strength": strength, "below": below, "candidates": len(self.below)}
 
 
 @torch.no_grad()

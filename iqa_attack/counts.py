@@ -1,4 +1,4 @@
-"""Exact numbers: parameters of the architectures, and the arithmetic of the published table (sections 2.3 and 8).
+"""Exact numbers: parameters of the architectures, and the arithmetic of the published table.
 
 python counts.py        writes runs/default/counts/seed0/result.json, in seconds, without any data
 """
@@ -6,21 +6,20 @@ python counts.py        writes runs/default/counts/seed0/result.json, in seconds
 import math
 from pathlib import Path
 
-import hydra
 import numpy as np
 import torch
 import torchvision
-from hydra.core.hydra_config import HydraConfig
+from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
-from common import runs
 from common.metrics.claims import load_document
-from common.metrics.ops import count_parameters
-from iqa_attack.deep_fidelity import vgg16_trunk
-from iqa_attack.ma19 import Ma19
+from common.metrics.ops import count_parameters, record_counts
+from common.scripts import script
+from iqa_attack.fidelities.deep_fidelity import vgg16_trunk
 from iqa_attack.perceptual_attack import CODE_LAMBDAS
 from iqa_attack.quality_metrics import clean_lattice, doubled_lattice, on_lattice, srcc24, stability
-from iqa_attack.unique import Unique
+from iqa_attack.quality_models.ma19 import Ma19
+from iqa_attack.quality_models.unique import Unique
 
 PAPER = Path(__file__).resolve().parent
 
@@ -73,16 +72,9 @@ def count() -> dict[str, float]:
     return found
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="counts")
-def main(cfg: DictConfig) -> None:
-    run = runs.Run.open(Path(HydraConfig.get().runtime.output_dir), cfg, runs.launch(cfg.fabric))
-    if run is None:
-        return
-    with run:
-        found = count()
-        run.finish(found)
-    for name, value in found.items():
-        print(f"{name:32s} {value:>16,.6g}")
+@script("counts")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    record_counts(cfg, fabric, out, count)
 
 
 if __name__ == "__main__":

@@ -1,105 +1,122 @@
-"""Score a folder of images or an image quality data set: correlations per model after its logistic, or the scores as
-CSV.
+"""Score a folder of images or an image quality data set: correlations per model after its logistic, and the scores as CSV.
 
 python evaluate.py weights=runs/default/all/seed0/last.ckpt                         the test images of its own split
-python evaluate.py weights=... data.root=/datasets/kadid                            LIVE, CSIQ, KADID, TID2013, KonIQ
-or labels.csv
-python evaluate.py weights=svm_model.mat kind=brisque higher_is_better=true data.root=photos/
+python evaluate.py weights=... data.root=/datasets/kadid                            LIVE, CSIQ, KADID, TID2013, KonIQ or a list
+python evaluate.py weights=brisque_model_live.yml kind=brisque data.root=photos/    the authors' or OpenCV's file
+
+Beside every score on 0..10 stands the raw one, on the model's own scale.
 """
 
-import csv
-import hashlib
-import json
 from pathlib import Path
 
-import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
+from lightning_fabric import Fabric
+from omegaconf import DictConfig
+from torch import Tensor
 
-from common import runs
-from iqa_attack.data import build_data, score_all
-from iqa_attack.images import find_images
-from iqa_attack.iqa_sets import detect_set, read_set, unrated
-from iqa_attack.nr_models import Scored, load_official, load_trained
-from iqa_attack.photos import QualitySet
-from iqa_attack.quality_metrics import correlations, fit_logistic
+from common.data.files import Table, find_images
+from common.metrics.external import check_claim, print_metrics, write_record
+from common.scripts import script
+from iqa_attack.checkpoint import load
+from iqa_attack.photographs.data import build_data, score_all
+from iqa_attack.photographs.iqa_sets import SETS, detect_set, read_set, unrated
+from iqa_attack.photographs.photos import QualitySet
+from iqa_attack.quality_metrics import correlations
+from iqa_attack.quality_models.calibration import Scored, fit_calibration
+from iqa_attack.quality_models.models import KINDS, Models, load_official
+
+PAPER = Path(__file__).resolve().parent
 
 
-def load(cfg: DictConfig) -> dict[str, Scored]:
-    """The models of a checkpoint of train.py, or with cfg.kind the authors' model in cfg.weights."""
+def load_weights(cfg: DictConfig) -> tuple[Models, dict[str, int | None], dict]:
+    """(models, short side that each takes its images at, configuration) of a checkpoint of train.py, or with cfg.kind of the
+    authors' model in cfg.weights."""
     if not cfg.kind:
-        return load_trained(cfg.weights)
+        trained = load(cfg.weights)
+        return trained.model, trained.about["resize"], trained.config  # type: ignore[return-value]
     options = {} if cfg.higher_is_better is None else {"higher_is_better": cfg.higher_is_better}
-    logistic = {"b3": 0.0, "b4": 1.0} if cfg.kind == "niqe" else {}  # a monotone map does not change what is ranked
-    return {cfg.kind: load_official(cfg.kind, cfg.weights, **options, **logistic)}
+    if options and cfg.kind != "brisque":
+        raise ValueError(
+            f"higher_is_better={cfg.higher_is_better}: only BRISQUE files come in both signs, not {cfg.kind}"
+        )
+    scored = load_official(cfg.kind, cfg.weights, b3=cfg.b3, b4=cfg.b4, **options)
+    return Models({cfg.kind: scored}), {cfg.kind: None}, {}
 
 
-def images_of(cfg: DictConfig) -> tuple[QualitySet, str]:
-    """The images and what they are: a known set under data.root, else every image below it, else the test split of
-    the checkpoint."""
+def check(cfg: DictConfig) -> None:
+    """What can be told before anything is loaded."""
+    check_claim(PAPER, cfg.claim)
+    if cfg.kind is not None and cfg.kind not in KINDS:
+        raise ValueError(f"kind={cfg.kind}, allowed: {', '.join(KINDS)}, or null for a checkpoint of train.py")
+    if cfg.data.name not in (names := ("auto", *SETS, "folder")):
+        raise ValueError(f"data.name={cfg.data.name}, allowed: {', '.join(names)}")
+    if cfg.data.root is None and (cfg.kind or cfg.data.name != "auto"):
+        raise ValueError("data.root is not set: give a folder of images or a data set")
+    if cfg.resize is not None and cfg.resize < 24:
+        raise ValueError(f"resize={cfg.resize}, allowed: >= 24 or null")
+
+
+def images_of(cfg: DictConfig, trained: dict) -> tuple[QualitySet, str]:
+    """The images and what they are: a known set under data.root, else every image below it, else the test split of the
+    checkpoint."""
     if cfg.data.root is None:
-        if cfg.kind:
-            raise ValueError("data.root is not set: give a folder of images or a data set")
-        trained = OmegaConf.create(runs.load_checkpoint(cfg.weights)["config"])
-        return build_data(seed=trained.seed, **trained.data)["test"], "test split"  # type: ignore[arg-type]
-    if cfg.data.name == "folder":
-        return unrated(find_images(cfg.data.root)), "folder"
-    try:
-        name = detect_set(cfg.data.root) if cfg.data.name == "auto" else cfg.data.name
-    except FileNotFoundError:
-        return unrated(find_images(cfg.data.root)), "folder"
+        return build_data(seed=trained["seed"], **trained["data"])["test"], "test split"
+    name = cfg.data.name
+    if name == "auto":
+        try:
+            name = detect_set(cfg.data.root)
+        except FileNotFoundError:
+            name = "folder"
+    if name == "folder":
+        return unrated(find_images(cfg.data.root), cfg.data.root), name
     return read_set(name, cfg.data.root, higher_is_better=cfg.data.higher_is_better), name
 
 
-def evaluate(cfg: DictConfig) -> dict[str, float]:
-    """Prints and returns the metrics {srcc_<model>, ...}; without opinions writes the scores of every image to
-    cfg.out."""
-    models, (data, name) = load(cfg), images_of(cfg)
-    device = torch.device(
-        "cuda" if torch.cuda.is_available() and cfg.device == "auto" else "cpu" if cfg.device == "auto" else cfg.device
-    )
-    found = {n: score_all(m.to(device), data, device=device, resize=cfg.resize) for n, m in models.items()}
-    with Path(cfg.out).open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["image", "mos", *found])
-        for i, image in enumerate(data.names):
-            writer.writerow([image, f"{float(data.mos[i]):.4f}", *(f"{float(s[i]):.4f}" for s in found.values())])
+def write_scores(cfg: DictConfig, data: QualitySet, raw: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """cfg.out: image, mos, and of every model the score on 0..10 and the raw one."""
+    with Table(cfg.out) as table:
+        for i, image in enumerate(data.images):
+            row = {"image": image if isinstance(image, Path) else data.names[i], "mos": f"{float(data.mos[i]):.4f}"}
+            for n in found:
+                row |= {n: f"{float(found[n][i]):.4f}", f"raw_{n}": f"{float(raw[n][i]):.6g}"}
+            table.write(row)
+
+
+def evaluate(cfg: DictConfig, fabric: Fabric) -> dict[str, float]:
+    """Prints and returns the metrics {srcc_<model>, ...}; writes the scores of every image to cfg.out."""
+    check(cfg)
+    models, resize, trained = load_weights(cfg)
+    data, name = images_of(cfg, trained)
+    models = models.to(fabric.device)
+    raw, found = {}, {}
+    rated = bool(torch.isfinite(data.mos).all())
+    for n, scored in models.items():
+        side = cfg.resize or resize[n]
+        raw[n] = score_all(scored.model, data, device=fabric.device, resize=side, batch=cfg.batch_size)
+        if cfg.refit and rated:
+            scored = Scored(scored.model, fit_calibration(raw[n], data.mos, source=f"fitted to {name}"))
+        found[n] = scored.scale(raw[n])
+        print(f"{n}: {scored.calibration}")  # type: ignore[union-attr]
+    write_scores(cfg, data, raw, found)
+    print(f"{name}: scores in {cfg.out}")
     metrics: dict[str, float] = {}
-    print(f"{name}: {len(data)} images, scores in {cfg.out}")
-    if not bool(torch.isfinite(data.mos).all()):
-        return metrics
-    for n, s in found.items():
-        if cfg.refit:
-            raw = score_all(models[n].model, data, device=device, resize=cfg.resize)
-            s = Scored(models[n].model, *fit_logistic(raw, data.mos))
-            s = score_all(s, data, device=device, resize=cfg.resize)
-        row = correlations(s, data.mos)
-        metrics |= {f"{k}_{n}": v for k, v in row.items()}
-        print(f"{n:10s}" + "  ".join(f"{k.upper()} {v:.4f}" for k, v in row.items()))
+    if rated:
+        for n, s in found.items():
+            metrics |= {f"{k}_{n}": v for k, v in correlations(s, data.mos).items()}
+    print_metrics(metrics, len(data))
     if cfg.record:
-        digest = hashlib.sha256(_bytes(cfg.weights)).hexdigest()
-        record = {
-            "claim": None,
-            "value": next(iter(metrics.values())),
-            "weights_sha256": digest,
-            "n": len(data),
-            "data": name,
-        }
-        target = Path(cfg.record_to) / f"{digest[:12]}_{name.replace(' ', '_')}.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(record | {"metrics": metrics} | runs.provenance(device), indent=1) + "\n")
-        print(f"recorded in {target}")
+        if not metrics:
+            raise ValueError("record=true: these images have no opinions, so there is nothing to record")
+        write_record(
+            cfg.record_to or PAPER / "results/external", weights=cfg.weights, value=next(iter(metrics.values())), n=len(data),
+            data=name, metrics=metrics, claim=cfg.claim, device=fabric.device,
+        )  # fmt: skip
     return metrics
 
 
-def _bytes(path: str) -> bytes:
-    where = Path(path).expanduser()
-    return b"".join(p.read_bytes() for p in sorted(where.glob("*.mat"))) if where.is_dir() else where.read_bytes()
-
-
-@hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
-def main(cfg: DictConfig) -> None:
-    evaluate(cfg)
+@script("evaluate")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    evaluate(cfg, fabric)
 
 
 if __name__ == "__main__":

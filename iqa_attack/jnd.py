@@ -1,11 +1,9 @@
-"""The just-noticeable difference: the map of Chou and Li, a simulated observer with it, and other observers (sections
-3.7, 3.8).
+"""The just-noticeable difference: the map of Chou and Li (1995), a simulated observer with it, and other observers.
 
 An observer answers `detect(x, x0, names)` -> (times "different", trials), both (B,). A candidate is below the JND where
 "different" is answered in at most a quarter of the trials.
 """
 
-import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.data.batches import stream
-from iqa_attack.images import luma
+from common.data.files import read_table
+from iqa_attack.photographs.images import luma
 
 DETECTED = 0.25  # "same" in at least 75 % of the trials is below the JND
 BACKGROUND = ((1, 1, 1, 1, 1), (1, 2, 2, 2, 1), (1, 2, 0, 2, 1), (1, 2, 2, 2, 1), (1, 1, 1, 1, 1))
@@ -90,6 +89,22 @@ class ThresholdObserver:
 ANSWER_COLUMNS = ("nr", "fr", "image", "candidate", "subject", "order", "answer", "seconds")
 
 
+def read_answers(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """(line, {column: cell}) of a file of answers. ValueError naming the bad line."""
+    rows, expected = read_table(path), f"expected {', '.join(ANSWER_COLUMNS)}, answer same or different"
+    if rows and set(rows[0][1]) != set(ANSWER_COLUMNS):
+        raise ValueError(f"{path}, line {rows[0][0]}: {expected}, got {', '.join(rows[0][1])}")
+    found = []
+    for line, cells in rows[1:]:
+        if len(cells) != len(ANSWER_COLUMNS):
+            raise ValueError(f"{path}, line {line}: {len(cells)} cells; {expected}")
+        row = dict(zip(rows[0][1], cells, strict=True))
+        if row["answer"] not in ("same", "different"):
+            raise ValueError(f"{path}, line {line}: answer {row['answer']!r}; {expected}")
+        found.append((line, row))
+    return found
+
+
 class CsvObserver:
     """Answers of people from a file written by collect.py: columns ANSWER_COLUMNS, answer "same" or "different".
 
@@ -101,15 +116,10 @@ class CsvObserver:
         if not path.is_file():
             raise FileNotFoundError(f"no answers {path}: collect them first with collect.py")
         self.different, self.trials, self.path = Counter(), Counter(), path
-        with path.open(newline="") as f:
-            for number, row in enumerate(csv.DictReader(f), 2):
-                if set(row) != set(ANSWER_COLUMNS) or row["answer"] not in ("same", "different"):
-                    raise ValueError(
-                        f"{path}, line {number}: expected {', '.join(ANSWER_COLUMNS)}, answer same or different"
-                    )
-                key = "/".join(row[c] for c in ANSWER_COLUMNS[:4])
-                self.trials[key] += 1
-                self.different[key] += row["answer"] == "different"
+        for _, row in read_answers(path):
+            key = "/".join(row[c] for c in ANSWER_COLUMNS[:4])
+            self.trials[key] += 1
+            self.different[key] += row["answer"] == "different"
 
     def detect(self, x: Tensor, x0: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         if missing := [n for n in names if not self.trials[n]]:

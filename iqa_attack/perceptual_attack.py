@@ -1,7 +1,7 @@
-"""The perceptual attack: change the prediction as much as possible while a full-reference distance stays small (section 3).
+"""The perceptual attack: change the prediction as much as possible while a full-reference distance stays small.
 
     x* = argmax  (s(x) - c)^2 - lambda D(x, x0)
-    lambda_on="fidelity":     J = disc - lambda D      (the code's lambda)
+    lambda_on="fidelity":     J = disc - lambda D      (the lambda of the released code)
     lambda_on="discrepancy":  J = lambda disc - D      (the paper's Eq. 2)
 
 Both have the same maximiser for lambda and 1/lambda. `s` maps images (B, 3, H, W) in 0..1 to scores (B,) in 0..10.
@@ -25,13 +25,46 @@ CODE_LAMBDAS = (
     0, 0.2, 0.4, 0.6, 0.8, 1, 3, 5, 7, 9, 20, 40, 60, 80, 100, 300, 500, 700, 900, 2e3, 4e3, 6e3, 8e3, 1e4, 3e4, 5e4, 7e4, 9e4,
     2e5, 6e5, 1e6, 5e6, 9e6,
 )  # fmt: skip
-PRESETS = {  # of section 3.4; "projected" is added for Chebyshev
-    "official": {"step_rule": "adam_restart", "gamma": 5e-3, "lambda_on": "fidelity", "steps": 200},
-    "paper": {"step_rule": "l2", "l2_scale": "rms", "gamma": 1e-3, "lambda_on": "discrepancy", "steps": 200},
-    "paper_chebyshev": {"step_rule": "sign", "gamma": 1e-3, "lambda_on": "discrepancy", "steps": 200},
-    "paper_literal": {"step_rule": "l2", "l2_scale": "none", "gamma": 1e-3, "lambda_on": "discrepancy", "steps": 200},
-    "sign": {"step_rule": "sign", "gamma": 1e-3, "lambda_on": "fidelity", "steps": 40},
-}
+SHORT_LAMBDAS = (
+    30,
+    100,
+    300,
+    1000,
+    3000,
+    10000,
+    30000,
+    100000,
+)  # ours: candidates on both sides of the threshold of visibility
+LAGRANGIAN_LAMBDAS = (0.1, 1, 10, 100, 1000)  # ours: of Chebyshev without projection, where lambda restrains little
+SHORT_LEVELS, LEVELS = (
+    (1, 2, 3, 4, 5, 6, 8, 10),
+    tuple(range(1, 33)),
+)  # gray levels; 1..32 as the released driver most likely
+# A recipe and its start noise; `grid` has its candidates. Sign steps take the place of l2 steps for Chebyshev.
+PRESETS = {
+    "official": {"step_rule": "adam_restart", "gamma": 5e-3, "lambda_on": "fidelity", "steps": 200, "noise": "ternary"},
+    "paper": {
+        "step_rule": "l2", "l2_scale": "rms", "gamma": 1e-3, "lambda_on": "discrepancy", "steps": 200, "noise": "ternary",
+    },
+    "paper_chebyshev": {"step_rule": "sign", "gamma": 1e-3, "lambda_on": "discrepancy", "steps": 200, "noise": "ternary"},
+    "paper_literal": {
+        "step_rule": "l2", "l2_scale": "none", "gamma": 1e-3, "lambda_on": "discrepancy", "steps": 200, "noise": "ternary",
+    },
+    "sign": {"step_rule": "sign", "gamma": 1e-3, "lambda_on": "fidelity", "steps": 40, "noise": "ternary"},
+}  # fmt: skip
+
+
+def grid(preset: str | None, *, kind: str, projected: bool, lambda_on: str) -> tuple[float, ...]:
+    """The strengths of the candidates of a preset, mildest or weakest restraint first: gray levels where the distance `kind` is
+    projected, else values of lambda in the convention of lambda_on (the grids are those of the fidelity; on the discrepancy
+    they are the reciprocals).
+
+    sign and null have short grids, every other preset the 32 candidates of the paper."""
+    short = preset in (None, "sign")
+    if projected:
+        return SHORT_LEVELS if short else LEVELS
+    values = LAGRANGIAN_LAMBDAS if kind == "chebyshev" and short else SHORT_LAMBDAS if short else CODE_LAMBDAS[1:]
+    return tuple(float(v) for v in values) if lambda_on == "fidelity" else tuple(1 / v for v in values)
 
 
 class VanishingGradient(ValueError):
@@ -75,7 +108,7 @@ def unit_l2(g: Tensor) -> Tensor:
 
 
 class Step:
-    """One ascent step: `Step(...)(g)` -> the change of x. Rules of section 3.4; gamma is a length in the rule's norm.
+    """One ascent step: `Step(...)(g)` -> the change of x. gamma is a length in the rule's norm.
 
     sign: gamma sign(g). l2: gamma g/||g||_2, with l2_scale="rms" times sqrt(3HW), so that gamma is the RMS change of
     a pixel. adam: Adam. adam_restart: the released code, whose optimiser begins anew in every step: nearly gamma

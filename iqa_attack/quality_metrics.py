@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from scipy.optimize import least_squares
 from scipy.stats import kendalltau, pearsonr, spearmanr
+from scipy.stats import t as student_t
 from torch import Tensor
 
 TOP, BOTTOM = 10.0, 0.0  # b1 and b2
 SMALLEST_CHANGE = 1e-8
+COMPETENT = 0.8  # clean SRCC on the attacked images below which a model carries no claim
 
 
 def logistic(f: Tensor, b3: float, b4: float) -> Tensor:
@@ -72,8 +74,16 @@ def stability(before, after) -> tuple[float, int]:
     return float(np.log(np.maximum(TOP - a, a - BOTTOM) / np.maximum(change, SMALLEST_CHANGE)).mean()), still
 
 
-# ------------------------------------------------------------------------- arithmetic of the published table (section
-# 2.3)
+def stability_interval(before, after, level: float = 0.95) -> tuple[float, float, float]:
+    """(R, low, high): a t interval of the mean over images; a single image has none (low = high = R)."""
+    each = np.array([stability([b], [a])[0] for b, a in zip(before, after, strict=True)])
+    if len(each) < 2:
+        return float(each.mean()), float(each.mean()), float(each.mean())
+    half = student_t.ppf((1 + level) / 2, len(each) - 1) * each.std(ddof=1) / math.sqrt(len(each))
+    return float(each.mean()), float(each.mean() - half), float(each.mean() + half)
+
+
+# --------------------------------------------------------------------------------- arithmetic of the published table
 def clean_lattice(n: int = 12) -> np.ndarray:
     """Every SRCC of n untied points: 1 - sum d^2 / (n (n^2 - 1) / 6), sum d^2 even."""
     largest = n * (n * n - 1) // 3

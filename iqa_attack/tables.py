@@ -1,5 +1,4 @@
-"""The transfer tables of one split: every model (rows) on the counterexamples made for every model and fidelity
-measure (columns).
+"""The transfer tables of one split: every model (rows) on the counterexamples of every model and fidelity measure (columns).
 
 python tables.py            reads runs/<scale>/<nr>_<fr>_<attack>/seed<k>, writes table.csv and transfer_<fr>.png
 python tables.py made_by=random
@@ -8,13 +7,13 @@ python tables.py made_by=random
 import csv
 from pathlib import Path
 
-import hydra
 import numpy as np
-from hydra.core.hydra_config import HydraConfig
+from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
 from common import runs
-from iqa_attack.pictures import transfer_matrix
+from common.scripts import script
+from iqa_attack.study.pictures import transfer_matrix
 
 
 def read_cells(cfg: DictConfig) -> dict[tuple[str, str], dict[str, float]]:
@@ -72,21 +71,15 @@ def write_tables(cells: dict[tuple[str, str], dict[str, float]], out: Path, titl
         transfer_matrix(r, evaluated, attacked, out / f"transfer_{fr}.png", title=f"R under {fr}, {title}")
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="tables")
-def main(cfg: DictConfig) -> None:
-    out = Path(HydraConfig.get().runtime.output_dir)
-    try:
-        cells = read_cells(cfg)
-        run = runs.Run.open(out, cfg, runs.launch(cfg.fabric))
-        if run is None:
-            return
+@script("tables")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    cells = read_cells(cfg)
+    if (run := runs.Run.open(out, cfg, fabric)) is not None:
         with run:
             write_tables(cells, out, f"{cfg.made_by}, seed {cfg.seed}")
             metrics = summarise(cells)
             run.finish(metrics)
             print("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-    finally:
-        runs.remove_if_empty(out, cfg.run_root)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import scipy.io
 import torch
 from scipy.stats import spearmanr
 
-from iqa_attack.brisque import Brisque, load_brisque
-from iqa_attack.niqe import Niqe, fit_niqe, load_niqe
+from iqa_attack.quality_models.brisque import Brisque, load_brisque
+from iqa_attack.quality_models.niqe import Niqe, fit_niqe, load_niqe
 
 
 def regression(seed=0, n=5):

@@ -8,10 +8,10 @@ import scipy.io
 import torch
 from PIL import Image
 
-from iqa_attack.data import TrainingCrops, build_data, score_all
-from iqa_attack.images import find_images, from_bytes, read_image, to_bytes, write_png
-from iqa_attack.iqa_sets import LIVE_TYPES, detect_set, read_set
-from iqa_attack.photos import LEVELS, TYPES, distort, full_reference, graded_photos, places, pseudo_mos
+from iqa_attack.photographs.data import TrainingCrops, build_data, score_all
+from iqa_attack.photographs.images import find_images, from_bytes, read_image, to_bytes, write_png
+from iqa_attack.photographs.iqa_sets import LIVE_TYPES, detect_set, read_set
+from iqa_attack.photographs.photos import LEVELS, TYPES, distort, full_reference, graded_photos, places, pseudo_mos
 
 RNG = np.random.default_rng(0)
 

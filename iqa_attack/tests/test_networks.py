@@ -8,9 +8,17 @@ import torch
 import torch.nn.functional as F
 
 from iqa_attack.export import export_onnx
-from iqa_attack.ma19 import GDN, Annotators, Ma19, probability_better, spatial_pyramid
-from iqa_attack.nr_models import CallableMetric, Scored, load_official, load_trained, pack, pyiqa_metric, unpack
-from iqa_attack.unique import Unique, bilinear_pool, fidelity_loss, pair_loss, preference
+from iqa_attack.quality_models.ma19 import GDN, Annotators, Ma19, probability_better, spatial_pyramid
+from iqa_attack.quality_models.models import (
+    CallableMetric,
+    Scored,
+    load_official,
+    load_trained,
+    pack,
+    pyiqa_metric,
+    unpack,
+)
+from iqa_attack.quality_models.unique import Unique, bilinear_pool, fidelity_loss, pair_loss, preference
 
 
 def generator(seed=0):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from iqa_attack.audit import audit
-from iqa_attack.fidelity import SSIM, Chebyshev
+from iqa_attack.fidelities.fidelity import SSIM, Chebyshev
 from iqa_attack.perceptual_attack import (
     CODE_LAMBDAS,
     PRESETS,

@@ -20,7 +20,7 @@ from PIL import Image
 
 from common import runs
 from iqa_attack import attack, collect, evaluate, train
-from iqa_attack.images import read_image
+from iqa_attack.photographs.images import read_image
 from iqa_attack.jnd import CsvObserver
 from iqa_attack.tables import read_cells, summarise, write_tables
 from iqa_attack.tests.conftest import CONFIGS, PAPER, SMALL, attack_config, config, train_config
@@ -198,7 +198,7 @@ def test_an_attack_leaves_images_pictures_scores(attacked):
 
 
 def test_scores_after_are_those_of_the_saved_file(attacked, trained_root):
-    from iqa_attack.nr_models import load_trained
+    from iqa_attack.quality_models.models import load_trained
 
     model = load_trained(trained_root / "default/all/seed0/last.ckpt")["brisque"]
     for row in csv.DictReader((attacked / "counterexamples.csv").open()):
@@ -350,7 +350,7 @@ def test_attack_errors_name_the_key(overrides, error, kind, trained_root, fabric
 
 
 def test_a_model_without_gradient_stops_the_attack(trained_root, fabric, tmp_path, monkeypatch):
-    from iqa_attack.nr_models import CallableMetric, Scored
+    from iqa_attack.quality_models.models import CallableMetric, Scored
 
     blind = {
         "blind": Scored(CallableMetric(lambda x: (x * 255).round().mean((1, 2, 3)), higher_is_better=True), 100.0, 50.0)

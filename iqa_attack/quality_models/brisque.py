@@ -1,4 +1,4 @@
-"""BRISQUE: 36 natural scene statistics and a support vector regression with an RBF kernel (section 4.1).
+"""BRISQUE: 36 natural scene statistics and a support vector regression with an RBF kernel (Mittal et al. 2012).
 
 `fit_brisque` trains one, `load_brisque` reads the published formats. Larger = better, always: a model trained on DMOS
 is flipped."""
@@ -12,8 +12,9 @@ import yaml
 from sklearn.svm import SVR
 from torch import Tensor, nn
 
-from iqa_attack.images import check_images, luma
-from iqa_attack.natural_scene_statistics import ShapeGradient, brisque_features
+from common.data.files import read_text
+from iqa_attack.photographs.images import check_images, luma
+from iqa_attack.quality_models.natural_scene_statistics import ShapeGradient, brisque_features
 
 RANGE_HINT = "(36, 2) or (2, 36) numbers: minimum and maximum of every feature"
 
@@ -21,8 +22,9 @@ RANGE_HINT = "(36, 2) or (2, 36) numbers: minimum and maximum of every feature"
 class Brisque(nn.Module):
     """forward: images (B, 3, H, W) in 0..1 -> quality (B,), larger = better.
 
-    quality = sign * (sum_i c_i exp(-gamma |f - v_i|^2) - rho), f the features scaled to [-1, 1]. Computed in float64:
-    the terms are up to a thousand times larger than their sum."""
+    quality = sign * (sum_i c_i exp(-gamma |f - v_i|^2) - rho), f the features scaled to [-1, 1]. The sum is computed in
+    float64: its terms are up to a thousand times larger. precision: of the features, double or single; in single precision
+    rounding decides how flat areas count (a photograph with a white sky may get -6.0 for -1.6)."""
 
     minimum = 32
     vectors: Tensor
@@ -38,12 +40,16 @@ class Brisque(nn.Module):
         gamma: float = 0.05,
         sign: int = 1,
         shape_gradient: ShapeGradient = "none",
-        resize="torch_aligned",
+        resize: str = "torch_aligned",
+        precision: str = "double",
     ):
         super().__init__()
+        if precision not in ("double", "single"):
+            raise ValueError(f"precision={precision!r}, allowed: double, single")
         if sign not in (1, -1):
             raise ValueError(f"sign={sign}, allowed: 1 (larger raw score = better) or -1")
         self.gamma, self.sign, self.shape_gradient, self.resize = gamma, sign, shape_gradient, resize
+        self.precision = precision
         self.register_buffer("vectors", torch.zeros(support, 36, dtype=torch.float64))
         self.register_buffer("coefficients", torch.zeros(support, dtype=torch.float64))
         self.register_buffer("rho", torch.zeros((), dtype=torch.float64))
@@ -52,6 +58,7 @@ class Brisque(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         check_images(x, self.minimum, "BRISQUE")
+        x = x.double() if self.precision == "double" else x
         return brisque_features(luma(x), shape_gradient=self.shape_gradient, resize=self.resize)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +70,7 @@ class Brisque(nn.Module):
     def options(self) -> dict:
         return {
             "support": len(self.vectors), "gamma": self.gamma, "sign": self.sign,  # type: ignore[arg-type]
-            "shape_gradient": self.shape_gradient, "resize": self.resize,
+            "shape_gradient": self.shape_gradient, "resize": self.resize, "precision": self.precision,
         }  # fmt: skip
 
 
@@ -99,14 +106,12 @@ def _filled(vectors, coefficients, rho, low, high, **options) -> Brisque:
     return model.eval()
 
 
-# ------------------------------------------------------------------------------------------------------ published
-# formats
+# ----------------------------------------------------------------------------------------------- published formats
 def load_brisque(
     path: str | Path, *, range_path: str | Path | None = None, higher_is_better: bool = False, **options
 ) -> Brisque:
-    """A published regression:  .npz (support_vectors, alpha, rho, gamma, feature_range),  .yml (OpenCV's model and
-    range
-    files),  .mat (SVs, sv_coef, rho; the range in a second .mat).
+    """A published regression: .npz (support_vectors, alpha, rho, gamma, feature_range), .yml (OpenCV's model and range
+    files), .mat (SVs, sv_coef, rho; the range in a second .mat).
 
     range_path: file of the feature ranges; null looks for `range` in place of `model` in the name (.yml) or scale.mat
     beside. higher_is_better: whether the raw score is; the published models predict DMOS (false), the paper's own is
@@ -173,7 +178,7 @@ _OpenCV.add_constructor("tag:yaml.org,2002:opencv-matrix", _matrix)
 
 
 def _opencv(path: Path) -> dict:
-    text = path.read_text().split("\n", 1)  # its first line "%YAML:1.0" is no YAML
+    text = read_text(path).split("\n", 1)  # its first line "%YAML:1.0" is no YAML
     try:
         return yaml.load(text[1] if text[0].startswith("%YAML:") else "\n".join(text), Loader=_OpenCV)
     except yaml.YAMLError as error:

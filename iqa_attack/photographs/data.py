@@ -1,37 +1,60 @@
 """What train.py and attack.py read: embedded photographs, a folder of pristine photographs, or image quality data
 sets."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from common.data.batches import stream
-from iqa_attack.images import find_images, from_bytes
-from iqa_attack.iqa_sets import read_set, unrated
-from iqa_attack.photos import QualitySet, graded_photos, subset
+from common.data.batches import Plan, stream
+from common.data.files import find_images, output_names
+from iqa_attack.photographs.images import from_bytes
+from iqa_attack.photographs.iqa_sets import read_set, unrated
+from iqa_attack.photographs.photos import QualitySet, graded_photos, subset
 
-KINDS = ("photos", "sets", "folder")
+KINDS = ("photos", "photo_folder", "sets", "folder")
 
 
 def build_data(*, kind: str, seed: int, **options) -> dict[str, QualitySet]:
     """{"train", "test", "attack"} or a part of them.
 
-    photos: graded distortions of photographs, see `graded_photos`; sets: published data sets, see `quality_sets`;
-    folder: images without opinions, to be attacked only. ValueError for another kind."""
-    if kind not in KINDS:
-        raise ValueError(f"data.kind={kind!r}, allowed: {', '.join(KINDS)}")
+    photos: graded distortions of the embedded photographs, see `graded_photos`; photo_folder: of those in a folder; sets:
+    published data sets, see `quality_sets`; folder: images without opinions, to be attacked only. ValueError for another
+    kind."""
+    check_data_options(kind, options)
     options.pop("workers", None)
-    if kind == "photos":
+    if kind in ("photos", "photo_folder"):
         return graded_photos(seed=seed, **options)
     return quality_sets(seed=seed, **options) if kind == "sets" else {"attack": folder(**options)}
 
 
+def check_data_options(kind: str, options: Mapping[str, Any]) -> None:
+    """ValueError for what can be told without reading: an unknown kind, a root with embedded data, a kind without its root,
+    numbers that leave no image."""
+    if kind not in KINDS:
+        raise ValueError(f"data.kind={kind!r}, allowed: {', '.join(KINDS)}")
+    root = options.get("root")
+    if kind == "photos" and root is not None:
+        raise ValueError(
+            f"data.root={root}: the photographs of data=photos are embedded; name what lies at the root: data=photo_folder "
+            "(pristine photographs), data=sets, data=live or, to attack images, data=folder"
+        )
+    if kind != "photos" and not root:
+        raise ValueError(f"data.root is not set: data.kind={kind} is read from a folder")
+    for key, low in {"size": 11, "reduce": 1, "test_photos": 1, "crops_per_photo": 1, "test_images": 1}.items():
+        if key in options and options[key] < low:
+            raise ValueError(f"data.{key}={options[key]}, allowed: >= {low}")
+    if not 0 < options.get("test_share", 0.5) < 1:
+        raise ValueError(f"data.test_share={options['test_share']}, allowed: between 0 and 1")
+
+
 def folder(*, root: str | Path) -> QualitySet:
     """Every image below a folder (or the one image), without opinions."""
-    return unrated(find_images(root))
+    return unrated(find_images(root), root)
 
 
 def quality_sets(
@@ -43,11 +66,12 @@ def quality_sets(
     test_images: int = 12,
     listed: list[str] | None = None,
     higher_is_better: bool = True,
+    attack_only: bool = False,
 ) -> dict[str, QualitySet]:
     """Published sets split by content: one under `root` itself, several in folders of their names.
 
-    attack: the images whose paths end in the names `listed` (they and their contents' other images are not trained
-    on), else `test_images` of the test part, spread evenly over its MOS."""
+    attack: with attack_only every image (there is no other part); the images whose paths end in the names `listed` (they and
+    their contents' other images are not trained on); else `test_images` of the test part, spread evenly over its MOS."""
     sets = [
         read_set(n, Path(str(root)) / n if len(names) > 1 else root, higher_is_better=higher_is_better) for n in names
     ]
@@ -61,8 +85,14 @@ def quality_sets(
         out["source"].append(torch.full_like(data.group, i))
         base += int(data.group.max()) + 1
     columns = {k: torch.cat(v) for k, v in out.items()}
-    labels = [Path(p).as_posix() for p in images]
-    every = QualitySet(images, columns["mos"], labels, columns["std"], columns["group"], None, columns["source"])
+    labels, shown = [Path(p).as_posix() for p in images], output_names(images)
+    whole = {"kind": "sets", "parts": [d.identity for d in sets]} if len(sets) > 1 else sets[0].identity
+    every = QualitySet(
+        images, columns["mos"], [shown[p] for p in images], columns["std"], columns["group"], None, columns["source"],
+        whole, all(d.upright for d in sets),
+    )  # fmt: skip
+    if attack_only:
+        return {"attack": every}
     order = torch.randperm(base, generator=torch.Generator().manual_seed(stream(seed, 11)))
     held = set(order[: max(1, round(test_share * base))].tolist())
     chosen: list[int] = []
@@ -113,6 +143,27 @@ class TrainingCrops(Dataset):
             if torch.rand((), generator=g) < 0.5:
                 x = x.flip(2)
         return x.contiguous(), index
+
+
+def pair_batches(
+    data: QualitySet,
+    plan: Plan,
+    *,
+    seed: int,
+    epoch: int,
+    device: torch.device,
+    crop: int | None,
+    resize: int | None,
+    workers: int,
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """This rank's images (b, 3, H, W) and the targets (B,) of the whole batch (mos, std, fr, source), step by step."""
+    fr = data.fr if data.fr is not None else torch.zeros(len(data), 4)
+    targets = [t.to(device) for t in (data.mos, data.std, fr, data.sources())]
+    steps = [(batch, part) for _, batch, part in plan.epoch(epoch)]
+    crops = TrainingCrops(data, seed=seed, epoch=epoch, size=crop, resize=resize)
+    loader = DataLoader(crops, batch_sampler=[batch[part].tolist() for batch, part in steps], num_workers=workers)
+    for (x, _), (batch, _) in zip(loader, steps, strict=True):
+        yield x.to(device), [t[batch.to(device)] for t in targets]
 
 
 def resized(x: Tensor, short: int) -> Tensor:

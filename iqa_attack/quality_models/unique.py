@@ -1,4 +1,4 @@
-"""UNIQUE: bilinear pooling of convolutional features, learned from pairs with the fidelity loss (section 4.4)."""
+"""UNIQUE: bilinear pooling of convolutional features, learned from pairs with the fidelity loss (Zhang et al. 2021)."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from iqa_attack.images import check_images
+from iqa_attack.photographs.images import check_images
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

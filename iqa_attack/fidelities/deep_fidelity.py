@@ -1,5 +1,5 @@
-"""LPIPS and DISTS (section 4.5). Both need the ImageNet weights of VGG-16, a file of the user; without it they are
-refused.
+"""LPIPS (Zhang et al. 2018) and DISTS (Ding et al. 2020). Both need the ImageNet weights of VGG-16, a file of the user;
+without it they are refused.
 
 The linear weights of LPIPS and DISTS ship inside torchmetrics.
 """

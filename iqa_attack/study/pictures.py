@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iqa_attack.fidelity import grey, ssim_maps
+from iqa_attack.fidelities.fidelity import grey, ssim_maps
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

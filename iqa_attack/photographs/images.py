@@ -4,19 +4,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-EXTENSIONS = (".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".ppm")
 MAX_PIXELS = 40_000_000  # an attack of a larger image would not fit any card
 
 
-def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+def read_image(path: str | Path, *, upright: bool = True, max_pixels: int = MAX_PIXELS) -> Tensor:
     """An image file as float (3, H, W) in 0..1 on the 8-bit lattice; grey ones repeated over the channels.
 
-    Raises FileNotFoundError, or ValueError naming the file: corrupt, too large, 16 bit, CMYK, or with transparent
-    pixels (an opaque alpha channel is dropped). These are refused, as every conversion would change the scores
-    silently."""
+    upright: turned by its EXIF orientation, as a viewer shows it; False for a published set, whose files are taken as they
+    are stored. Raises FileNotFoundError, or ValueError naming the file: corrupt, too large, more than 8 bits a channel, CMYK,
+    or with transparent pixels (an opaque alpha channel is dropped). These are refused, as every conversion would change the
+    scores silently."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no image {path}")
@@ -27,22 +27,28 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
                     f"{path} has {image.width} x {image.height} pixels, allowed are {max_pixels:,}: reduce it first"
                 )
             image.load()
-            mode = image.mode
-            if mode == "CMYK":
-                raise ValueError(
-                    f"{path} is CMYK: convert it to 8-bit RGB first, the result depends on the colour profile"
-                )
-            if mode.startswith(("I", "F")):
-                raise ValueError(f"{path} is no 8-bit image (mode {mode}): convert it to 8-bit RGB first")
-            if mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                rgba = image.convert("RGBA")
-                if np.asarray(rgba)[..., 3].min() < 255:
+            _refuse(path, image)
+            turned = ImageOps.exif_transpose(image) if upright else image
+            if turned.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                turned = turned.convert("RGBA")
+                if np.asarray(turned)[..., 3].min() < 255:
                     raise ValueError(f"{path} has transparent pixels: put it on a background and save it as RGB first")
-                image = rgba
-            pixels = np.asarray(image.convert("RGB"))
+            pixels = np.asarray(turned.convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot decode image {path}: {error}") from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+
+
+def _refuse(path: Path, image: Image.Image) -> None:
+    if image.mode == "CMYK":
+        raise ValueError(f"{path} is CMYK: convert it to 8-bit RGB first, the result depends on the colour profile")
+    with path.open("rb") as file:
+        head = file.read(26)
+    deep = head[:8] == b"\x89PNG\r\n\x1a\n" and head[24] == 16  # Pillow would cut colour off to its upper 8 bits
+    if deep or image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"{path} is no 8-bit image ({'16 bits' if deep else image.mode}): convert it to 8-bit RGB first"
+        )
 
 
 def write_png(path: str | Path, image: Tensor) -> None:
@@ -63,18 +69,6 @@ def to_bytes(images: Tensor) -> Tensor:
 def from_bytes(images: Tensor) -> Tensor:
     """uint8 -> float in 0..1."""
     return images.float() / 255
-
-
-def find_images(where: str | Path) -> list[Path]:
-    """The image itself, or every image below a folder in sorted order. FileNotFoundError if there is none."""
-    path = Path(where).expanduser()
-    if path.is_file():
-        return [path]
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS)
-    if not found:
-        what = f"no image in {path}" if path.is_dir() else f"no file or folder {path}"
-        raise FileNotFoundError(f"{what}; expected {', '.join(EXTENSIONS)}")
-    return found
 
 
 def check_images(x: Tensor, minimum: int, who: str) -> None:

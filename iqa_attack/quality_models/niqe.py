@@ -1,5 +1,5 @@
-"""NIQE: the distance of an image's patch statistics from those of pristine images (an extra, no claim of the paper
-uses it).
+"""NIQE: the distance of an image's patch statistics from those of pristine images (Mittal et al. 2013; an extra, no claim
+of the paper uses it).
 
 The pristine model comes from a file in the published formats, or is fitted here on pristine photographs.
 """
@@ -11,33 +11,48 @@ import scipy.io
 import torch
 from torch import Tensor, nn
 
-from iqa_attack.images import check_images
-from iqa_attack.natural_scene_statistics import ShapeGradient, fit_aggd, halve, local_moments, mscn, neighbour_products
+from iqa_attack.photographs.images import check_images
+from iqa_attack.quality_models.natural_scene_statistics import (
+    ShapeGradient,
+    fit_aggd,
+    halve,
+    local_moments,
+    mscn,
+    neighbour_products,
+)
 
 
 class Niqe(nn.Module):
-    """forward: images (B, 3, H, W) in 0..1 -> quality (B,), larger = better: minus the distance. patch: side of a
-    patch."""
+    """forward: images (B, 3, H, W) in 0..1 -> quality (B,), larger = better: minus the distance.
+
+    patch: side of a patch. luma: "rounded" to whole gray levels, as the published numbers are (the gradient passes straight
+    through), or "exact"; the two differ by up to 0.3."""
 
     mean: Tensor
     covariance: Tensor
 
-    def __init__(self, *, patch: int = 96, shape_gradient: ShapeGradient = "implicit"):
+    def __init__(self, *, patch: int = 96, shape_gradient: ShapeGradient = "implicit", luma: str = "rounded"):
         super().__init__()
+        if luma not in ("rounded", "exact"):
+            raise ValueError(f"luma={luma!r}, allowed: rounded, exact")
+        self.luma = luma
         if patch % 2:
             raise ValueError(f"patch={patch} must be even: the second scale halves it")
-        self.patch, self.shape_gradient = patch, shape_gradient
+        self.patch, self.shape_gradient, self.minimum = patch, shape_gradient, patch
         self.register_buffer("mean", torch.zeros(36, dtype=torch.float64))
         self.register_buffer("covariance", torch.eye(36, dtype=torch.float64))
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, patches, 36) features and (B, patches) mean local deviation of the whole patches of the images.
 
-        The luma is 16..235 of BT.601, not rounded; the second scale is MATLAB's antialiased bicubic half."""
+        The luma is 16..235 of BT.601, in float64; the second scale is MATLAB's antialiased bicubic half."""
         check_images(x, self.patch, "NIQE")
         rows, columns = x.shape[2] // self.patch, x.shape[3] // self.patch
+        x = x.double()
         weights = x.new_tensor([65.481, 128.553, 24.966]).view(1, 3, 1, 1)
         y = 16 + (x * weights).sum(1, keepdim=True)[:, :, : rows * self.patch, : columns * self.patch]
+        if self.luma == "rounded":
+            y = y + (y.round() - y).detach()
         parts, sharpness = [], torch.zeros(0)
         for scale in range(2):
             side = self.patch // (scale + 1)
@@ -69,7 +84,7 @@ class Niqe(nn.Module):
         return -squared.clamp(min=1e-12).sqrt().to(x.dtype)
 
     def options(self) -> dict:
-        return {"patch": self.patch, "shape_gradient": self.shape_gradient}
+        return {"patch": self.patch, "shape_gradient": self.shape_gradient, "luma": self.luma}
 
 
 def _widths(alpha: Tensor, left_var: Tensor, right_var: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from iqa_attack.deep_fidelity import DISTS, LPIPS
-from iqa_attack.fidelity import MSSSIM, SSIM, Chebyshev
+from iqa_attack.fidelities.deep_fidelity import DISTS, LPIPS
+from iqa_attack.fidelities.fidelity import MSSSIM, SSIM, Chebyshev
 
 KINDS: dict[str, type[nn.Module]] = {
     "chebyshev": Chebyshev,

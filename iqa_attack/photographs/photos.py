@@ -8,9 +8,10 @@ three-scale SSIM against the undistorted crop, so that models learn to imitate a
 import hashlib
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +21,12 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from common.data.backgrounds import PHOTOGRAPHS, photographs
-from iqa_attack.fidelity import grey, ssim
-from iqa_attack.images import find_images, from_bytes, read_image, to_bytes
+from common.data.files import find_images, identity
+from iqa_attack.fidelities.fidelity import grey, ssim
+from iqa_attack.photographs.images import from_bytes, read_image, to_bytes
 
 SCENES = ("astronaut", "chelsea", "coffee", "rocket", "camera", "china.jpg", "flower.jpg")
-LEVELS = {  # mildest first (section 6)
+LEVELS = {  # mildest first (ours; the types are those of LIVE)
     "jpeg": (60, 30, 15, 8, 4), "jp2k": (8, 16, 32, 64, 110), "wn": (5, 10, 20, 35, 60), "gblur": (0.6, 1.0, 1.6, 2.5, 4.0),
 }  # fmt: skip
 TYPES = tuple(LEVELS)
@@ -38,7 +40,8 @@ class QualitySet:
     unknown).
 
     std (N,): of the opinions; group (N,): index of the content; source (N,): index of the data set, pairs are formed
-    within one; fr (N, 4): full-reference values (ANNOTATORS) where the undistorted image is known."""
+    within one; fr (N, 4): full-reference values (ANNOTATORS) where the undistorted image is known. identity: what the files
+    are, for `Run.open`; upright: whether files are turned by their EXIF orientation."""
 
     images: list[Tensor | Path]
     mos: Tensor
@@ -47,6 +50,8 @@ class QualitySet:
     group: Tensor
     fr: Tensor | None = None
     source: Tensor | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
+    upright: bool = True
 
     def __len__(self) -> int:
         return len(self.images)
@@ -54,7 +59,7 @@ class QualitySet:
     def image(self, i: int) -> Tensor:
         """Image i, uint8 (3, H, W)."""
         image = self.images[i]
-        return to_bytes(read_image(image)) if isinstance(image, Path) else image
+        return to_bytes(read_image(image, upright=self.upright)) if isinstance(image, Path) else image
 
     def stack(self) -> Tensor:
         """All images (N, 3, H, W) in 0..1. ValueError if they differ in size."""
@@ -73,7 +78,8 @@ def subset(data: QualitySet, index: Sequence[int] | Tensor) -> QualitySet:
     i = torch.as_tensor(index, dtype=torch.long)
     images, names = [data.images[k] for k in i], [data.names[k] for k in i]
     fr, source = (None if t is None else t[i] for t in (data.fr, data.source))
-    return QualitySet(images, data.mos[i], names, data.std[i], data.group[i], fr, source)
+    mos, std, group = data.mos[i], data.std[i], data.group[i]
+    return QualitySet(images, mos, names, std, group, fr, source, data.identity, data.upright)
 
 
 class _Photo:
@@ -151,6 +157,16 @@ def places(photo: np.ndarray, n: int, size: int, rng: np.random.Generator) -> li
     return [grid[i] for i in rng.permutation(len(grid))[:n]]
 
 
+def embedded() -> list[np.ndarray]:
+    """The photographs that ship inside scikit-image and scikit-learn, uint8 (H, W, 3)."""
+    photos = photographs()
+    return [photos[PHOTOGRAPHS.index(n)] for n in SCENES]
+
+
+def _pixels(path: Path) -> np.ndarray:
+    return to_bytes(read_image(path)).permute(1, 2, 0).numpy()
+
+
 def scenes(
     root: str | Path | None, seed: int, *, test: int, reduce: int, size: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -160,11 +176,7 @@ def scenes(
     their compression.
 
     root: a folder of pristine photographs; null: those that ship inside scikit-image and scikit-learn."""
-    if root is None:
-        photos = photographs()
-        base = [photos[PHOTOGRAPHS.index(n)] for n in SCENES]
-    else:
-        base = [to_bytes(read_image(p)).permute(1, 2, 0).numpy() for p in find_images(root)]
+    base = embedded() if root is None else [_pixels(p) for p in find_images(root)]
     if not 0 < test < len(base):
         raise ValueError(f"data.test_photos={test}, allowed with {len(base)} photographs: 1..{len(base) - 1}")
     order = np.random.default_rng([seed, 1]).permutation(len(base))
@@ -229,4 +241,6 @@ def graded_photos(
         int(crop) * versions + 5 * (i % len(TYPES)) + int(level[i])
         for i, crop in enumerate(rng.permutation(available)[:test_images])
     ]
-    return sets | {"attack": subset(sets["test"], chosen)}
+    found = sets | {"attack": subset(sets["test"], chosen)}
+    source = identity("photos") if root is None else identity("photo_folder", find_images(root), root=root)
+    return {name: replace(data, identity=source) for name, data in found.items()}

@@ -1,4 +1,4 @@
-"""CORNIA: soft-assignment coding of raw patches with a codebook, max pooling, linear regression (section 4.2)."""
+"""CORNIA: soft-assignment coding of raw patches with a codebook, max pooling, linear regression (Ye et al. 2012)."""
 
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,7 @@ from sklearn.svm import LinearSVR
 from torch import Tensor, nn
 
 from common.data.batches import stream
-from iqa_attack.images import check_images, luma
+from iqa_attack.photographs.images import check_images, luma
 
 SIDE = 7
 
@@ -136,8 +136,9 @@ def fit_cornia(
 def load_cornia(folder: str | Path, *, patches: int | Literal["all"] = 4000, draws: int = 10, seed: int = 0) -> Cornia:
     """The authors' four .mat files in a folder: codebook0; M and P; soft_scale_param; SVs, sv_coef and rho.
 
-    Variables are found by name in whichever file has them. The raw score is a DMOS on 0..114.4147 (flipped), the
-    order of pixels MATLAB's. Raises FileNotFoundError or ValueError naming what is missing."""
+    soft_scale_param (2K, 2): a slope and an offset for every feature. Variables are found by name in whichever file has
+    them. The raw score is a DMOS on 0..114.4147 (flipped), the order of pixels MATLAB's. Raises FileNotFoundError or
+    ValueError naming what is missing."""
     where = Path(folder).expanduser()
     files = sorted(where.glob("*.mat"))
     if not files:
@@ -153,19 +154,18 @@ def load_cornia(folder: str | Path, *, patches: int | Literal["all"] = 4000, dra
     book = book.T if book.shape[0] == SIDE * SIDE else book
     words = len(book)
     vectors = found["SVs"].toarray() if hasattr(found["SVs"], "toarray") else np.asarray(found["SVs"])
-    ranges = np.asarray(found["soft_scale_param"], dtype=np.float64)
-    ranges = ranges if ranges.shape[0] == 2 else ranges.T
-    if book.shape[1] != SIDE * SIDE or vectors.shape[1] != 2 * words or ranges.shape != (2, 2 * words):
+    affine = np.asarray(found["soft_scale_param"], dtype=np.float64)
+    affine = affine if affine.shape[1] == 2 else affine.T
+    if book.shape[1] != SIDE * SIDE or vectors.shape[1] != 2 * words or affine.shape != (2 * words, 2):
         raise ValueError(
-            f"{where}: a codebook of {book.shape}, support vectors of {vectors.shape} and scales of {ranges.shape} do not "
-            f"belong together; expected (K, 49), (n, 2K), (2, 2K)"
+            f"{where}: a codebook of {book.shape}, support vectors of {vectors.shape} and scales of {affine.shape} do not "
+            f"belong together; expected (K, 49), (n, 2K), (2K, 2)"
         )
     model = Cornia(words=words, patches=patches, draws=draws, seed=seed, sign=-1, order="columns")
-    scale = 2 / np.maximum(ranges[1] - ranges[0], 1e-12)
     weight = np.ravel(found["sv_coef"]) @ vectors
     state = {
         "codebook": book / np.linalg.norm(book, axis=1, keepdims=True), "mean": np.ravel(found["M"]),
-        "whiten": np.asarray(found["P"], dtype=np.float64), "scale": scale, "offset": -ranges[0] * scale - 1, "weight": weight,
+        "whiten": np.asarray(found["P"], dtype=np.float64), "scale": affine[:, 0], "offset": affine[:, 1], "weight": weight,
         "bias": np.float64(-np.ravel(found["rho"])[0] - 114.4147),  # so that sign * score = 114.4147 - DMOS
     }  # fmt: skip
     model.load_state_dict({k: torch.as_tensor(np.asarray(v), dtype=torch.float32) for k, v in state.items()})

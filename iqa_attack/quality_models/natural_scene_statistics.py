@@ -1,4 +1,4 @@
-"""Natural scene statistics: local normalisation and the generalised Gaussian fits of BRISQUE and NIQE (section 4.1).
+"""Natural scene statistics: local normalisation and the generalised Gaussian fits of BRISQUE and NIQE.
 
 The shape alpha of a fit is an argmin over a grid, which has no gradient. `shape_gradient="none"` leaves alpha a
 constant, as the authors' code does; "implicit" gives it the derivative of the moment equation that defines it, d
@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iqa_attack.filters import gaussian_filter
+from iqa_attack.fidelities.filters import gaussian_filter
 
 ShapeGradient = str  # none | implicit
 SHIFTS = ((0, 1), (1, 0), (1, 1), (-1, 1))  # horizontal, vertical and the two diagonal neighbours
-FEATURES = 18  # of one scale
+ROUNDING, FLAT = 1e-9, 1e-13  # gray levels: what is below is flat in float64, and counts as so much
 
 
 def local_moments(luma: Tensor, padding: str) -> tuple[Tensor, Tensor]:
@@ -25,13 +25,19 @@ def local_moments(luma: Tensor, padding: str) -> tuple[Tensor, Tensor]:
 
 
 def mscn(luma: Tensor, *, padding: str = "constant", c: float = 1.0) -> Tensor:
-    """Mean-subtracted contrast-normalised coefficients (L - mu) / (sigma + c) of luma (B, 1, H, W) in 0..255."""
+    """Mean-subtracted contrast-normalised coefficients (L - mu) / (sigma + c) of luma (B, 1, H, W) in 0..255.
+
+    In a flat area L - mu is 0 and what remains is rounding, whose sign then decides on which side of an asymmetric Gaussian
+    its products count. In float64 every such value is taken as FLAT, which is what most of a 2-D window's roundings are: the
+    same on every machine. In float32 the rounding decides."""
     mu, sigma = local_moments(luma, padding)
-    return (luma - mu) / (sigma + c)
+    difference = luma - mu
+    if luma.dtype == torch.float64:
+        difference = torch.where(difference.abs() < ROUNDING, torch.full_like(difference, FLAT), difference)
+    return difference / (sigma + c)
 
 
-# ------------------------------------------------------------------------------------------------------- moment
-# equations
+# ------------------------------------------------------------------------------------------------ moment equations
 def ggd_ratio(alpha: Tensor) -> Tensor:
     """E[x^2] / E[|x|]^2 of a generalised Gaussian of shape alpha: Gamma(1/a) Gamma(3/a) / Gamma(2/a)^2. Decreasing."""
     return torch.exp(torch.lgamma(1 / alpha) + torch.lgamma(3 / alpha) - 2 * torch.lgamma(2 / alpha))

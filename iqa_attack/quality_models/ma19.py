@@ -1,5 +1,5 @@
 """Ma19: convolutions with generalised divisive normalisation and spatial pyramid max pooling, learned from noisy
-annotators (section 4.3)."""
+annotators (Ma et al. 2019)."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iqa_attack.images import check_images
+from iqa_attack.photographs.images import check_images
 
 LEVELS = (1, 2, 3)
 BINS = sum(n * n for n in LEVELS)

@@ -1,4 +1,4 @@
-"""Full-reference distances that need no weights: Chebyshev, SSIM, MS-SSIM (section 4.5).
+"""Full-reference distances that need no weights: Chebyshev, SSIM, MS-SSIM.
 
 Each is a module: forward(x, x0), both (B, 3, H, W) in 0..1 -> (B,) >= 0, zero for equal images.
 """
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iqa_attack.filters import gaussian_filter
+from iqa_attack.fidelities.filters import gaussian_filter
 
 C1, C2 = 0.01**2, 0.03**2
 MS_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
