@@ -40,7 +40,7 @@ from rbonn.layers import anneal
 from rbonn.network import build_detector
 from rbonn.recurrent import Recurrence
 from rbonn.schedule import lr_at
-from rbonn.stages import load_backbone, weights_identity
+from rbonn.stages import REQUIRED, load_backbone, weights_identity
 
 
 def rate(cfg: DictConfig, epoch: int, step: int) -> float:
@@ -151,6 +151,10 @@ def check(cfg: DictConfig) -> None:
     check_data(cfg.data)
     with torch.device("meta"):  # nothing is computed
         build_detector(detector=cfg.detector, method=cfg.method, sign_zero=cfg.parity.sign_zero, classes=2)
+    if cfg.init.weights == REQUIRED:
+        raise ValueError(
+            "init.weights is not set, and this recipe needs it: give init.weights=<last.ckpt of a classifier>"
+        )
     if cfg.init.weights is None and cfg.detector.frozen_stages:
         raise ValueError(
             f"detector.frozen_stages={cfg.detector.frozen_stages} freezes weights that nothing has trained: give init.weights=<a "

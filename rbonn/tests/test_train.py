@@ -336,8 +336,8 @@ def test_another_first_stage_is_another_run(fabric, tmp_path, stage1):
 
 
 @pytest.mark.parametrize("experiment", sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml")))
-def test_no_recipe_of_a_second_stage_starts_without_the_first(experiment, fabric, tmp_path, monkeypatch):
-    """init.weights: ??? is really missing, and a stage that is named by its arm must be there."""
+def test_no_recipe_of_a_second_stage_starts_without_the_first(experiment, fabric, tmp_path):
+    """init.weights must be given where the recipe needs it, and a stage that is named by its arm must be there."""
     from rbonn import detect
 
     main, fit_ = ("detect", detect.fit) if experiment.endswith("detection") else ("config", fit)
@@ -346,11 +346,15 @@ def test_no_recipe_of_a_second_stage_starts_without_the_first(experiment, fabric
             main, overrides=[f"experiment={experiment}", "arm=test", "data.root=/nowhere", f"run_root={tmp_path}"]
         )
     second = "stage2" in experiment or main == "detect"
-    needed = OmegaConf.is_missing(cfg.init, "weights") or cfg.init.get("arm") is not None
-    assert needed == second
-    expected = "init.weights|no stage-1 checkpoint" if second else "no folder /nowhere"
-    with pytest.raises((runs.RunError, FileNotFoundError), match=expected):
+    expected = (
+        "init.weights is not set, and this recipe needs it|no stage-1 checkpoint" if second else "no folder /nowhere"
+    )
+    with pytest.raises((ValueError, FileNotFoundError), match=expected):
         fit_(cfg, fabric, tmp_path / "run")
+    if main == "config" and cfg.init.weights is not None:  # an arm is enough
+        with pytest.raises(FileNotFoundError, match="no stage-1 checkpoint at .*activations/seed0"):
+            OmegaConf.update(cfg, "init.arm", "activations")
+            fit_(cfg, fabric, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -382,8 +386,6 @@ def test_every_config_composes_and_builds():
         for experiment in sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml")):
             main = "detect" if experiment.endswith("detection") else "config"
             cfg = compose(main, overrides=[f"experiment={experiment}", "arm=test", "data.root=/x"])
-            if "init" in cfg and OmegaConf.is_missing(cfg.init, "weights"):
-                cfg.init.weights = "/x/last.ckpt"
             runs.plain(cfg)
         for sweep in sorted((CONFIGS / "reproduce").rglob("*.yaml")):
             scale, script = sweep.parent.name, sweep.stem.split("_")[1]

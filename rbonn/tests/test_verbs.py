@@ -88,7 +88,7 @@ def test_evaluation_needs_the_test_images_only_and_never_ignores_a_root(
 
 def test_records_name_a_known_claim(folder_checkpoint, fabric, tmp_path):
     weights = f"weights={folder_checkpoint}"
-    with pytest.raises(ValueError, match="claim=best, allowed: released_reactnet_a, released_reactnet_resnet18"):
+    with pytest.raises(ValueError, match="claim=best, allowed: released_rbonn_resnet18, released_reactnet_a"):
         evaluate(composed("evaluate", weights, "claim=best"), fabric)
     evaluate(composed("evaluate", weights, "record=true", f"record_to={tmp_path}"), fabric)
     record = json.loads(next(tmp_path.glob("*_folder.json")).read_text())
@@ -113,7 +113,7 @@ def test_a_prediction_is_that_of_the_normalised_image_and_named(folder_checkpoin
     assert rows[0]["label"] == about["classes"][p.argmax()]
     # and the transform is that of the test set, written down a second time
     small = image.convert("RGB").resize((37, 41), Image.Resampling.BILINEAR)  # shorter side 36 -> 37
-    pixels = torch.from_numpy(np.asarray(small)).permute(2, 0, 1)[:, 4:36, 2:34].float() / 255
+    pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[:, 4:36, 2:34].float() / 255
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     torch.testing.assert_close(inference_transform(**look)(image), (pixels - mean) / std, atol=0.1, rtol=0)
 
