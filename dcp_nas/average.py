@@ -5,11 +5,11 @@ python average.py scale=mini seed=100 arm=random_mean 'of=[random_0, random_1]'
 
 from pathlib import Path
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
+from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
 from common import runs
+from common.scripts import arm_name, script
 
 
 def mean_of(folders: list[Path]) -> dict[str, float]:
@@ -28,16 +28,13 @@ def mean_of(folders: list[Path]) -> dict[str, float]:
     return {name: sum(r[name] for r in results) / len(results) for name in sorted(names)}
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="average")
-def main(cfg: DictConfig) -> None:
-    out = HydraConfig.get().runtime.output_dir
-    metrics = mean_of([Path(cfg.run_root) / cfg.scale / arm / f"seed{cfg.seed}" for arm in cfg.of])
-    run = runs.Run.open(Path(out), cfg, runs.launch(cfg.fabric))
-    if run is None:
-        return
-    with run:
-        run.finish(metrics)
-        print("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+@script("average")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    metrics = mean_of([Path(cfg.run_root) / cfg.scale / arm_name(arm) / f"seed{cfg.seed}" for arm in cfg.of])
+    if (run := runs.Run.open(out, cfg, fabric)) is not None:
+        with run:
+            run.finish(metrics)
+            print("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
 
 
 if __name__ == "__main__":

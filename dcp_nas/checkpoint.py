@@ -1,63 +1,35 @@
-"""Genotypes and networks from configurations and from checkpoints of train.py."""
+"""The checkpoint of train.py, of export.py's packed file, and of the transfers: what they say, and the network that they hold."""
 
-import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from common import runs
+from common.loop import Loaded
+from common.quant.pack import unpack_signs
+from common.scripts import arm_name
 from dcp_nas.network import Network
 from dcp_nas.operations import Bits
-from dcp_nas.search_space import GENOTYPES, Genotype, random_genotype
+from dcp_nas.search_space import Genotype
 
 NEW_IN_STEP_2 = ("m", "beta")
-PAPER = Path(__file__).resolve().parent
+PACKED = "dcp-nas-packed-2"
+NETWORK = ("model", "stage", "parity")  # the nodes of a configuration that make a network
 
 
-def genotype_path(cfg: Any) -> Path | None:
-    """Where the search of genotype.arm (same scale and seed) leaves its genotype; None when no arm is named."""
-    arm = cfg.genotype.arm
-    return (
-        None if arm is None else Path(cfg.run_root) / cfg.scale / f"search_{arm}" / f"seed{cfg.seed}" / "genotype.json"
-    )
-
-
-def find_genotype(cfg: Any) -> Genotype:
-    """The genotype that the node `genotype` asks for: of a search run, of a file, by name, or drawn at random.
-
-    ValueError unless exactly one of arm, file, name, draw is given, or for an unknown name. FileNotFoundError when missing."""
-    node = cfg.genotype
-    given = {key: node[key] for key in ("arm", "file", "name", "draw") if node[key] is not None}
-    if len(given) != 1:
-        raise ValueError(f"genotype: give exactly one of arm, file, name, draw; got {given or 'none'}")
-    if node.name is not None:
-        if node.name not in GENOTYPES:
-            raise ValueError(f"genotype.name={node.name!r}, allowed: {', '.join(GENOTYPES)}")
-        return GENOTYPES[node.name]
-    if node.draw is not None:  # another draw for every seed of the training
-        return random_genotype(1000 * cfg.seed + node.draw, nodes=node.nodes)
-    path = genotype_path(cfg) or Path(node.file)
-    if node.arm is not None and not path.exists():
-        raise FileNotFoundError(
-            f"no genotype at {path.absolute()}: run python search.py method={node.arm} scale={cfg.scale} seed={cfg.seed} first, "
-            "or train another one (genotype=dcp_nas_l, genotype=random, genotype=file genotype.file=...)"
-        )
-    return Genotype.load(path)
-
-
-def search_if_missing(cfg: Any, *, world_size: int) -> None:
-    """Run search.py for the genotype of this run if it has not been searched yet and genotype.search_if_missing is true.
-
-    Only the embedded default asks for it; under torchrun, which would search once per rank, it is left to the user."""
-    path = genotype_path(cfg)
-    if path is None or path.exists() or not cfg.genotype.search_if_missing or world_size != 1:
-        return
-    print(f"no genotype at {path} yet: searching it first (python search.py method={cfg.genotype.arm})", flush=True)
-    command = [sys.executable, "search.py", f"method={cfg.genotype.arm}", f"seed={cfg.seed}", f"scale={cfg.scale}"]
-    subprocess.run([*command, f"run_root={Path(cfg.run_root).absolute()}"], cwd=PAPER, check=True)
+def state(
+    network: nn.Module, optimizer: Optimizer, about: Mapping[str, Any], genotype: Genotype, *, epoch: int, rows: list[dict],
+    config: dict,
+) -> dict[str, Any]:  # fmt: skip
+    """What a run needs to go on, and what anybody needs to use its network. about: {task, classes, channels, size, ...}."""
+    return {
+        "model": network.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "rows": rows,
+        "about": {**about, "genotype": genotype.plain()}, "config": config,
+    }  # fmt: skip
 
 
 def build_network(
@@ -69,30 +41,80 @@ def build_network(
     return Network(genotype, num_classes=classes, in_channels=channels, bits=bits, **model)
 
 
-def load_network(path: str | Path) -> tuple[Network, dict[str, Any]]:
-    """(network in evaluation mode, the checkpoint's content). FileNotFoundError, `runs.RunError`, ValueError for other files."""
-    state = runs.load_checkpoint(path)
-    if missing := {"model", "config", "classes", "channels", "genotype"} - state.keys():
+def try_network(cfg: Any, genotype: Genotype, classes: int, channels: int, size: int | Sequence[int]) -> None:
+    """Builds and runs the network without computing anything: ValueError for a model that does not fit images of that size."""
+    options = {"model": cfg.model, "stage": cfg.stage, "official_m_grad": cfg.parity.official_m_grad}
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    with torch.device("meta"), torch.no_grad():
+        network = build_network(genotype=genotype, classes=classes, channels=channels, **options)
+        network.eval()(torch.zeros(1, channels, *sides))
+
+
+def load(path: str | Path) -> Loaded:
+    """The classifier in evaluation mode, the configuration and what to know of a checkpoint of train.py or a packed file.
+
+    FileNotFoundError, `runs.RunError` for a broken file, ValueError for one of another script."""
+    found = runs.load_checkpoint(path)
+    if missing := {"model", "config", "about"} - found.keys():
         raise ValueError(f"{path} is no checkpoint of dcp_nas/train.py: it lacks {', '.join(sorted(missing))}")
-    config = state["config"]
+    config, about = found["config"], found["about"]
+    if about["task"] != "classification":
+        raise ValueError(f"{path} is a checkpoint of {about['task']}, not of dcp_nas/train.py")
+    packed = found.get("format") == PACKED
     network = build_network(
-        genotype=Genotype.parse(state["genotype"]), model=config["model"], stage=config["stage"],
-        official_m_grad=config["parity"]["official_m_grad"], classes=state["classes"], channels=state["channels"],
+        genotype=Genotype.parse(about["genotype"]), model=config["model"],
+        stage={**config["stage"], "weights": "real"} if packed else config["stage"],
+        official_m_grad=config["parity"]["official_m_grad"], classes=len(about["classes"]), channels=about["channels"],
     )  # fmt: skip
-    network.load_state_dict(state["model"])
-    return network.eval(), state
+    network.load_state_dict({**found["model"], **unpacked(found, network)} if packed else found["model"])
+    return Loaded(network.eval(), config, about)
+
+
+@torch.no_grad()
+def unpacked(content: Mapping[str, Any], network: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights scale o sign(w) of the 1-bit convolutions of a packed file, for `network` with ordinary ones."""
+    weights = {}
+    for name, bits in content["signs"].items():
+        shape = network.get_submodule(name).weight.shape  # type: ignore[union-attr]
+        signs = unpack_signs(bits, shape.numel()).view(shape)  # type: ignore[union-attr, arg-type]
+        weights[f"{name}.weight"] = signs * content["scales"][name].view(-1, 1, 1, 1)
+    return weights
+
+
+def stage_path(cfg: Any, node: Any) -> Path | None:
+    """The checkpoint that init or teacher names: its `weights`, or that of the run of `arm` at the same scale and seed."""
+    if node.arm is not None and node.weights is not None:
+        raise ValueError(f"give either an arm ({node.arm}) or weights ({node.weights}), not both")
+    if node.weights is not None:
+        return Path(node.weights)
+    return (
+        None
+        if node.arm is None
+        else Path(cfg.run_root) / cfg.scale / arm_name(node.arm) / f"seed{cfg.seed}" / "last.ckpt"
+    )
+
+
+def check_start(stage: Mapping[str, Any], path: Path | None) -> None:
+    """ValueError for the second step (weights 0.02 |m| sign(w)) without the first, which would begin with random weights;
+    FileNotFoundError says how to make a first step that is missing."""
+    if path is None:
+        if stage["weights"] == "m":
+            raise ValueError(
+                "stage=step2 begins with the weights of step 1: give init.weights=<checkpoint of stage=step1>"
+            )
+        return
+    if not path.expanduser().is_file():
+        raise FileNotFoundError(
+            f"no step-1 checkpoint at {path.expanduser().absolute()}: train it first (stage=step1), or "
+            "set init.weights to the file"
+        )
 
 
 def initialise(network: nn.Module, path: str | Path) -> None:
     """Load step 1 (binary activations, real weights) into a network of step 2; only m or beta may be missing.
 
-    FileNotFoundError says how to make the checkpoint; ValueError names a misfit."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no step-1 checkpoint at {path.absolute()}: train it first (stage=step1), or set init.weights to the file"
-        )
-    found, expected = load_network(path)[0].state_dict(), network.state_dict()
+    ValueError names a misfit."""
+    found, expected = load(path).model.state_dict(), network.state_dict()
     wrong = [
         f"{k}: {tuple(v.shape)} instead of {tuple(expected[k].shape)}"
         for k, v in found.items()
@@ -105,25 +127,58 @@ def initialise(network: nn.Module, path: str | Path) -> None:
     network.load_state_dict(found, strict=False)
 
 
-def build_teacher(*, path: Path | None, timm_name: str | None, classes: int, channels: int) -> nn.Module | None:
-    """A frozen network in evaluation mode: a checkpoint of train.py, a pretrained timm model, or None when neither is given.
+def load_backbone(network: Network, path: str | Path) -> None:
+    """Weights of a classification network of train.py, without its classifier. ValueError naming what does not fit."""
+    heads = ("fc.", "auxiliary_head.")
+    found = {k: v for k, v in load(path).model.state_dict().items() if not k.startswith(heads)}
+    expected = {k: v for k, v in network.state_dict().items() if not k.startswith(heads)}
+    keys = found.keys() | expected.keys()
+    wrong = sorted(k for k in keys if k not in found or k not in expected or found[k].shape != expected[k].shape)
+    if wrong:
+        raise ValueError(f"{path} does not fit the backbone (same genotype, stage and model?): {', '.join(wrong[:5])}")
+    network.load_state_dict(found, strict=False)
 
-    ValueError when it has other classes than the data, or when both are given."""
-    if path is not None and timm_name is not None:
-        raise ValueError(f"teacher: give either a checkpoint ({path}) or teacher.timm={timm_name!r}, not both")
-    if path is not None:
-        teacher: nn.Module = load_network(path)[0]
-        found = teacher.fc.out_features  # type: ignore[union-attr]
-    elif timm_name is not None:
+
+def check_teacher(node: Mapping[str, Any], path: Path | None) -> None:
+    """ValueError for two teachers at once or no timm model; FileNotFoundError for a file that is missing."""
+    if path is not None and node["timm"] is not None:
+        raise ValueError(f"teacher: give either a checkpoint ({path}) or teacher.timm={node['timm']!r}, not both")
+    if node["timm"] is None and node["file"] is not None:
+        raise ValueError("teacher.file holds the weights of teacher.timm=<name>, which is not given")
+    for file in (path, node["file"]):
+        if file is not None and not Path(file).expanduser().is_file():
+            raise FileNotFoundError(f"no teacher at {Path(file).expanduser().absolute()}")
+    if node["timm"] is not None:
         import timm
 
-        if not timm.is_model(timm_name):
+        if not timm.is_model(node["timm"]):
             close = ", ".join(timm.list_models("resnet34*"))
-            raise ValueError(f"teacher.timm={timm_name!r} is no timm model, e.g. {close}")
-        teacher = timm.create_model(timm_name, pretrained=True, in_chans=channels)
+            raise ValueError(f"teacher.timm={node['timm']!r} is no timm model, e.g. {close}")
+
+
+def build_teacher(node: Mapping[str, Any], path: Path | None, *, classes: int, channels: int) -> nn.Module | None:
+    """A frozen network in evaluation mode: a checkpoint of train.py, a pretrained timm model, or None when neither is given.
+
+    ValueError when it has other classes than the data, RunError when timm's weights cannot be had."""
+    if path is not None:
+        teacher: nn.Module = load(path).model
+        found = teacher.fc.out_features  # type: ignore[union-attr]
+    elif node["timm"] is not None:
+        import timm
+
+        own: dict[str, Any] = (
+            {"pretrained_cfg_overlay": {"file": str(Path(node["file"]).expanduser())}} if node["file"] else {}
+        )
+        try:
+            teacher = timm.create_model(node["timm"], pretrained=True, in_chans=channels, **own)
+        except Exception as error:  # whatever the hub, the network or the file has to say
+            what = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise runs.RunError(
+                f"cannot get the weights of teacher.timm={node['timm']} ({what}): give a local file with teacher.file=..."
+            ) from error
         found = teacher.num_classes  # type: ignore[union-attr]
     else:
         return None
     if found != classes:
-        raise ValueError(f"the teacher {path or timm_name} has {found} classes, the data {classes}")
+        raise ValueError(f"the teacher {path or node['timm']} has {found} classes, the data {classes}")
     return teacher.eval().requires_grad_(False)

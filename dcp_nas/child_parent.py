@@ -1,4 +1,4 @@
-"""The alternating search: Parent round, Child round, and again (section 3.5). Also DARTS on one network.
+"""The alternating search: Parent round, Child round, and again. Also DARTS on one network.
 
 A Parent round alternates steps on its weights (training half) and on alpha (validation half) and collects the tangent
 direction. A Child round takes alpha over, learns the Parent's output distribution with its 1-bit weights, and moves alpha^ by
@@ -61,8 +61,11 @@ class Architecture:
 
     @torch.no_grad()
     def copy_from(self, other: "Architecture") -> None:
+        """Takes the other's alpha over. What was added to the own alpha before is no part of it any more."""
         for a, b in zip(self.alphas, other.alphas, strict=True):
             a.copy_(b)
+        for rule in self.decoupled:
+            rule.added = torch.zeros_like(rule.added)
 
     def state_dict(self) -> dict[str, Any]:
         rules = [rule.state_dict() for rule in self.decoupled]
@@ -82,27 +85,28 @@ class Architecture:
 
 
 class ChildParentSearch:
-    """Algorithm 3.5 with a Child, first-order DARTS without. One call of `step` is one step on weights and one on alpha.
+    """The published algorithm with a Child, first-order DARTS without. `step`: one step on the weights and one on alpha.
 
-    lam, hessian, distance, chunks: see `child_gradient`. mu: weight of the reconstruction error (recon_reduction: mean over the
-    binary weights, or sum). tangent: t is the mean over the round's validation batches, the last one, or that of the batch of g
-    (same). steps: per phase. inherit: rounds in which the Child takes the Parent's weights. alpha_start: rounds before alpha
-    moves.
-    ValueError for a name that is not allowed."""
+    lam, hessian, distance, chunks, reduction, product: see `child_gradient`.
+    mu: weight of the reconstruction error (recon_reduction: mean over the binary weights, or sum). tangent: t is the mean over
+    the round's validation batches, the last one, or that of the batch of g (same). steps: per phase. inherit: rounds in which the
+    Child takes the Parent's weights. alpha_start: rounds before alpha moves. ValueError for a name that is not allowed."""
 
     def __init__(
         self, parent: Supernet, child: Supernet | None, *, generator: torch.Generator, rounds: int, steps: int,
         w: dict[str, Any], alpha: dict[str, Any], lam: float = 5e-3, mu: float = 0.2, hessian: str = "ggn",
         distance: str = "frobenius", chunks: int = 10, tangent: str = "round", recon_reduction: str = "mean",
-        inherit: str = "first", alpha_start: int = 0, decoupled: dict[str, Any] | None = None,
+        inherit: str = "first", alpha_start: int = 0, decoupled: dict[str, Any] | None = None, reduction: str = "mean",
+        product: str = "forward",
     ):  # fmt: skip
         if tangent not in TANGENTS or inherit not in INHERIT or min(rounds, steps) < 1 or mu < 0:
             raise ValueError(
                 f"tangent={tangent!r}, inherit={inherit!r}, rounds={rounds}, steps={steps}, mu={mu}, allowed: "
                 f"{', '.join(TANGENTS)}; {', '.join(INHERIT)}; rounds and steps >= 1; mu >= 0"
             )
-        check_rule(lam=lam, hessian=hessian, distance=distance)
-        self.rule = {"lam": lam, "hessian": hessian, "distance": distance, "chunks": chunks}
+        names = {"hessian": hessian, "distance": distance, "reduction": reduction, "product": product}
+        check_rule(lam=lam, **names)
+        self.rule: dict[str, Any] = {"lam": lam, "chunks": chunks, **names}
         self.mu, self.recon_reduction, self.tangent, self.inherit = mu, recon_reduction, tangent, inherit
         self.rounds, self.steps_per_phase, self.alpha_start, self.w = rounds, steps, alpha_start, dict(w)
         self.nets: dict[str, Supernet] = {"parent": parent} | ({} if child is None else {"child": child})
@@ -189,7 +193,7 @@ class ChildParentSearch:
     def parent_alpha_step(self, val: Batch) -> dict[str, Tensor | float]:
         arch, (images, labels) = self.arch["parent"], val
         logits = self.nets["parent"](images, arch.alphas)  # type: ignore[arg-type]
-        t = parent_tangent(logits, labels, arch.alphas)
+        t = parent_tangent(logits, labels, arch.alphas, reduction=self.rule["reduction"])
         self.collected.append(t)
         accuracy = (logits.argmax(1) == labels).float().mean()
         return {"val_accuracy": accuracy, "backtrack_ratio": arch.step(-t), "tangent_norm": t.norm()}
@@ -199,7 +203,8 @@ class ChildParentSearch:
         t = self.t
         if self.tangent == "same":
             parent = self.arch["parent"].alphas
-            t = parent_tangent(self.nets["parent"](images, parent), labels, parent)  # type: ignore[arg-type]
+            logits = self.nets["parent"](images, parent)  # type: ignore[arg-type]
+            t = parent_tangent(logits, labels, parent, reduction=self.rule["reduction"])
         rule = self.rule if t is not None else self.rule | {"lam": 0.0}
         found = child_gradient(lambda a: net(images, tuple(a)), arch.alphas, self.target(images), t, **rule)  # type: ignore[arg-type]
         row: dict[str, Tensor | float] = {"objective": found["objective"], "child_gradient_norm": found["g"].norm()}

@@ -5,18 +5,17 @@ python counts.py            print them;   the same numbers are the `exact` claim
 
 from pathlib import Path
 
-import hydra
 import torch
-from hydra.core.hydra_config import HydraConfig
+from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
-from common import runs
-from common.metrics.ops import count_parameters, layer_ops, memory_mbit, ops_bnn64, parameter_bits
+from common.metrics.ops import count_parameters, layer_ops, memory_mbit, ops_bnn64, parameter_bits, record_counts
+from common.scripts import script
 from dcp_nas.network import Network
 from dcp_nas.operations import BinaryConv2d, Bits
 from dcp_nas.search_space import GENOTYPES, space_size
 
-# (genotype, C, L) of the table in section 4.
+# name: (genotype, C, L), at 224 x 224 with 1000 classes
 NETWORKS = {
     "dcp_nas_l_108_10": ("DCP_NAS_L", 108, 10),
     "dcp_nas_l_48_10": ("DCP_NAS_L", 48, 10),
@@ -65,19 +64,15 @@ def measure(name: str) -> dict[str, float]:
         return count(network, torch.empty(1, 3, 224, 224))
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="counts")
-def main(cfg: DictConfig) -> None:
-    out = HydraConfig.get().runtime.output_dir
-    fabric = runs.launch(cfg.fabric)
-    run = runs.Run.open(Path(out), cfg, fabric)
-    if run is None:
-        return
-    with run:
-        metrics = {f"{name}_{key}": value for name in NETWORKS for key, value in measure(name).items()}
-        metrics["space_size"] = space_size()
-        run.finish(metrics)
-        for key, value in metrics.items():
-            print(f"{key:34s} {value:,}")
+def measured() -> dict[str, float]:
+    """`measure` of every network as <network>_<count>, and the size of the search space."""
+    found = {f"{name}_{key}": value for name in NETWORKS for key, value in measure(name).items()}
+    return {**found, "space_size": space_size()}
+
+
+@script("counts")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    record_counts(cfg, fabric, out, measured)
 
 
 if __name__ == "__main__":

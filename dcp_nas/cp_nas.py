@@ -1,4 +1,4 @@
-"""CP-NAS: single-path sampling with a Child-Parent score, the predecessor of DCP-NAS (section 3.6).
+"""CP-NAS: single-path sampling with a Child-Parent score, the predecessor of DCP-NAS.
 
 Every stage samples sub-networks without replacement, so that each remaining operation of each edge is trained and judged equally
 often. An operation's score is the mean over its sub-networks of z = beta_P (A_P - A_C) + A_C, with A_P and A_C the validation

@@ -1,29 +1,43 @@
 """Noisy digits (embedded), CIFAR-10 and folders of class folders (ImageNet), whole for training and split for the search."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import v2
 
 from common.data.batches import CropFlip, stream, to_float
+from common.data.files import identity
 from common.data.images import Images, Lighting
 from common.data.scenes import noisy_digits
-from common.data.vision import image_folder, in_memory, torchvision_set
+from common.data.vision import image_folder, in_memory, set_identity, torchvision_set
 
 SETS = ("digits", "cifar10", "folder")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR = ((0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768))
 
 
-def split_for_search(data: Images, shares: Sequence[float], *, seed: int) -> tuple[Images, Images]:
+@dataclass(frozen=True)
+class Data(Images):
+    """`Images` with the names of the classes, how a test image is looked at, and what the training images are."""
+
+    names: tuple[str, ...] = ()
+    look: Mapping[str, Any] = field(default_factory=dict)  # {size, crop, normalise}, see `inference_transform`
+    source: Mapping[str, Any] = field(default_factory=dict)  # `common.data.files.identity`
+
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint must say so that its network can be used without this data set."""
+        return {"classes": list(self.names), "channels": self.channels, **self.look}
+
+
+def split_for_search(data: Data, shares: Sequence[float], *, seed: int) -> tuple[Images, Images]:
     """Disjoint random parts of the training set for the weights and for alpha, `shares` of it each.
 
     ValueError for shares that do not fit, or a part without an image."""
-    if len(shares) != 2 or min(shares) <= 0 or sum(shares) > 1 + 1e-9:
-        raise ValueError(f"search.shares={list(shares)}: two positive shares (weights, alpha) that add up to at most 1")
+    check_shares(shares)
     counts = [int(len(data) * share + 1e-9) for share in shares]
     if min(counts) < 1:
         raise ValueError(
@@ -34,10 +48,34 @@ def split_for_search(data: Images, shares: Sequence[float], *, seed: int) -> tup
     return data.subset(order[: counts[0]]), data.subset(order[counts[0] : sum(counts)])
 
 
-def build_data(
-    *, name: str, seed: int, root: str | None = None, workers: int = 0, download: bool = False, sigma: float = 0.25,
-    train: int = 1000, size: int = 224, cutout: int = 0, lighting: bool = True, val: str = "val",
-) -> Images:  # fmt: skip
+def check_shares(shares: Sequence[float]) -> None:
+    """ValueError unless there are two positive shares that add up to at most 1."""
+    if len(shares) != 2 or min(shares) <= 0 or sum(shares) > 1 + 1e-9:
+        raise ValueError(f"search.shares={list(shares)}: two positive shares (weights, alpha) that add up to at most 1")
+
+
+def check_data(
+    *, name: str, root: str | None = None, workers: int = 0, download: bool = False, sigma: float = 0.25, train: int = 1000,
+    size: int = 224, cutout: int = 0, lighting: bool = True, val: str = "val",
+) -> None:  # fmt: skip
+    """ValueError for options of `build_data` that cannot be used, without looking at files; TypeError for an unknown one."""
+    del download, lighting
+    if name not in SETS:
+        raise ValueError(f"data.name={name!r}, allowed: {', '.join(SETS)}")
+    if cutout < 0 or sigma < 0 or size < 1 or workers < 0:
+        raise ValueError(f"data.cutout={cutout}, sigma={sigma}, size={size}, workers={workers}: none may be negative")
+    if name == "digits":
+        if root:
+            raise ValueError(
+                f"data.root={root}: digits is embedded; name the set at the root with data=folder or data=cifar10"
+            )
+        if not 1 <= train < 1797:
+            raise ValueError(f"data.train={train}, allowed: 1..1796 of the 1,797 digits")
+    if not val or val.startswith(("/", "..")):
+        raise ValueError(f"data.val={val!r} must be a folder below data.root")
+
+
+def build_data(*, seed: int, **options: Any) -> Data:
     """A data set by name.
 
     digits: scikit-learn's digits with N(0, sigma^2) noise drawn from `seed`, standardised, `train` of 1,797 for training.
@@ -45,38 +83,80 @@ def build_data(
     folder: root/train/<class>/, root/<val>/<class>/; RandomResizedCrop(size), colour noise, flip; test: shorter side
         size * 8 / 7 (bicubic), centre crop.
     ValueError for an unknown name or option, FileNotFoundError for missing files."""
-    if name not in SETS:
-        raise ValueError(f"data.name={name!r}, allowed: {', '.join(SETS)}")
-    if cutout < 0:
-        raise ValueError(f"data.cutout={cutout} must be >= 0")
+    check_data(**options)
+    name, root = options["name"], options.get("root")
+    test, names, look, channels = build_test(seed=seed, **options)
+    shared = {
+        "names": tuple(names),
+        "look": look,
+        "size": look["size"],
+        "classes": len(names),
+        "channels": channels,
+        "test": test,
+    }
     if name == "digits":
-        training, test = noisy_digits(sigma=sigma, train=train, seed=seed)
-        return Images(10, 1, 8, test, tensors=(training.images, training.targets))
+        training, _ = noisy_digits(sigma=options.get("sigma", 0.25), train=options.get("train", 1000), seed=seed)
+        return Data(**shared, tensors=(training.images, training.targets), source=identity(name))
     if name == "cifar10":
-        training, held_out = (in_memory(torchvision_set(name, root, train=t, download=download)) for t in (True, False))
-        test = TensorDataset(normalise_cifar(held_out[0]), held_out[1])
-        return Images(10, 3, 32, test, tensors=training, augment=CifarAugmentation(cutout))
-    head = [v2.RandomResizedCrop(size, scale=(0.08, 1)), *([Lighting()] if lighting else []), v2.RandomHorizontalFlip()]
-    training, test = image_folder(root, "train"), test_folder(root, size=size, val=val)
-    if training.classes != test.classes:
-        different = sorted(set(training.classes) ^ set(test.classes))
+        found = torchvision_set(name, root, train=True, download=options.get("download", False))
+        augment = CifarAugmentation(options.get("cutout", 0))
+        return Data(**shared, tensors=in_memory(found), augment=augment, source=set_identity(found, name))
+    training, val = image_folder(root, "train"), options.get("val", "val")
+    if training.classes != list(names):
+        different = sorted(set(training.classes) ^ set(names))
         raise ValueError(f"train/ and {val}/ under {root} hold different classes: {', '.join(different[:10])}")
-    options = {"train": training, "transform": v2.Compose([*head, *tail()]), "workers": workers}
-    return Images(len(training.classes), 3, size, test, **options)
+    light = [Lighting()] if options.get("lighting", True) else []
+    head = [v2.RandomResizedCrop(look["size"], scale=(0.08, 1)), *light, v2.RandomHorizontalFlip()]
+    transform = v2.Compose([*head, *tail(IMAGENET)])
+    return Data(
+        **shared, train=training, transform=transform, workers=options.get("workers", 0),
+        source=set_identity(training, name, root),
+    )  # fmt: skip
 
 
-def test_folder(root: str | None, *, size: int = 224, val: str = "val") -> Any:
-    """root/<val>/<class>/ alone, shorter side size * 8 / 7, centre crop, normalised. FileNotFoundError names the layout."""
-    resize = v2.Resize(round(size * 8 / 7), interpolation=v2.InterpolationMode.BICUBIC)
-    return image_folder(root, val, transform=v2.Compose([resize, v2.CenterCrop(size), *tail()]))
+def build_test(
+    *, name: str, seed: int, root: str | None = None, download: bool = False, sigma: float = 0.25, train: int = 1000,
+    size: int = 224, val: str = "val", **others: Any,
+) -> tuple[Dataset, Sequence[str], dict[str, Any], int]:  # fmt: skip
+    """(test set, names of its classes, how it is looked at, channels); training images are not needed. See `build_data`."""
+    check_data(name=name, root=root, download=download, sigma=sigma, train=train, size=size, val=val, **others)
+    if name == "digits":
+        test = noisy_digits(sigma=sigma, train=train, seed=seed)[1]
+        look = {"size": 8, "crop": False, "normalise": digit_statistics(sigma=sigma, train=train, seed=seed)}
+        return test, [str(d) for d in range(10)], look, 1
+    if name == "cifar10":
+        found = torchvision_set(name, root, train=False, download=download)
+        images, targets = in_memory(found)
+        look = {"size": 32, "crop": False, "normalise": statistics(CIFAR)}
+        return TensorDataset(normalise_cifar(images), targets), found.classes, look, 3
+    look = {"size": size, "crop": True, "normalise": statistics(IMAGENET)}
+    folder = image_folder(root, val, transform=inference_transform(**look, channels=3))
+    return folder, folder.classes, look, 3
 
 
-test_folder.__test__ = False  # type: ignore[attr-defined]
+def statistics(stats: tuple[Sequence[float], Sequence[float]]) -> dict[str, list[float]]:
+    return {"mean": list(stats[0]), "std": list(stats[1])}
 
 
-def tail() -> list[Callable]:
+def digit_statistics(*, sigma: float, train: int, seed: int) -> dict[str, list[float]]:
+    """The two numbers by which `noisy_digits` standardises images in 0..1: of its noisy training images."""
+    noisy = noisy_digits(sigma=sigma, train=train, seed=seed, standardise=False)[0].images
+    std, mean = torch.std_mean(noisy)
+    return {"mean": [mean.item()], "std": [std.item()]}
+
+
+def inference_transform(*, size: int, crop: bool, normalise: Mapping[str, Sequence[float]], channels: int) -> Callable:
+    """PIL image -> float (channels, size, size), as a test image is seen. crop: the shorter side to size * 8 / 7 (bicubic), then
+    the centre; else resized. normalise: {mean, std} of images in 0..1."""
+    bicubic = v2.InterpolationMode.BICUBIC
+    first = [v2.Resize(round(size * 8 / 7), bicubic), v2.CenterCrop(size)] if crop else [v2.Resize([size, size])]
+    gray = [v2.Grayscale(1)] if channels == 1 else []
+    return v2.Compose([*gray, *first, *tail((normalise["mean"], normalise["std"]))])
+
+
+def tail(stats: tuple[Sequence[float], Sequence[float]]) -> list[Callable]:
     """PIL image -> normalised float tensor."""
-    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*IMAGENET)]
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(stats[0]), list(stats[1]))]
 
 
 def normalise_cifar(images: Tensor) -> Tensor:

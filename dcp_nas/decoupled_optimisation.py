@@ -1,4 +1,4 @@
-"""Decoupled optimisation: architecture parameters step back along their previous value where the weights are large (section 3.4).
+"""Decoupled optimisation: architecture parameters step back along their previous value where the weights are large.
 
     alpha~^{t+1} = alpha^{t+1} + eta psi~ (*) alpha~^t   in the active columns, alpha^{t+1} elsewhere
     psi~^{t+1}   = | psi~^t - eta_psi dL/dpsi~^t |,   dL/dpsi~_e = eta sum_{m active} alpha~^t_{e,m} dL/dalpha~^{t+1}_{e,m}

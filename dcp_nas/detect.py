@@ -6,24 +6,26 @@ python detect.py experiment=voc_detection data.root=/datasets/VOCdevkit init.wei
 """
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
-import time
-from dataclasses import asdict
 from pathlib import Path
 
-import hydra
 import torch
-from hydra.core.hydra_config import HydraConfig
 from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 from torchvision.models.detection import FasterRCNN
 
 from common import runs
 from common.data.batches import Plan, SeededBatches, stream
-from common.data.detection import TorchvisionDetection, collate, detection_sets
+from common.data.detection import SETS, TorchvisionDetection, collate, detection_sets
+from common.data.files import identity
+from common.loop import Means, Progress, bar, preflight, sync_norm
 from common.metrics.detection import detection_metrics
-from dcp_nas.checkpoint import build_network, find_genotype
-from dcp_nas.detection import faster_rcnn, load_backbone
+from common.scripts import script
+from dcp_nas.checkpoint import build_network, check_start, load_backbone, state
+from dcp_nas.genotypes import find_genotype
+from dcp_nas.search_space import Genotype
+from dcp_nas.transfer.detection import faster_rcnn
 
 
 def step_lr(epoch: int, *, lr: float, milestones: list[int], warmup_share: float) -> float:
@@ -34,8 +36,8 @@ def step_lr(epoch: int, *, lr: float, milestones: list[int], warmup_share: float
 def train_one_epoch(fabric: Fabric, model, optimizer, batches, *, epoch, cfg, run) -> dict[str, float]:
     """One pass over the training set; returns the mean of every loss term."""
     model.train()
-    sums: dict[str, Tensor] = {}
-    for k, (images, targets) in enumerate(batches.epoch(epoch)):
+    means = Means()
+    for k, (images, targets) in enumerate(bar(batches.epoch(epoch), total=len(batches), title=f"epoch {epoch}")):
         step = (epoch - 1) * len(batches) + k
         share = min(1.0, (step + 1) / max(1, cfg.optim.warmup))
         lr = step_lr(epoch, lr=cfg.optim.lr, milestones=list(cfg.optim.milestones), warmup_share=share)
@@ -43,14 +45,13 @@ def train_one_epoch(fabric: Fabric, model, optimizer, batches, *, epoch, cfg, ru
             group["lr"] = lr
         terms = model(images, targets)
         loss = sum(terms.values())
-        runs.check_finite({**terms, "loss": loss}, step=step, last_good=run.checkpoint)
         fabric.backward(loss)
-        fabric.clip_gradients(model, optimizer, max_norm=cfg.train.clip_norm, error_if_nonfinite=False)
+        means.add({**terms, "loss": loss}, len(images))
+        norm = fabric.clip_gradients(model, optimizer, max_norm=cfg.train.clip_norm, error_if_nonfinite=False)
+        means.check(step=step, norm=norm, last_good=run.checkpoint, precision=cfg.fabric.precision)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        for name, value in {**terms, "loss": loss}.items():
-            sums[name] = sums.get(name, torch.zeros((), device=fabric.device)) + value.detach()
-    return {name: fabric.all_reduce(value / len(batches), reduce_op="mean").item() for name, value in sums.items()}
+    return means.result(fabric)
 
 
 @torch.no_grad()
@@ -67,88 +68,112 @@ def predict(fabric: Fabric, network, dataset, *, batch_size: int) -> dict[int, d
     return found
 
 
-def build(cfg: DictConfig, genotype, classes: int) -> FasterRCNN:
+def build(cfg: DictConfig, genotype: Genotype, classes: int, *, start: bool = True) -> FasterRCNN:
     """The detector of a configuration, with weights drawn from its seed, its backbone from init.weights if given."""
     torch.manual_seed(stream(cfg.seed))
-    backbone = build_network(
-        genotype=genotype,
-        model=cfg.model,
-        stage=cfg.stage,
-        official_m_grad=cfg.parity.official_m_grad,
-        classes=1,
-        channels=3,
-    )
-    if cfg.init.weights is not None:
+    options = {"model": cfg.model, "stage": cfg.stage, "official_m_grad": cfg.parity.official_m_grad}
+    backbone = build_network(genotype=genotype, classes=1, channels=3, **options)
+    if start and cfg.init.weights is not None:
         load_backbone(backbone, cfg.init.weights)
     return faster_rcnn(backbone, num_classes=classes, **cfg.detector)
 
 
+def check(cfg: DictConfig, genotype: Genotype) -> None:
+    """ValueError or FileNotFoundError for what would otherwise be found out after the data, or never."""
+    d, t, o = cfg.data, cfg.train, cfg.optim
+    if d.name not in SETS:
+        raise ValueError(f"data.name={d.name!r}, allowed: {', '.join(SETS)}")
+    if d.name == "scenes" and d.root:
+        raise ValueError(f"data.root={d.root}: scenes is embedded; name the set at the root with data.name=coco or voc")
+    if t.epochs < 1 or t.clip_norm <= 0 or o.lr < 0 or o.warmup < 0 or o.weight_decay < 0:
+        raise ValueError(
+            f"train.epochs={t.epochs}, clip_norm={t.clip_norm}, optim.lr={o.lr}, warmup={o.warmup}, "
+            f"weight_decay={o.weight_decay}, allowed: epochs >= 1, clip_norm > 0, the others >= 0"
+        )
+    n = cfg.detector
+    if min(n.min_size) < 1 or n.max_size < max(n.min_size) or n.detections < 1:
+        raise ValueError(
+            f"detector.min_size={list(n.min_size)}, max_size={n.max_size}, detections={n.detections}, allowed: "
+            "1 <= min_size <= max_size, detections >= 1"
+        )
+    if not 0 <= n.score_thresh < 1 or not 0 < n.nms_thresh <= 1:
+        raise ValueError(
+            f"detector.score_thresh={n.score_thresh}, nms_thresh={n.nms_thresh}, allowed: 0 <= score_thresh < 1, "
+            "0 < nms_thresh <= 1"
+        )
+    check_start(cfg.stage, None if cfg.init.weights is None else Path(cfg.init.weights))
+    with torch.device("meta"):
+        build(cfg, genotype, 1, start=False)
+
+
+def files_of(dataset) -> list[Path]:
+    """The image files of a detection set, or of several that are joined."""
+    parts = dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]
+    return [part.folder / info["file_name"] for part in parts for info in part.infos]
+
+
 def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     """Build, train to the end, evaluate; resumes from out/last.ckpt."""
-    per_device = runs.per_device_batch(cfg.train.batch_size, fabric.world_size)
     genotype = find_genotype(cfg)
-    training, held_out = detection_sets(seed=cfg.seed, **{k: v for k, v in cfg.data.items() if k != "workers"})
-    network = build(cfg, genotype, len(held_out.classes))
+    check(cfg, genotype)
+    per_device = runs.per_device_batch(cfg.train.batch_size, fabric.world_size)
+    options = {k: v for k, v in cfg.data.items() if k != "workers"}
+    training, held_out = detection_sets(seed=cfg.seed, **options)
+    network = sync_norm(fabric, build(cfg, genotype, len(held_out.classes)))
+    trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
-        [p for p in network.parameters() if p.requires_grad], lr=cfg.optim.lr, momentum=cfg.optim.momentum,
-        weight_decay=cfg.optim.weight_decay,
-    )  # fmt: skip
-    model, optimizer = fabric.setup(network, optimizer)
-    plan = Plan(len(training), cfg.train.batch_size, seed=cfg.seed, rank=fabric.global_rank, world=fabric.world_size)
-    batches = SeededBatches(
-        TorchvisionDetection(training), plan, workers=cfg.data.workers, device=fabric.device, collate=collate
+        trained, lr=cfg.optim.lr, momentum=cfg.optim.momentum, weight_decay=cfg.optim.weight_decay
     )
+    model, optimizer = fabric.setup(network, optimizer)
+    batches = SeededBatches(
+        TorchvisionDetection(training), Plan.of(cfg.train, len(training), fabric, seed=cfg.seed),
+        workers=cfg.data.workers, device=fabric.device, collate=collate,
+    )  # fmt: skip
     if cfg.preflight:
+        model.train()
         images, targets = next(iter(batches.epoch(1)))
-        start = time.perf_counter()
-        fabric.backward(sum(model.train()(images, targets).values()))
-        seconds = time.perf_counter() - start
-        hours = seconds * len(batches) * cfg.train.epochs / 3600
-        return fabric.print(
-            f"preflight: data found, {per_device} images per device, {seconds:.2f} s per step, about {hours:.2g} h"
-        )
-    run = runs.Run.open(out, cfg, fabric)
-    if run is None:
+        preflight(
+            fabric, lambda: fabric.backward(sum(model(images, targets).values())), what=f"{per_device} images",
+            parameters=sum(p.numel() for p in trained), steps=len(batches) * cfg.train.epochs,
+        )  # fmt: skip
         return
-    with run:
-        first, rows = 1, []
-        if (state := run.load_checkpoint()) is not None:
-            network.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            first, rows = state["epoch"] + 1, state["rows"]
-        fabric.print(
-            f"{cfg.arm} on {cfg.data.name}: {len(training)} images, {len(held_out.classes)} classes, global batch "
-            f"{cfg.train.batch_size} = {fabric.world_size} devices x {per_device}, lr {cfg.optim.lr}, "
-            f"epochs {first}..{cfg.train.epochs}"
-        )
-        for epoch in range(first, cfg.train.epochs + 1):
-            torch.manual_seed(stream(cfg.seed, epoch, fabric.global_rank))  # proposals are sampled from this stream
-            start = time.perf_counter()
-            row = train_one_epoch(fabric, model, optimizer, batches, epoch=epoch, cfg=cfg, run=run)
-            rows.append(row)
-            run.log(epoch=epoch, **row)
-            terms = "  ".join(f"{k} {v:.3g}" for k, v in row.items())
-            left = (time.perf_counter() - start) * (cfg.train.epochs - epoch)
-            fabric.print(f"epoch {epoch}/{cfg.train.epochs}  {terms}  {left:.0f} s left")
-            if epoch % cfg.train.save_every == 0 or epoch == cfg.train.epochs:
-                run.save_checkpoint({
-                    "model": network.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "rows": rows,
-                    "class_names": list(held_out.classes), "genotype": asdict(genotype), "config": run.config,
-                })  # fmt: skip
-        metrics = detection_metrics(held_out, predict(fabric, network, held_out, batch_size=cfg.evaluate.batch_size))
-        run.finish(metrics | {"last_loss": rows[-1]["loss"]})
-        fabric.print("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+    files = None if cfg.data.name == "scenes" else [*files_of(training), *files_of(held_out)]
+    source = identity(cfg.data.name, files, root=cfg.data.root, classes=len(held_out.classes))
+    if (run := runs.Run.open(out, cfg, fabric, data=source)) is not None:
+        with run:
+            train(fabric, run, cfg, held_out, genotype, model, network, optimizer, batches)
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="detect")
-def main(cfg: DictConfig) -> None:
-    out = HydraConfig.get().runtime.output_dir
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    try:
-        fit(cfg, runs.launch(cfg.fabric), Path(out))
-    finally:
-        runs.remove_if_empty(out, cfg.run_root)
+def train(fabric: Fabric, run: runs.Run, cfg, held_out, genotype, model, network, optimizer, batches) -> None:
+    """The epochs from the last checkpoint on, then the evaluation."""
+    first, rows, epochs = 1, [], cfg.train.epochs
+    if (saved := run.load_checkpoint()) is not None:
+        network.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first, rows = saved["epoch"] + 1, saved["rows"]
+    fabric.print(
+        f"{cfg.arm} on {cfg.data.name}: {len(batches.plan)} batches, {len(held_out.classes)} classes, {batches.plan}, "
+        f"lr {cfg.optim.lr}, epochs {first}..{epochs}"
+    )
+    transform = network.transform
+    about = {"task": "detection", "classes": list(held_out.classes), "channels": 3, "size": list(cfg.detector.min_size)}
+    about |= {"crop": False, "normalise": {"mean": list(transform.image_mean), "std": list(transform.image_std)}}
+    progress = Progress(fabric, run, first=first, last=epochs, every=1)
+    for epoch in range(first, epochs + 1):
+        torch.manual_seed(stream(cfg.seed, epoch, fabric.global_rank))  # proposals are sampled from this stream
+        row = train_one_epoch(fabric, model, optimizer, batches, epoch=epoch, cfg=cfg, run=run)
+        rows.append(row)
+        progress.report(epoch, row, images=batches.plan.steps * batches.plan.batch_size)
+        if epoch % cfg.train.save_every == 0 or epoch == epochs:
+            run.save_checkpoint(state(network, optimizer, about, genotype, epoch=epoch, rows=rows, config=run.config))
+    metrics = detection_metrics(held_out, predict(fabric, network, held_out, batch_size=cfg.evaluate.batch_size))
+    run.finish(metrics | {"last_loss": rows[-1]["loss"]})
+    fabric.print("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+
+
+@script("detect")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    fit(cfg, fabric, out)
 
 
 if __name__ == "__main__":

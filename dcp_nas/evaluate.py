@@ -1,53 +1,74 @@
-"""Evaluate a checkpoint of train.py on its data set or another folder, with its operations and memory.
+"""Evaluate a checkpoint of train.py (or a packed file of export.py) on its test set or another, with its cost.
 
 python evaluate.py weights=runs/default/dcp_ggn/seed0/last.ckpt
 python evaluate.py weights=last.ckpt data.root=/datasets/imagenet record=true
 """
 
-import hashlib
-import json
 from pathlib import Path
+from typing import Any
 
-import hydra
 import torch
+from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
-from common import runs
-from dcp_nas.checkpoint import load_network
+from common.loop import Loaded
+from common.metrics.external import check_claim, print_metrics, write_record
+from common.scripts import script
+from dcp_nas.checkpoint import load
 from dcp_nas.counts import count
-from dcp_nas.data import build_data, test_folder
+from dcp_nas.data import build_test
 from dcp_nas.train import classification_metrics, predict
 
 PAPER = Path(__file__).resolve().parent
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
-def main(cfg: DictConfig) -> None:
-    network, state = load_network(cfg.weights)
-    given = {k: v for k, v in OmegaConf.to_container(cfg.data).items() if v is not None}  # type: ignore[union-attr]
-    data_cfg = state["config"]["data"] | given
-    if data_cfg["name"] == "folder":  # the training images are not needed
-        test = test_folder(data_cfg.get("root"), size=data_cfg["size"], val=data_cfg["val"])
-        classes = len(test.classes)
-    else:
-        data = build_data(seed=state["config"]["seed"], **data_cfg)
-        test, classes = data.test, data.classes
-    if network.fc.out_features != classes:
-        raise ValueError(f"{cfg.weights} has {network.fc.out_features} classes, the data {classes}")
-    counts = count(network, torch.zeros(1, state["channels"], state["size"], state["size"]))
-    fabric = runs.launch(cfg.fabric)
-    logits, labels = predict(fabric, fabric.setup_module(network), test, batch_size=cfg.batch_size, workers=cfg.workers)
+def test_options(trained: Loaded, given: DictConfig) -> dict[str, Any]:
+    """The node `data` of a checkpoint with the keys of `given` that are not null in place of its own; another set keeps the size
+    that the network was trained on."""
+    own = {**trained.about["data"], "root": trained.config.get("data", {}).get("root")}
+    new = {k: v for k, v in OmegaConf.to_container(given).items() if v is not None}  # type: ignore[union-attr]
+    if new.get("name", own["name"]) != own["name"]:
+        own = {"size": trained.about["size"]}
+    return own | new
+
+
+test_options.__test__ = False  # type: ignore[attr-defined]
+
+
+def evaluate(cfg: DictConfig, fabric: Fabric) -> dict[str, float]:
+    """Prints and returns the metrics of cfg.weights; see configs/evaluate.yaml."""
+    check_claim(PAPER, cfg.claim)
+    trained = load(cfg.weights)
+    options, about = test_options(trained, cfg.data), trained.about
+    test, classes, look, _ = build_test(seed=about["seed"], **options)
+    if list(classes) != about["classes"]:
+        different = sorted(set(classes) ^ set(about["classes"]))
+        raise ValueError(
+            f"{cfg.weights} knows {len(about['classes'])} classes, the data {len(classes)}: {', '.join(different[:10])} differ"
+        )
+    if look["normalise"] != about["normalise"] or look["size"] != about["size"]:
+        raise ValueError(
+            f"{cfg.weights} was trained on images of {about['size']} normalised by {about['normalise']}, {options['name']} gives "
+            f"{look['size']} and {look['normalise']}"
+        )
+    counts = count(trained.model, torch.zeros(1, about["channels"], about["size"], about["size"]))
+    model = fabric.setup_module(trained.model)
+    logits, labels = predict(fabric, model, test, batch_size=cfg.batch_size, workers=cfg.workers)
     metrics = classification_metrics(logits, labels)
-    for name, value in {**metrics, **counts}.items():
-        print(f"{name:14s} {value:,.4f}" if isinstance(value, float) else f"{name:14s} {value:,}")
-    if cfg.record:
-        digest = hashlib.sha256(Path(cfg.weights).expanduser().read_bytes()).hexdigest()
-        record = {"claim": None, "value": metrics["top1"], "weights_sha256": digest, "n": len(labels)}
-        record |= {"data": data_cfg["name"], "metrics": metrics, "counts": counts, "genotype": state["genotype"]}
-        target = Path(cfg.record_to or PAPER / "results/external") / f"{digest[:12]}_{data_cfg['name']}.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps({**record, **runs.provenance(fabric.device)}, indent=1) + "\n")
-        print(f"recorded in {target}")
+    print_metrics(metrics, len(labels))
+    print("  ".join(f"{name} {value:,}" for name, value in counts.items()))
+    if cfg.record and fabric.is_global_zero:
+        write_record(
+            cfg.record_to or PAPER / "results/external", weights=cfg.weights, value=metrics["top1"], n=len(labels),
+            data=options["name"], metrics=metrics, claim=cfg.claim, device=fabric.device, counts=counts,
+            genotype=about["genotype"],
+        )  # fmt: skip
+    return metrics
+
+
+@script("evaluate")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    evaluate(cfg, fabric)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The bodies of the operations, as in the released training code, with real-valued or 1-bit convolutions (section 3.3).
+"""The bodies of the operations, as in the released training code, with real-valued or 1-bit convolutions.
 
 In the published networks only the 1x1 convolutions inside `DilConv` and `SepConv` see binary activations; depth-wise,
 preprocessing and factorized-reduction convolutions have 1-bit weights and real-valued inputs. `strict_1bit` binarises those
@@ -53,7 +53,7 @@ class BetaConv2d(BinaryConv2d):
 
 
 class MConv2d(BinaryConv2d):
-    """0.02 |m_c| sign(w) of the released second training step, m ~ N(0, 1) per output channel (section 3.7).
+    """0.02 |m_c| sign(w) of the released second training step, m ~ N(0, 1) per output channel.
 
     Its backward rule, with G = dL/dW_b: dL/dw = G |m| and dL/d|m| = sum G w (published; not the derivative of the value). The
     terms 1e-4 R of that rule are those of `reconstruction` with the weight 1e-4 / 2, which the train loop adds to the loss.

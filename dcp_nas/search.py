@@ -5,30 +5,34 @@ python search.py method=direct                              another arm
 python search.py experiment=search_cifar10 data.root=/datasets budget_minutes=300
 python search.py experiment=search_folder data.root=/my/images          train/<class>/, val/<class>/
 
-Interrupted, it goes on where its last checkpoint was. budget_minutes ends it early with the genotype found so far.
+Interrupted, it goes on where its last checkpoint was. budget_minutes ends it early with the genotype found so far; with a larger
+one, or none, it goes on from there.
 """
 
 import itertools
 import json
 import math
-import time
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
 from common import runs
 from common.data.batches import Plan, stream
+from common.loop import Progress, preflight
+from common.scripts import script
+from dcp_nas.analysis.draw import draw_cells, draw_search
 from dcp_nas.child_parent import ChildParentSearch
+from dcp_nas.counts import count
 from dcp_nas.cp_nas import CPNAS
-from dcp_nas.data import Images, build_data, split_for_search
-from dcp_nas.draw import draw_cells, draw_search
+from dcp_nas.data import Data, build_data, check_data, check_shares, split_for_search
+from dcp_nas.network import Network
 from dcp_nas.operations import Bits
+from dcp_nas.search_space import Genotype
 from dcp_nas.supernet import Supernet
 
 ALGORITHMS = ("child_parent", "darts", "cp_nas")
@@ -36,9 +40,23 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "real": {"weights": "real", "activations": "real"},
     "binary": {"weights": "beta", "activations": "binary"},
 }
+OF_A_CHILD = (
+    "lam",
+    "mu",
+    "hessian",
+    "distance",
+    "chunks",
+    "tangent",
+    "recon_reduction",
+    "inherit",
+    "reduction",
+    "product",
+)
 
 
-def build(cfg: DictConfig, data: Images, steps: int, device: torch.device) -> ChildParentSearch | CPNAS:
+def build(
+    cfg: DictConfig, *, classes: int, channels: int, steps: int, device: torch.device
+) -> ChildParentSearch | CPNAS:
     """The algorithm of a configuration with its supernets on `device`. ValueError or TypeError names a wrong value or key."""
     method: dict[str, Any] = OmegaConf.to_container(cfg.method)  # type: ignore[assignment]
     algorithm, network = method.pop("algorithm"), method.pop("network")
@@ -52,17 +70,50 @@ def build(cfg: DictConfig, data: Images, steps: int, device: torch.device) -> Ch
     nets = {}
     for name in dict.fromkeys(["real", "binary"] if algorithm != "darts" else [network]):
         bits = Bits(**NETWORKS[name], strict_1bit=cfg.strict_1bit, affine=False)
-        nets[name] = Supernet(num_classes=data.classes, in_channels=data.channels, bits=bits, **cfg.model).to(device)
+        nets[name] = Supernet(num_classes=classes, in_channels=channels, bits=bits, **cfg.model).to(device)
     generator = torch.Generator().manual_seed(stream(cfg.seed, 1))
     if algorithm == "cp_nas":
         return CPNAS(nets["real"], nets["binary"], generator=generator, w=cfg.w, **cfg.cp_nas)
     if algorithm == "darts":  # as many steps as Parent and Child together
-        for key in ("lam", "mu", "hessian", "distance", "chunks", "tangent", "recon_reduction", "inherit"):
+        for key in OF_A_CHILD:
             method.pop(key)
         options = {"rounds": cfg.search.rounds, "steps": 2 * steps, "alpha_start": cfg.search.alpha_start, **method}
         return ChildParentSearch(nets[network], None, generator=generator, w=cfg.w, alpha=cfg.alpha, **options)
     options = {"rounds": cfg.search.rounds, "steps": steps, "alpha_start": cfg.search.alpha_start, **method}
     return ChildParentSearch(nets["real"], nets["binary"], generator=generator, w=cfg.w, alpha=cfg.alpha, **options)
+
+
+def check(cfg: DictConfig, fabric: Fabric) -> None:
+    """ValueError or TypeError for everything that can be wrong before data is read: all values, the supernets."""
+    if fabric.world_size != 1:
+        raise ValueError("the search runs on one device: start it without torchrun (train.py takes several)")
+    if cfg.fabric.precision != "32-true":
+        raise ValueError(
+            f"fabric.precision={cfg.fabric.precision}: the search takes second derivatives in 32-true only"
+        )
+    if cfg.budget_minutes is not None and cfg.budget_minutes <= 0:
+        raise ValueError(f"budget_minutes={cfg.budget_minutes} must be positive, or null for no limit")
+    s = cfg.search
+    if s.max_skips is not None and s.max_skips < 0:
+        raise ValueError(f"search.max_skips={s.max_skips}, allowed: >= 0, or null for no limit")
+    if not 0 <= s.alpha_start < s.rounds:
+        raise ValueError(
+            f"search.alpha_start={s.alpha_start}: alpha would never move in search.rounds={s.rounds} rounds"
+        )
+    if s.steps is not None and s.steps < 1:
+        raise ValueError(f"search.steps={s.steps}, allowed: >= 1, or null for an epoch")
+    if min(cfg.w.lr, cfg.w.lr_min, cfg.alpha.lr) < 0 or cfg.w.clip <= 0:
+        raise ValueError(
+            f"w.lr={cfg.w.lr}, w.lr_min={cfg.w.lr_min}, alpha.lr={cfg.alpha.lr} must be >= 0, w.clip={cfg.w.clip} > 0"
+        )
+    check_shares(s.shares)
+    check_data(**cfg.data)
+    with torch.device("meta"):
+        algorithm = build(cfg, classes=10, channels=3, steps=1, device=torch.device("meta"))
+        side = cfg.data.get("size") or {"digits": 8, "cifar10": 32}[cfg.data.name]
+        with torch.no_grad():  # a cell whose map cannot be halved says so here
+            net = next(iter(algorithm.nets.values()))
+            net(torch.zeros(2, 3, side, side), net.new_alphas(torch.Generator(device="cpu")))
 
 
 def endless(batches: Any, phase: int):
@@ -75,27 +126,6 @@ def endless(batches: Any, phase: int):
 def snapshot(algorithm: ChildParentSearch | CPNAS, phase: str) -> dict[str, Any]:
     normal, reduce = algorithm.alphas()
     return {"phase": phase, "normal": normal.tolist(), "reduce": reduce.tolist(), "skips": algorithm.genotype().skips()}
-
-
-def preflight(fabric: Fabric, algorithm: Any, batches: tuple, total: int) -> None:
-    """Two steps of every kind of phase; prints memory and hours. Writes nothing."""
-    seconds = []
-    for phase in range(min(2, len(algorithm.phases()))):
-        algorithm.begin(phase)
-        pair = next(endless(batches[0], 0)), next(endless(batches[1], 0))
-        for _ in range(2):  # the first step also pays for allocation
-            start = time.perf_counter()
-            algorithm.step(phase, *pair)
-            if fabric.device.type == "cuda":
-                torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    cuda = fabric.device.type == "cuda"
-    memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the card, " if cuda else ""
-    mean = sum(seconds) / len(seconds)
-    fabric.print(
-        f"preflight: data found, {memory}{mean:.3f} s per step without data loading, about {mean * total / 3600:.2g} h for "
-        f"{total} steps"
-    )
 
 
 def summary(algorithm: Any, rows: list[dict], trajectory: list[dict], stopped: str) -> dict[str, float]:
@@ -113,108 +143,165 @@ def summary(algorithm: Any, rows: list[dict], trajectory: list[dict], stopped: s
     return metrics
 
 
+@dataclass
+class Course:
+    """How far a search has come. totals: {term: (sum, count)} of the phase; good: the last cell within search.max_skips."""
+
+    phase: int = 0
+    step: int = 0
+    rows: list[dict[str, float]] = field(default_factory=list)
+    totals: dict[str, tuple[float, int]] = field(default_factory=dict)
+    trajectory: list[dict[str, Any]] = field(default_factory=list)
+    good: dict[str, Any] | None = None
+
+    def means(self) -> dict[str, float]:
+        return {name: total / count for name, (total, count) in self.totals.items()}
+
+
+def run_phase(
+    fabric: Fabric, run: runs.Run, cfg: DictConfig, algorithm: Any, batches: tuple, course: Course, save
+) -> str:
+    """The remaining steps of the current phase, one on the weights and one on alpha each; returns why it stopped, or ''."""
+    phase = course.phase
+    if course.step == 0:
+        algorithm.begin(phase)
+        course.totals = {}
+    pairs = zip(endless(batches[0], phase), endless(batches[1], phase), strict=False)
+    for train, val in itertools.islice(pairs, course.step, algorithm.steps(phase)):
+        row = algorithm.step(phase, train, val)
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=fabric.device) for v in row.values()])
+        runs.check_finite(dict(zip(row, values, strict=True)), step=course.step, last_good=run.checkpoint)
+        for name, value in zip(row, values.tolist(), strict=True):
+            total, count = course.totals.get(name, (0.0, 0))
+            course.totals[name] = (total + value, count + 1)
+        course.step += 1
+        if cfg.budget_minutes is not None and run.seconds > 60 * cfg.budget_minutes:
+            save()
+            return f"budget_minutes={cfg.budget_minutes}"
+        if course.step % cfg.search.save_every == 0 and course.step < algorithm.steps(phase):
+            save()
+    algorithm.end(phase)
+    return ""
+
+
+def search(fabric: Fabric, run: runs.Run, cfg: DictConfig, data: Data, algorithm: Any, batches: tuple) -> None:
+    """The phases from the last checkpoint on, then the genotype and its pictures."""
+    course, stopped, phases = Course(trajectory=[snapshot(algorithm, "start")]), "", algorithm.phases()
+    if (saved := run.load_checkpoint()) is not None:
+        algorithm.load_state_dict(saved["algorithm"])
+        course = Course(**saved["course"])
+
+    def save() -> None:
+        run.save_checkpoint({"algorithm": algorithm.state_dict(), "course": vars(course).copy(), "config": run.config})
+
+    fabric.print(
+        f"{cfg.arm} on {cfg.data.name}: batch {cfg.search.batch_size}, {len(phases)} phases of {algorithm.steps(0)} steps, "
+        f"from phase {course.phase + 1} step {course.step + 1}"
+    )
+    progress = Progress(fabric, run, first=course.phase + 1, last=len(phases), every=1)
+    while course.phase < len(phases) and not stopped:
+        stopped = run_phase(fabric, run, cfg, algorithm, batches, course, save)
+        name, steps = phases[course.phase], course.step
+        course.trajectory.append(snapshot(algorithm, name))
+        skips = course.trajectory[-1]["skips"]
+        course.rows.append(course.means())
+        progress.report(
+            course.phase + 1,
+            {"phase": name, "steps": steps, "skips": skips, **course.rows[-1]},
+            images=steps,
+            unit="steps",
+        )
+        limit = cfg.search.max_skips
+        if limit is not None and skips > limit:
+            stopped = stopped or f"more than search.max_skips={limit} skip connections"
+        else:
+            course.good = algorithm.genotype().plain()
+        course.phase, course.step = course.phase + 1, 0
+        if not stopped:
+            save()
+    if stopped:
+        fabric.print(f"stopped by {stopped}")
+    genotype = algorithm.genotype()
+    if cfg.search.max_skips is not None and genotype.skips() > cfg.search.max_skips:
+        note = "the cell before that is kept" if course.good else "no cell was within it, so this one is written"
+        genotype = Genotype.parse(course.good) if course.good else genotype
+        fabric.print(f"search.max_skips={cfg.search.max_skips}: {note}")
+    write(run, cfg, data, genotype, course, stopped)
+    run.finish(summary(algorithm, course.rows, course.trajectory, stopped))
+    fabric.print(f"{genotype}\nwritten to {run.dir / 'genotype.json'}")
+
+
+def write(run: runs.Run, cfg: DictConfig, data: Data, genotype: Genotype, course: Course, stopped: str) -> None:
+    """genotype.json (with how it was found, and what its network at the size of the search costs), trajectory.json, pictures."""
+    options = {k: v for k, v in cfg.model.items() if k not in ("nodes", "order")}
+    bits = Bits("beta", "binary", strict_1bit=cfg.strict_1bit)
+    with torch.device("meta"):
+        network = Network(genotype, num_classes=data.classes, in_channels=data.channels, bits=bits, **options)
+        cost = count(network, torch.empty(1, data.channels, data.size, data.size))
+    found = {
+        "arm": cfg.arm, "seed": cfg.seed, "method": run.config["method"], "data": dict(data.source), "phases": len(course.rows),
+        "stopped": stopped, "config_sha256": run.sha,
+    }  # fmt: skip
+    size = {"channels": cfg.model.channels, "cells": cfg.model.cells, "size": data.size, "classes": data.classes}
+    genotype.save(run.dir / "genotype.json", found=found, cost={**size, **cost})
+    (run.dir / "trajectory.json").write_text(json.dumps(course.trajectory) + "\n")
+    draw_cells(genotype, run.dir / "genotype.png")
+    draw_search(course.trajectory, course.rows, cfg.model.order, run.dir / "search.png")
+
+
+def reopen(out: Path, budget_minutes: float | None) -> None:
+    """Marks a search that its budget has ended as running, if there is more budget now than it has used."""
+    file, result = out / "result.json", runs.read_json(out / "result.json")
+    found = (runs.read_json(out / "genotype.json") or {}).get("found", {})
+    if (
+        result is None
+        or result["status"] != "finished"
+        or not str(found.get("stopped", "")).startswith("budget_minutes")
+    ):
+        return
+    if budget_minutes is None or result["seconds"] < 60 * budget_minutes:
+        beside = file.with_name(".result.json.tmp")
+        beside.write_text(json.dumps({**result, "status": "running", "metrics": {}}, indent=1) + "\n")
+        os.replace(beside, file)
+
+
 def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     """Search to the end (or the budget) and write the genotype; resumes from out/last.ckpt."""
-    if fabric.world_size != 1:
-        raise ValueError("the search runs on one device: start it without torchrun (train.py takes several)")
-    if cfg.fabric.precision != "32-true":
-        raise ValueError(
-            f"fabric.precision={cfg.fabric.precision}: the search takes second derivatives in 32-true only"
-        )
-    if cfg.budget_minutes is not None and cfg.budget_minutes <= 0:
-        raise ValueError(f"budget_minutes={cfg.budget_minutes} must be positive, or null for no limit")
+    check(cfg, fabric)
     data = build_data(seed=cfg.seed, **cfg.data)
     parts = split_for_search(data, cfg.search.shares, seed=cfg.seed)
     plans = [Plan(len(p), cfg.search.batch_size, seed=stream(cfg.seed, 2, k)) for k, p in enumerate(parts)]
     batches = tuple(part.batches(plan, fabric.device) for part, plan in zip(parts, plans, strict=True))
-    algorithm = build(cfg, data, cfg.search.steps or len(plans[0]), fabric.device)
-    phases = algorithm.phases()
+    steps = cfg.search.steps or len(plans[0])
+    algorithm = build(cfg, classes=data.classes, channels=data.channels, steps=steps, device=fabric.device)
+    fabric.print(f"{len(parts[0])} images for the weights, {len(parts[1])} for alpha")
     if cfg.preflight:
-        return preflight(fabric, algorithm, batches, sum(algorithm.steps(p) for p in range(len(phases))))
-    run = runs.Run.open(out, cfg, fabric)
-    if run is None:
-        return
-    with run:
-        phase, step, rows, totals, stopped = 0, 0, [], {}, ""
-        trajectory = [snapshot(algorithm, "start")]
-        if (state := run.load_checkpoint()) is not None:
-            algorithm.load_state_dict(state["algorithm"])
-            phase, step, rows, totals, trajectory = (
-                state[k] for k in ("phase", "step", "rows", "totals", "trajectory")
-            )
+        pair = next(endless(batches[0], 0)), next(endless(batches[1], 0))
+        kinds = range(min(2, len(algorithm.phases())))
 
-        def save() -> None:
-            run.save_checkpoint({
-                "algorithm": algorithm.state_dict(), "phase": phase, "step": step, "rows": rows, "totals": totals,
-                "trajectory": trajectory, "config": run.config,
-            })  # fmt: skip
-
-        fabric.print(
-            f"{cfg.arm} on {cfg.data.name}: {len(parts[0])} images for the weights, {len(parts[1])} for alpha, batch "
-            f"{cfg.search.batch_size}, {len(phases)} phases of {algorithm.steps(0)} steps, "
-            f"from phase {phase + 1} step {step + 1}"
-        )
-        while phase < len(phases) and not stopped:
-            begun = time.perf_counter()
-            if step == 0:
+        def one_of_each() -> None:
+            for phase in kinds:
                 algorithm.begin(phase)
-                totals = {}
-            pairs = zip(endless(batches[0], phase), endless(batches[1], phase), strict=False)
-            for train, val in itertools.islice(pairs, step, algorithm.steps(phase)):
-                row = algorithm.step(phase, train, val)
-                values = torch.stack(
-                    [torch.as_tensor(v, dtype=torch.float32, device=fabric.device) for v in row.values()]
-                )
-                runs.check_finite(dict(zip(row, values, strict=True)), step=step, last_good=run.checkpoint)
-                for name, value in zip(row, values.tolist(), strict=True):
-                    total, count = totals.get(name, (0.0, 0))
-                    totals[name] = (total + value, count + 1)
-                step += 1
-                if cfg.budget_minutes is not None and run.seconds > 60 * cfg.budget_minutes:
-                    stopped = f"budget_minutes={cfg.budget_minutes}"
-                    break
-                if step % cfg.search.save_every == 0 and step < algorithm.steps(phase):
-                    save()
-            if not stopped:
-                algorithm.end(phase)
-            means = {name: total / count for name, (total, count) in totals.items()}
-            trajectory.append(snapshot(algorithm, phases[phase]))
-            skips = trajectory[-1]["skips"]
-            rows.append(means)
-            run.log(phase=phases[phase], steps=step, skips=skips, **means)
-            for logger in fabric.loggers:
-                logger.log_metrics({"skips": skips, **means}, step=phase + 1)
-            if cfg.search.max_skips is not None and skips > cfg.search.max_skips:
-                stopped = stopped or f"more than search.max_skips={cfg.search.max_skips} skip connections"
-            terms = "  ".join(f"{k} {v:.4g}" for k, v in means.items())
-            left = (time.perf_counter() - begun) * (len(phases) - phase - 1)
-            fabric.print(
-                f"phase {phase + 1}/{len(phases)} ({phases[phase]})  skips {skips}  {terms}  {left:.0f} s left"
-            )
-            phase, step = phase + 1, 0
-            if not stopped:
-                save()
-        if stopped:
-            fabric.print(f"stopped by {stopped}")
-        genotype = algorithm.genotype()
-        genotype.save(out / "genotype.json")
-        (out / "trajectory.json").write_text(json.dumps(trajectory) + "\n")
-        draw_cells(genotype, out / "genotype.png")
-        draw_search(trajectory, rows, cfg.model.order, out / "search.png")
-        run.finish(summary(algorithm, rows, trajectory, stopped))
-        fabric.print(f"{genotype}\nwritten to {out / 'genotype.json'}")
+                algorithm.step(phase, *pair)
+
+        total = sum(algorithm.steps(p) for p in range(len(algorithm.phases())))
+        parameters = sum(p.numel() for net in algorithm.nets.values() for p in net.parameters())
+        preflight(
+            fabric, one_of_each, parameters=parameters, what=f"{cfg.search.batch_size} images", steps=total // len(kinds),
+            note=f"a step here is one of each of {len(kinds)} networks",
+        )  # fmt: skip
+        return
+    reopen(out, cfg.budget_minutes)
+    cfg_of_run = cfg.copy()
+    cfg_of_run.budget_minutes = None  # how long, not what: a larger budget continues the run
+    if (run := runs.Run.open(out, cfg_of_run, fabric, data=data.source)) is not None:
+        with run:
+            search(fabric, run, cfg, data, algorithm, batches)
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="search")
-def main(cfg: DictConfig) -> None:
-    out = HydraConfig.get().runtime.output_dir
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    try:
-        loggers = [instantiate(cfg.logger)] if cfg.logger else []
-        fit(cfg, runs.launch(cfg.fabric, loggers=loggers), Path(out))
-    finally:
-        runs.remove_if_empty(out, cfg.run_root)
+@script("search")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    fit(cfg, fabric, out)
 
 
 if __name__ == "__main__":

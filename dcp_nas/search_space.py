@@ -1,4 +1,4 @@
-"""The search space: eight operations, cells of nodes with two inputs, and the genotypes that describe them (section 3.3).
+"""The search space: eight operations, cells of nodes with two inputs, and the genotypes that describe them.
 
 A cell has two inputs (nodes 0 and 1) and intermediate nodes 2, 3, ...; node j receives an edge from every earlier node, so that
 four intermediate nodes have 14 edges. A genotype keeps two edges per node, each with one operation that is not `none`.
@@ -6,14 +6,16 @@ four intermediate nodes have 14 edges. A genotype keeps two edges per node, each
 
 import json
 import math
+import os
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from common.runs import read_json
+from common.data.files import read_json
 
 # The two orders in which the operations stand in published code; the columns of alpha follow one of them.
 ORDERS = {
@@ -76,15 +78,24 @@ class Genotype:
         """Number of skip connections in the normal cell: the sign of a collapsed search."""
         return sum(name == "skip_connect" for name, _ in self.normal)
 
-    def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
+    def plain(self) -> dict[str, list[list]]:
+        """{"normal": [[operation, predecessor], ...], "reduce": [...]}, which `parse` reads."""
+        return {kind: [list(edge) for edge in getattr(self, kind)] for kind in ("normal", "reduce")}
+
+    def save(self, path: str | Path, **more: Any) -> None:
+        """Writes JSON, moved into place. more: facts beside it, which `load` does not need."""
+        target = Path(path)
+        beside = target.with_name(f".{target.name}.tmp")
+        beside.write_text(json.dumps({**self.plain(), **more}, indent=1) + "\n")
+        os.replace(beside, target)
 
     @classmethod
     def load(cls, path: str | Path) -> "Genotype":
         """Read what `save` wrote. FileNotFoundError, or ValueError naming the file and what is wrong in it."""
-        content = read_json(Path(path).expanduser())
-        if content is None:
-            raise FileNotFoundError(f"no genotype at {Path(path).expanduser().absolute()}")
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise FileNotFoundError(f"no genotype at {file.absolute()}")
+        content = read_json(file)
         try:
             return cls.parse(content)
         except ValueError as error:
@@ -155,7 +166,7 @@ def _short(text: str) -> tuple[Edge, ...]:
     return tuple((_SHORT[name], int(source)) for name, source in pairs)
 
 
-# Genotypes of the released training code (facts, section 4), and the cell of DARTS (second order).
+# Genotypes of the released training code (facts), and the cell of DARTS (second order).
 GENOTYPES = {
     "DCP_NAS_L": Genotype(  # DDPNAS_MCN_2 there
         _short("sep5,1 max,0 | dil3,2 skip,0 | sep3,3 avg,1 | dil3,4 avg,3"),

@@ -1,4 +1,4 @@
-"""The supernet: every edge is the softmax-weighted sum of all operations (section 3.3); real for the Parent, 1-bit for the Child.
+"""The supernet: every edge is the softmax-weighted sum of all operations; real for the Parent, 1-bit for the Child.
 
 Norms use batch statistics and have no parameters, so that a forward pass leaves no trace: the second pass of the tangent term,
 and the Parent as a source of targets, need nothing else.

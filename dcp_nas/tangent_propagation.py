@@ -1,4 +1,4 @@
-"""Tangent propagation: the Child's architecture gradient is drawn to the Parent's (sections 3.1, 3.2).
+"""Tangent propagation: the Child's architecture gradient is drawn to the Parent's.
 
     f(w, alpha) = mean log p_y                     log-likelihood of the Parent; t = df/dalpha is the tangent direction
     G(alpha^)   = - KL(p || p^)                    of the Child, p the Parent's output distribution; g = dG/dalpha^
@@ -8,7 +8,9 @@
 
 The tangent is printed as sum_n dp_n/dalpha, which is identically zero (probabilities sum to one): the gradient of
 the log-likelihood is meant. G is a log-likelihood, so H = -F with a Fisher or Gauss-Newton matrix F: the sign turns.
-Architecture parameters are flat vectors (K,) here; `flatten`, `unflatten` translate.
+Means over the batch are meant, or sums (`reduction`): the paper does not say. With sums over B images the tangent term is B times
+larger beside g: both grow with B, D and H d with B^2. Architecture parameters are flat vectors (K,) here; `flatten`, `unflatten`
+translate.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +21,8 @@ from torch.autograd import forward_ad
 
 HESSIANS = ("exact", "ggn", "fisher_empirical", "ggn_rank1", "ggn_diag")
 DISTANCES = ("frobenius", "l1", "cosine")
+REDUCTIONS = ("mean", "sum")
+PRODUCTS = ("forward", "double_vjp")  # how the Gauss-Newton form gets J v
 Forward = Callable[[Sequence[Tensor]], Tensor]
 
 
@@ -33,9 +37,10 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [v.view_as(p) for v, p in zip(parts, like, strict=True)]
 
 
-def parent_tangent(logits: Tensor, labels: Tensor, alphas: Sequence[Tensor]) -> Tensor:
-    """t = d(mean log p_y)/dalpha = -d(cross-entropy)/dalpha, (K,). logits (B, N), labels (B,)."""
-    log_likelihood = logits.log_softmax(dim=1).gather(1, labels[:, None]).mean()
+def parent_tangent(logits: Tensor, labels: Tensor, alphas: Sequence[Tensor], *, reduction: str = "mean") -> Tensor:
+    """t = d(mean log p_y)/dalpha = -d(cross-entropy)/dalpha, (K,). logits (B, N), labels (B,). reduction: mean | sum."""
+    each = logits.log_softmax(dim=1).gather(1, labels[:, None])
+    log_likelihood = each.sum() if reduction == "sum" else each.mean()
     return flatten(torch.autograd.grad(log_likelihood, list(alphas))).detach()
 
 
@@ -86,13 +91,25 @@ def jacobian_vector(forward: Forward, alphas: Sequence[Tensor], v: Tensor) -> Te
     return tangent
 
 
-def ggn_vector(forward: Forward, logits: Tensor, alphas: Sequence[Tensor], v: Tensor) -> Tensor:
+def kept_jacobian_vector(logits: Tensor, alphas: Sequence[Tensor], v: Tensor) -> Tensor:
+    """J v as `jacobian_vector`, from the graph of `logits` that is there: J^T w is linear in w, its derivative along v is J v.
+
+    Two backward passes in place of one forward pass; every operation's backward must be differentiable in its argument."""
+    w = torch.zeros_like(logits, requires_grad=True)
+    product = flatten(torch.autograd.grad(logits, list(alphas), grad_outputs=w, create_graph=True))
+    return torch.autograd.grad(product, w, grad_outputs=v, retain_graph=True)[0]
+
+
+def ggn_vector(
+    forward: Forward, logits: Tensor, alphas: Sequence[Tensor], v: Tensor, *, reduction: str = "mean", product: str = "forward"
+) -> Tensor:  # fmt: skip
     """F v, F = mean_x J_x^T (diag(p^) - p^ p^T) J_x: the generalised Gauss-Newton matrix with the model's own labels.
 
-    One forward-mode pass and one backward pass through the graph of `logits`; no second derivative of any operation."""
+    product: J v by one forward-mode pass (forward) or on the kept graph (double_vjp), the same up to rounding; then one backward
+    pass through the graph of `logits`. No second derivative of any operation. reduction: mean | sum over the images."""
     p = logits.detach().softmax(dim=1)
-    u = jacobian_vector(forward, alphas, v)
-    s = p * (u - (p * u).sum(1, keepdim=True)) / len(p)
+    u = kept_jacobian_vector(logits, alphas, v) if product == "double_vjp" else jacobian_vector(forward, alphas, v)
+    s = p * (u - (p * u).sum(1, keepdim=True)) / (len(p) if reduction == "mean" else 1)
     return flatten(torch.autograd.grad(logits, list(alphas), grad_outputs=s, retain_graph=True)).detach()
 
 
@@ -117,34 +134,40 @@ def empirical_fisher_vector(gradients: Tensor, v: Tensor, *, chunk_size: int, di
     return chunk_size * (gradients * (gradients @ v)[:, None]).mean(0)
 
 
-def check_rule(*, lam: float, hessian: str, distance: str) -> None:
+def check_rule(*, lam: float, hessian: str, distance: str, reduction: str = "mean", product: str = "forward") -> None:
     """ValueError naming what is allowed."""
     if hessian not in HESSIANS or distance not in DISTANCES or lam < 0:
         raise ValueError(
             f"hessian={hessian!r}, distance={distance!r}, lam={lam}, allowed: {', '.join(HESSIANS)}; {', '.join(DISTANCES)}; "
             "lam >= 0"
         )
+    if reduction not in REDUCTIONS or product not in PRODUCTS:
+        raise ValueError(
+            f"reduction={reduction!r}, product={product!r}, allowed: {', '.join(REDUCTIONS)}; {', '.join(PRODUCTS)}"
+        )
 
 
 def child_gradient(
     forward: Forward, alphas: Sequence[Tensor], target: Tensor, t: Tensor | None, *, lam: float, hessian: str = "ggn",
-    distance: str = "frobenius", chunks: int = 10,
+    distance: str = "frobenius", chunks: int = 10, reduction: str = "mean", product: str = "forward",
 ) -> dict[str, Tensor]:  # fmt: skip
     """g, the tangent term lambda H d, and their sum dL/dalpha^ = -g + lambda H d, each (K,); G and D as scalars.
 
     forward: alphas -> logits (B, N) of the Child, without side effects. alphas: leaves with requires_grad. target (B, N): the
     Parent's probabilities. t (K,): the Parent's tangent, or None with lam = 0 (CP).
     hessian: exact (double backward) | ggn | fisher_empirical, ggn_diag (from `chunks` parts of the batch) | ggn_rank1
-    (g g^T: it changes the length of g, never its direction). ValueError for another name, or lam > 0 without t."""
-    check_rule(lam=lam, hessian=hessian, distance=distance)
+    (g g^T: it changes the length of g, never its direction). reduction: G is the mean over the images, or their sum; t must be of
+    the same kind. product: see `ggn_vector`. ValueError for another name, or lam > 0 without t."""
+    check_rule(lam=lam, hessian=hessian, distance=distance, reduction=reduction, product=product)
     if lam > 0 and t is None:
         raise ValueError(f"lam={lam} needs the Parent's tangent direction")
     logits = forward(alphas)
     each = child_likelihood(logits, target)
-    objective, second = each.mean(), lam > 0
+    total = reduction == "sum"
+    objective, second = each.sum() if total else each.mean(), lam > 0
     create = second and hessian == "exact"
     g = flatten(torch.autograd.grad(objective, list(alphas), create_graph=create, retain_graph=second))
-    found = {"g": g.detach(), "objective": objective.detach()}
+    found = {"g": g.detach(), "objective": each.mean().detach()}
     if t is None:
         return found | {"gradient": -found["g"]}
     found["discrepancy"] = discrepancy(found["g"], t, distance=distance)
@@ -152,13 +175,14 @@ def child_gradient(
         return found | {"gradient": -found["g"]}
     d = discrepancy_gradient(found["g"], t, distance=distance)
     if hessian == "exact":
-        product = hessian_vector(g, alphas, d)
+        curvature = hessian_vector(g, alphas, d)
     elif hessian == "ggn":
-        product = -ggn_vector(forward, logits, alphas, d)
-    elif hessian == "ggn_rank1":
-        product = -found["g"] * (found["g"] @ d)
+        curvature = -ggn_vector(forward, logits, alphas, d, reduction=reduction, product=product)
+    elif hessian == "ggn_rank1":  # of the mean gradient; the sum of B images has B times the curvature
+        curvature = -found["g"] * (found["g"] @ d) / (len(each) if total else 1)
     else:
         rows = chunk_gradients(each, alphas, chunks)
-        product = -empirical_fisher_vector(rows, d, chunk_size=len(each) // chunks, diagonal=hessian == "ggn_diag")
-    found["tangent_term"] = lam * product
+        curvature = -empirical_fisher_vector(rows, d, chunk_size=len(each) // chunks, diagonal=hessian == "ggn_diag")
+        curvature = curvature * len(each) if total else curvature
+    found["tangent_term"] = lam * curvature
     return found | {"gradient": -found["g"] + found["tangent_term"]}

@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 from common import reproduce, runs
 from common.metrics.claims import load_claims
 from dcp_nas import search, train
-from dcp_nas.checkpoint import PAPER, build_network
+from dcp_nas.checkpoint import build_network
 from dcp_nas.data import CifarAugmentation, build_data, split_for_search
+from dcp_nas.genotypes import PAPER
 from dcp_nas.search_space import GENOTYPES
 
 CONFIGS = PAPER / "configs"

@@ -7,15 +7,13 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from common import runs
-from dcp_nas.checkpoint import PAPER
+from dcp_nas.checkpoint import load_backbone
 from dcp_nas.detect import fit, step_lr
-from dcp_nas.detection import (
-    faster_rcnn,
-    load_backbone,
-)
+from dcp_nas.genotypes import PAPER
 from dcp_nas.network import Network
 from dcp_nas.operations import BinaryConv2d, Bits
 from dcp_nas.search_space import GENOTYPES
+from dcp_nas.transfer.detection import faster_rcnn
 
 TINY = {"fpn_channels": 8, "head_width": 16, "min_size": 64, "max_size": 64}
 
@@ -61,15 +59,16 @@ def test_short_training_reports_and_its_classifier_loads_as_a_backbone(tmp_path)
     fit(cfg, fabric, tmp_path)
     metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
     state = runs.load_checkpoint(tmp_path / "last.ckpt")
-    assert 0 <= metrics["AP"] <= metrics["AP50"] <= 1 and state["class_names"] == ["rectangle", "ellipse", "triangle"]
+    assert 0 <= metrics["AP"] <= metrics["AP50"] <= 1 and state["about"]["classes"] == [
+        "rectangle",
+        "ellipse",
+        "triangle",
+    ]
     network = backbone()
     config = {"model": {"channels": 4, "cells": 3, "stem": "imagenet"}, "stage": {"weights": "beta", "activations": "binary"},
               "parity": {"official_m_grad": False}}  # fmt: skip
-    genotype = {"normal": GENOTYPES["CHL_I6"].normal, "reduce": GENOTYPES["CHL_I6"].reduce}
-    torch.save(
-        {"model": network.state_dict(), "config": config, "classes": 1, "channels": 3, "genotype": genotype},
-        tmp_path / "c.ckpt",
-    )
+    about = {"task": "classification", "classes": ["a"], "channels": 3, "genotype": GENOTYPES["CHL_I6"].plain()}
+    torch.save({"model": network.state_dict(), "config": config, "about": about}, tmp_path / "c.ckpt")
     other = backbone()
     load_backbone(other, tmp_path / "c.ckpt")
     assert torch.equal(other.stem0[0].weight, network.stem0[0].weight)

@@ -6,8 +6,8 @@ from torch import nn
 
 from common.metrics.claims import load_claims
 from common.quant.binary import binary_sign
-from dcp_nas.checkpoint import PAPER
 from dcp_nas.counts import NETWORKS, measure
+from dcp_nas.genotypes import PAPER
 from dcp_nas.network import Features, Network, reduction_cells
 from dcp_nas.operations import (
     BetaConv2d,

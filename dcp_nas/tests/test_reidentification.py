@@ -9,9 +9,9 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from common import runs
-from dcp_nas.checkpoint import PAPER
+from dcp_nas.genotypes import PAPER
 from dcp_nas.reid import fit
-from dcp_nas.reidentification import (
+from dcp_nas.transfer.reidentification import (
     PeopleSet,
     PKPlan,
     ReIdentifier,

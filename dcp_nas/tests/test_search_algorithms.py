@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dcp_nas.analysis.snapshots import examine, moved
 from dcp_nas.child_parent import ChildParentSearch
 from dcp_nas.cp_nas import CPNAS, feature_loss, score
-from dcp_nas.mechanism import examine, moved
 from dcp_nas.operations import BetaConv2d, Bits
 from dcp_nas.search_space import edge_nodes
 from dcp_nas.supernet import Supernet

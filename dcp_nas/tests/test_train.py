@@ -7,36 +7,17 @@ import sys
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
-from PIL import Image
 
 from common import runs
-from dcp_nas import checkpoint, search, train
+from dcp_nas import checkpoint, genotypes, search, train
 from dcp_nas.average import mean_of
-from dcp_nas.checkpoint import PAPER
+from dcp_nas.data import build_data
+from dcp_nas.genotypes import PAPER
 from dcp_nas.search_space import GENOTYPES, Genotype
+from dcp_nas.tests.layouts import CONFIGS, SHORT, composed, config, search_config, write_class_folders
 
-CONFIGS = PAPER / "configs"
 METHODS = sorted(p.stem for p in (CONFIGS / "method").glob("*.yaml"))
-SEARCH = ["search.steps=2", "search.rounds=1", "search.batch_size=20", "data.train=80", "model.channels=2", "model.cells=2",
-          "model.nodes=1", "cp_nas.samples=1", "arm=test"]  # fmt: skip
-SHORT = ["train.epochs=2", "train.save_every=1", "train.batch_size=32", "data.train=96", "model.channels=4", "arm=test"]
-
-
-def search_config(*overrides):
-    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
-        return compose("search", overrides=[*SEARCH, *overrides])
-
-
-def config(*overrides, genotype="genotype=random"):
-    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
-        return compose("config", overrides=[*SHORT, genotype, *overrides])
-
-
-@pytest.fixture(scope="module")
-def fabric():
-    return runs.launch({"accelerator": "cpu", "devices": 1})
 
 
 def result(folder):
@@ -58,6 +39,12 @@ def test_every_search_arm_finds_a_genotype(method, fabric, tmp_path):
         "parent",
         "cp_nas",
     )
+    written = json.loads((tmp_path / "genotype.json").read_text())
+    assert (
+        written["found"]["data"] == {"kind": "digits"}
+        and written["found"]["method"]["lam"] == search_config(f"method={method}").method.lam
+    )
+    assert written["cost"]["ops"] > written["cost"]["macs_fp"] > 0 and written["cost"]["classes"] == 10
     assert ("tangent_ratio" in metrics) == with_tangent
     assert metrics.get("backtrack_ratio", 0) > 0 if "_do" in method else metrics.get("backtrack_ratio", 0) == 0
 
@@ -70,7 +57,7 @@ def test_a_search_resumes_in_the_middle_of_a_phase_bit_for_bit(method, fabric, t
 
     def killed(self, state, *args):
         save(self, state, *args)
-        if state["phase"] == 1 and state["step"] > 0:  # in the middle of the second phase
+        if state["course"]["phase"] == 1 and state["course"]["step"] > 0:  # in the middle of the second phase
             raise KeyboardInterrupt
 
     monkeypatch.setattr(runs.Run, "save_checkpoint", killed)
@@ -86,19 +73,42 @@ def test_a_search_resumes_in_the_middle_of_a_phase_bit_for_bit(method, fabric, t
     assert result(tmp_path / "whole")["metrics"] == result(tmp_path / "parts")["metrics"]
 
 
-def test_budget_and_skip_limit_end_a_search_early_with_a_genotype(fabric, tmp_path, capsys):
-    search.fit(search_config("search.rounds=50", "budget_minutes=0.005"), fabric, tmp_path / "a")
-    metrics = result(tmp_path / "a")["metrics"]
+def test_a_search_goes_on_bit_for_bit_when_its_budget_is_raised(fabric, tmp_path, capsys):
+    rounds = ["search.rounds=3", "search.steps=3"]
+    search.fit(search_config(*rounds), fabric, tmp_path / "whole")
+    search.fit(search_config(*rounds, "budget_minutes=0.0001"), fabric, tmp_path / "parts")
+    early = result(tmp_path / "parts")["metrics"]
     assert (
-        metrics["stopped_early"] == 1
-        and metrics["phases"] < 100
-        and "stopped by budget_minutes" in capsys.readouterr().out
+        early["stopped_early"] == 1
+        and early["phases"] < 6
+        and Genotype.load(tmp_path / "parts/genotype.json").nodes == 1
     )
-    assert Genotype.load(tmp_path / "a/genotype.json").nodes == 1
-    search.fit(search_config("search.rounds=2", "search.max_skips=-1"), fabric, tmp_path / "b")
-    assert result(tmp_path / "b")["metrics"]["phases"] == 1 and "skip connections" in capsys.readouterr().out
-    search.fit(search_config(), fabric, tmp_path / "c")
-    assert result(tmp_path / "c")["metrics"]["stopped_early"] == 0
+    assert "stopped by budget_minutes" in capsys.readouterr().out
+    search.fit(search_config(*rounds, "budget_minutes=0.0001"), fabric, tmp_path / "parts")
+    assert "finished already" in capsys.readouterr().out, "the same budget has nothing left"
+    search.fit(search_config(*rounds), fabric, tmp_path / "parts")
+    for name in ("genotype.json", "trajectory.json", "metrics.jsonl"):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "parts" / name).read_text(), name
+    assert result(tmp_path / "whole")["metrics"] == result(tmp_path / "parts")["metrics"]
+    search.fit(search_config(*rounds, "budget_minutes=0.0001"), fabric, tmp_path / "parts")
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_the_last_cell_within_the_skip_limit_is_kept(fabric, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def skips(genotype):  # the third phase is one too many
+        seen.append(genotype)
+        return 5 if len(seen) > 3 else 1
+
+    monkeypatch.setattr(Genotype, "skips", skips)
+    search.fit(search_config("search.rounds=3", "search.max_skips=2", "alpha.lr=1.0"), fabric, tmp_path)
+    metrics = result(tmp_path)["metrics"]
+    assert metrics["phases"] == 3 and metrics["stopped_early"] == 1, (
+        "the start, then two good phases, then one too many"
+    )
+    assert "the cell before that is kept" in capsys.readouterr().out
+    assert Genotype.load(tmp_path / "genotype.json") == seen[2] != seen[3]
 
 
 @pytest.mark.parametrize(
@@ -112,6 +122,15 @@ def test_budget_and_skip_limit_end_a_search_early_with_a_genotype(fabric, tmp_pa
         (["search.shares=[0.5,0.001]"], "0 for alpha: neither may be empty"),
         (["search.batch_size=60"], "fewer than train.batch_size=60"),
         (["budget_minutes=0"], "budget_minutes=0"),
+        (["search.max_skips=-1"], "max_skips=-1"),
+        (["search.alpha_start=1"], "alpha would never move"),
+        (["search.steps=0"], "search.steps=0"),
+        (["w.clip=-1"], "w.clip=-1"),
+        (["alpha.lr=-0.1"], "alpha.lr=-0.1"),
+        (["method.reduction=max"], "reduction='max', .*allowed: mean, sum"),
+        (["method.product=finite"], "product='finite'"),
+        (["data.root=/x"], "digits is embedded"),
+        (["model.cells=4", "model.reductions=[0,1,2,3]"], "cannot be halved"),
         (["fabric.precision=16-mixed"], "precision=16-mixed"),
         (["model.channels=3"], "channels=3"),
         (["model.order=pc"], "order='pc'"),
@@ -137,30 +156,22 @@ def test_a_misspelt_search_key_fails_with_its_name(fabric, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- training
-@pytest.fixture(scope="module")
-def step1(fabric, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("step1")
-    train.fit(config("stage=step1"), fabric, folder)
-    return folder / "last.ckpt"
-
-
 @pytest.mark.parametrize("stage", ["onestage", "real", "step2"])
 def test_every_stage_trains_and_reports(stage, fabric, tmp_path, step1):
     start = [f"init.weights={step1}", f"teacher.weights={step1}"] if stage == "step2" else []
     train.fit(config(f"stage={stage}", *start), fabric, tmp_path)
     metrics = result(tmp_path)["metrics"]
     assert result(tmp_path)["status"] == "finished" and 0 <= metrics["top1"] <= metrics["top5"] <= 100
-    network, state = checkpoint.load_network(tmp_path / "last.ckpt")
+    network, _, about = checkpoint.load(tmp_path / "last.ckpt")
     kinds = {type(m).__name__ for m in network.modules() if "Conv2d" in type(m).__name__}
     assert kinds == {"onestage": {"BetaConv2d", "Conv2d"}, "real": {"Conv2d"}, "step2": {"MConv2d", "Conv2d"}}[stage]
-    assert Genotype.parse(state["genotype"]) == checkpoint.find_genotype(config())
+    assert Genotype.parse(about["genotype"]) == genotypes.find_genotype(config()) and not network.training
+    assert about["classes"] == [str(d) for d in range(10)] and about["channels"] == 1 and about["size"] == 8
 
 
 def test_step_two_begins_with_the_weights_of_step_one(fabric, step1):
-    from dcp_nas.data import build_data
-
     cfg = config("stage=step2", f"init.weights={step1}")
-    model = train.build(cfg, build_data(seed=0, **cfg.data), checkpoint.find_genotype(cfg))
+    model = train.build(cfg, build_data(seed=0, **cfg.data), genotypes.find_genotype(cfg))
     old, new = runs.load_checkpoint(step1)["model"], model.state_dict()
     assert all(torch.equal(v, new[k]) for k, v in old.items())
     assert {k.rpartition(".")[2] for k in new.keys() - old.keys()} == {"m"}
@@ -207,24 +218,30 @@ def test_loss_falls_and_resumed_equals_uninterrupted_bit_for_bit(fabric, tmp_pat
 
 def test_genotypes_come_from_a_search_a_file_a_name_or_a_draw(tmp_path):
     GENOTYPES["CHL_I6"].save(tmp_path / "g.json")
-    found = {k: checkpoint.find_genotype(config(genotype=f"genotype={k}")) for k in ("dcp_nas_l", "tangent_1")}
+    found = {k: genotypes.find_genotype(config(genotype=f"genotype={k}")) for k in ("dcp_nas_l", "tangent_1")}
     assert found == {"dcp_nas_l": GENOTYPES["DCP_NAS_L"], "tangent_1": GENOTYPES["TANGENT_1"]}
-    file = checkpoint.find_genotype(config(f"genotype.file={tmp_path / 'g.json'}", genotype="genotype=file"))
+    file = genotypes.find_genotype(config(f"genotype.file={tmp_path / 'g.json'}", genotype="genotype=file"))
     assert file == GENOTYPES["CHL_I6"]
-    drawn = [checkpoint.find_genotype(config(*o)) for o in ([], ["genotype.draw=1"], ["seed=1"], [])]
+    drawn = [genotypes.find_genotype(config(*o)) for o in ([], ["genotype.draw=1"], ["seed=1"], [])]
     assert drawn[0] == drawn[3] and len(set(drawn)) == 3
     where = tmp_path / "default/search_cp/seed4"
     where.mkdir(parents=True)
-    missing = config(f"run_root={tmp_path}", "seed=4", genotype="genotype=cp")
+    missing = config(
+        f"run_root={tmp_path}",
+        "seed=4",
+        "genotype.arm=cp",
+        "genotype.search_if_missing=false",
+        genotype="genotype=searched",
+    )
     with pytest.raises(FileNotFoundError, match=r"run python search\.py method=cp scale=default seed=4 first"):
-        checkpoint.find_genotype(missing)
+        genotypes.find_genotype(missing)
     GENOTYPES["TANGENT_2"].save(where / "genotype.json")
-    assert checkpoint.find_genotype(missing) == GENOTYPES["TANGENT_2"]
+    assert genotypes.find_genotype(missing) == GENOTYPES["TANGENT_2"]
     for overrides in (["genotype.name=DCP_NAS_L"], ["genotype.draw=null"]):
         with pytest.raises(ValueError, match="exactly one of arm, file, name, draw"):
-            checkpoint.find_genotype(config(*overrides))
+            genotypes.find_genotype(config(*overrides))
     with pytest.raises(ValueError, match=r"genotype\.name='X', allowed: DCP_NAS_L"):
-        checkpoint.find_genotype(config("genotype.name=X", genotype="genotype=dcp_nas_l"))
+        genotypes.find_genotype(config("genotype.name=X", genotype="genotype=dcp_nas_l"))
 
 
 @pytest.mark.parametrize(
@@ -238,6 +255,18 @@ def test_genotypes_come_from_a_search_a_file_a_name_or_a_draw(tmp_path):
         (["model.channels=5"], "channels=5"),
         (["init.arm=a", "init.weights=b"], "not both"),
         (["teacher.timm=resnet3000"], "no timm model"),
+        (["teacher.file=x.pth"], r"teacher\.file holds the weights of teacher\.timm"),
+        (["stage=step2"], "stage=step2 begins with the weights of step 1: give init.weights"),
+        (["train.clip=-1"], "train.clip=-1 must be positive"),
+        (["train.clip=0"], "train.clip=0 must be positive"),
+        (["train.epochs=0"], "train.epochs=0 must be positive"),
+        (["evaluate.batch_size=0"], "evaluate.batch_size=0 must be positive"),
+        (["optim.weight_decay=-1"], "weight_decay=-1.* must not be negative"),
+        (["stage.reconstruction=-1"], r"stage\.reconstruction=-1.* must not be negative"),
+        (["data.root=/x"], "digits is embedded; name the set at the root with data=folder"),
+        (["data.train=5000"], "data.train=5000, allowed"),
+        (["model.stem=imagenet"], "images of 8x8.*multiples of 32"),
+        (["genotype.draw=-1"], "draw=-1"),
     ],
 )
 def test_a_wrong_value_names_what_is_allowed_and_writes_nothing(overrides, error, fabric, tmp_path):
@@ -248,13 +277,13 @@ def test_a_wrong_value_names_what_is_allowed_and_writes_nothing(overrides, error
 
 def test_a_missing_or_foreign_first_step(fabric, tmp_path, step1):
     with pytest.raises(FileNotFoundError, match=r"no step-1 checkpoint at .*stage=step1"):
-        train.fit(config("init.arm=none", f"run_root={tmp_path}"), fabric, tmp_path / "run")
+        train.fit(config("stage=step2", "init.arm=none", f"run_root={tmp_path}"), fabric, tmp_path / "run")
     with pytest.raises(ValueError, match="is no first step of this network"):
         train.fit(config(f"init.weights={step1}", "seed=1"), fabric, tmp_path / "run")  # another genotype
     torch.save({"x": 1}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match=r"no checkpoint of dcp_nas/train\.py"):
         train.fit(config(f"teacher.weights={tmp_path / 'other.ckpt'}"), fabric, tmp_path / "run")
-    with pytest.raises(FloatingPointError, match=r"step \d+: (loss|gradient norm)=(nan|inf)"):
+    with pytest.raises(FloatingPointError, match=r"step \d+: .*(loss|gradient norm)=(nan|inf)"):
         train.fit(config("optim.lr=1e30", "optim.name=sgd", "train.epochs=4"), fabric, tmp_path / "nan")
     assert result(tmp_path / "nan")["status"] == "failed" and not (tmp_path / "run").exists()
 
@@ -276,25 +305,6 @@ def test_means_of_random_cells(tmp_path):
         mean_of([tmp_path / "9"])
 
 
-def test_own_images_in_class_folders_are_searched_and_trained(fabric, tmp_path):
-    for split, n in (("train", 8), ("val", 2)):
-        for name in ("a", "b"):
-            (tmp_path / "data" / split / name).mkdir(parents=True)
-            for i in range(n):
-                Image.new("RGB", (40, 36), (30 * i, 40, 200 if name == "a" else 0)).save(
-                    tmp_path / "data" / split / name / f"{i}.png"
-                )
-    images = ["data.name=folder", f"data.root={tmp_path / 'data'}", "+data.size=32", "model.stem=imagenet"]
-    search.fit(search_config(*images, "search.batch_size=4"), fabric, tmp_path / "search")
-    found = ["genotype.draw=null", f"genotype.file={tmp_path / 'search/genotype.json'}", "train.batch_size=4"]
-    train.fit(config(*images, *found), fabric, tmp_path / "train")
-    assert result(tmp_path / "train")["status"] == "finished"
-    state = runs.load_checkpoint(tmp_path / "train/last.ckpt")
-    assert state["classes"] == 2 and Genotype.parse(state["genotype"]) == Genotype.load(
-        tmp_path / "search/genotype.json"
-    )
-
-
 # ------------------------------------------------------------------------------------------------------------ processes
 def run_script(*command, **more):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -304,35 +314,86 @@ def run_script(*command, **more):
 
 
 def test_search_and_train_run_from_inside_their_folder(tmp_path):
-    short = [o for o in SEARCH if o != "arm=test"]
-    done = run_script(
-        "search.py", *short, f"run_root={tmp_path}", "hydra.run.dir=${run_root}/${scale}/${arm}/seed${seed}"
-    )
-    assert done.returncode == 0 and "written to" in done.stdout, done.stderr
-    done = run_script("train.py", *[o for o in SHORT if o != "arm=test"], "train.epochs=1", f"run_root={tmp_path}")
-    assert done.returncode == 0 and "epochs 1..1" in done.stdout and "searching it first" not in done.stdout, (
-        done.stderr
-    )
+    """What the README says, shortened: the search that train.py makes by itself, on its own digits, then the training."""
+    short = ["data.train=64", "train.batch_size=32", "train.epochs=1", "model.channels=2", f"run_root={tmp_path}"]
+    done = run_script("train.py", *short)
+    assert done.returncode == 0 and "searching it first" in done.stdout and "epochs 1..1" in done.stdout, done.stderr
+    found = next(tmp_path.glob("default/search_dcp_ggn/for-*/seed0/genotype.json"))
     file = next(tmp_path.glob("default/dcp_ggn/*/seed0/last.ckpt"))
-    found = Genotype.parse(runs.load_checkpoint(file)["genotype"])
-    assert found == Genotype.load(tmp_path / "default/search_dcp_ggn/seed0/genotype.json")
+    about = runs.load_checkpoint(file)["about"]
+    assert Genotype.parse(about["genotype"]) == Genotype.load(found)
+    again = run_script("train.py", *short, "force=true")
+    assert again.returncode == 0 and "searching" not in again.stdout, "force is for the stage itself"
 
 
-def test_a_missing_search_is_made_first_only_where_it_is_asked_for(tmp_path, monkeypatch):
+def test_a_search_that_train_makes_takes_its_own_configuration(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(checkpoint.subprocess, "run", lambda command, **options: calls.append(command))
-    checkpoint.search_if_missing(config(f"run_root={tmp_path}", genotype="genotype=dcp_ggn"), world_size=1)
-    assert "search.py" in calls[0] and "method=dcp_ggn" in calls[0] and "scale=default" in calls[0]
-    for overrides, genotype, world in (
-        (["genotype.search_if_missing=false"], "dcp_ggn", 1),
-        ([], "cp", 1),
-        ([], "random", 1),
-        ([], "dcp_ggn", 2),
-    ):
-        checkpoint.search_if_missing(
-            config(f"run_root={tmp_path}", *overrides, genotype=f"genotype={genotype}"), world_size=world
-        )
-    assert len(calls) == 1
+
+    class Done:
+        returncode = 0
+
+    monkeypatch.setattr(genotypes.subprocess, "run", lambda command, **options: calls.append(command) or Done)
+    base = [
+        f"run_root={tmp_path}",
+        "optim.lr=0.1",
+        "model.channels=8",
+        "stage.strict_1bit=true",
+        "force=true",
+        "threads=1",
+    ]
+    digits = {"kind": "digits"}
+
+    def search_of(*overrides, world=1):
+        calls.clear()
+        with pytest.raises((FileNotFoundError, runs.RunError)):  # the search was not carried out
+            genotypes.genotype_for(
+                config(*base, *overrides, genotype="genotype=searched"), world_size=world, source=digits
+            )
+        return calls[0] if calls else None
+
+    command = search_of("genotype.arm=cp")
+    assert "method=cp" in command and "data.train=96" in command and "seed=0" in command and "threads=1" in command
+    assert not [c for c in command if c.startswith(("optim", "model", "stage", "force", "train"))]
+    assert any("search_cp/for-" in c for c in command), "on digits of its own, in a directory of its own"
+    command = search_of("data.train=1000")
+    assert not [c for c in command if c.startswith(("data", "hydra"))], "the default search"
+    assert search_of("genotype.search_if_missing=false") is None and search_of(world=2) is None
+    assert genotypes.genotype_path(config(*base, genotype="genotype=searched")) != genotypes.genotype_path(
+        config(*base, "data.sigma=0.5", genotype="genotype=searched")
+    )
+
+
+def test_a_cell_found_on_other_images_is_not_trained_without_being_told(tmp_path, fabric, capsys):
+    root = write_class_folders(tmp_path / "data")
+    images = [
+        "data=folder",
+        f"data.root={root}",
+        "data.size=32",
+        "data.workers=0",
+        "model.stem=imagenet",
+        "train.batch_size=4",
+    ]
+    images = [*[o for o in SHORT if not o.startswith("data.")], *images, f"run_root={tmp_path}"]
+    where = tmp_path / "default/search_dcp_ggn/seed0"
+    with pytest.raises(runs.RunError, match="search on folder first"):
+        train.fit(composed("config", *images), fabric, tmp_path / "run")
+    where.mkdir(parents=True)
+    GENOTYPES["CHL_I6"].save(where / "genotype.json", found={"data": {"kind": "digits"}})
+    with pytest.raises(ValueError, match=r"was searched on digits, this training is on folder \(16 images"):
+        train.fit(composed("config", *images), fabric, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    chosen = ["genotype=file", f"genotype.file={where / 'genotype.json'}", "train.epochs=1"]
+    train.fit(composed("config", *images, *chosen), fabric, tmp_path / "run")
+    assert "notice: the cell of" in capsys.readouterr().out and result(tmp_path / "run")["status"] == "finished"
+
+
+def test_a_preflight_never_searches(fabric, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(genotypes.subprocess, "run", lambda *a, **k: pytest.fail("it searched"))
+    cfg = config("preflight=true", f"run_root={tmp_path / 'r'}", genotype="genotype=searched")
+    train.fit(cfg, fabric, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "a random cell stands for the one that is still to be searched" in said and "preflight: data found" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_ranks_train_one_network_and_evaluate_reads_it(tmp_path):
@@ -348,16 +409,3 @@ def test_two_ranks_train_one_network_and_evaluate_reads_it(tmp_path):
     record = json.loads(next(tmp_path.glob("*_digits.json")).read_text())
     assert record["value"] == pytest.approx(result(tmp_path / "two")["metrics"]["top1"]) and record["n"] == 1797 - 96
     assert record["counts"]["macs_w1a32"] > 0
-
-
-def test_a_checkpoint_predicts_and_exports(step1, tmp_path, fabric):
-    from dcp_nas.export import export
-    from dcp_nas.predict import image_tensor, predict
-
-    train.fit(config("stage=step2", f"init.weights={step1}", "train.epochs=1"), fabric, tmp_path / "run")
-    found = export(str(tmp_path / "run/last.ckpt"), tmp_path / "model")
-    assert max(found["onnx"], found["packed"], found["deployed"]) < 1e-4 and (tmp_path / "model.onnx").exists()
-    network, state = checkpoint.load_network(tmp_path / "run/last.ckpt")
-    Image.new("L", (8, 8), 100).save(tmp_path / "a.png")
-    best = predict(network, image_tensor(tmp_path / "a.png", channels=1, size=8, data="digits"), top=3)
-    assert len(best) == 3 and best[0][1] >= best[1][1] >= best[2][1] and state["size"] == 8

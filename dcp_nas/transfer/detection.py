@@ -1,7 +1,6 @@
 """Faster R-CNN on a searched 1-bit backbone."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
@@ -10,7 +9,6 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from dcp_nas.checkpoint import load_network
 from dcp_nas.network import Features, Network
 
 RATIOS = (0.5, 1.0, 2.0)
@@ -55,16 +53,3 @@ def faster_rcnn(
     )  # fmt: skip
     model.transform.size_divisible = 32  # type: ignore[assignment]
     return model
-
-
-def load_backbone(network: Network, path: str | Path) -> None:
-    """Weights of a classification network of train.py, without its classifier. ValueError naming what does not fit."""
-    found = {
-        k: v for k, v in load_network(path)[0].state_dict().items() if not k.startswith(("fc.", "auxiliary_head."))
-    }
-    expected = {k: v for k, v in network.state_dict().items() if not k.startswith(("fc.", "auxiliary_head."))}
-    keys = found.keys() | expected.keys()
-    wrong = sorted(k for k in keys if k not in found or k not in expected or found[k].shape != expected[k].shape)
-    if wrong:
-        raise ValueError(f"{path} does not fit the backbone (same genotype, stage and model?): {', '.join(wrong[:5])}")
-    network.load_state_dict(found, strict=False)
