@@ -1,27 +1,26 @@
-"""Prices and times on this CPU, each row against its baseline in one run.  python bench.py -> bench.json (about a minute)
+"""Prices and times on this CPU, each row against its baseline in one run. Writes bench.json, in about a minute.
 
-python bench.py --deploy --backbone resnet50 --side 800 1066      the paper's network and size, more runtimes (many minutes)
+python bench.py threads=1
+python bench.py deploy=true backbone=resnet50 side=[800,1066]      the paper's network and size, more runtimes (many minutes)
 
 What the rows show: what distillation and simulated quantisation cost in training, and which float or int8 runtime is fastest for
 inference. Nothing here computes with 2 to 4 bits: CPUs cannot, and the paper's OPs are not seconds."""
 
-import argparse
-import json
-import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
+from lightning_fabric import Fabric
+from omegaconf import DictConfig
 from torch import Tensor
 
 from common.data.detection import Scenes
 from common.data.shapes import shape_scenes
-from common.runs import provenance
+from common.metrics.timing import Bench, Timing, interleaved
+from common.scripts import script
 from q_detr.building import build_real, build_student
 from q_detr.data import Prepared
 from q_detr.detr import DETR, pad_images
@@ -34,20 +33,8 @@ TINY = {
 }  # fmt: skip
 
 
-def interleaved(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of every function, called in turns."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for i in range(repeats + 1):
-        for name, f in functions.items():
-            start = time.perf_counter()
-            f()
-            if i:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
-def training_steps(batch: int = 16) -> dict[str, float]:
-    """Seconds of a step of the mini scale's networks, forward to gradients: the real-valued DETR, the LSQ+ student, Q-DETR."""
+def training_steps(batch: int, rounds: int) -> dict[str, Timing]:
+    """Times of a step of the mini scale's networks, forward to gradients: the real-valued DETR, the LSQ+ student, Q-DETR."""
     items = Prepared(Scenes(shape_scenes(batch, seed=0, sizes=(48,))))
     images, targets = zip(*(items[i] for i in range(batch)), strict=True)
     images, mask = pad_images(images)
@@ -65,14 +52,10 @@ def training_steps(batch: int = 16) -> dict[str, float]:
         loss.backward()  # type: ignore[union-attr]
         model.zero_grad(set_to_none=True)
 
-    return interleaved(
-        {
-            "real": lambda: step(real),
-            "lsq+": lambda: step(students["none"]),
-            "drd": lambda: step(students["co_attn"], True),
-        },
-        8,
-    )
+    calls = {
+        "real": lambda: step(real), "lsq+": lambda: step(students["none"]), "drd": lambda: step(students["co_attn"], True)
+    }  # fmt: skip
+    return interleaved(calls, rounds=rounds, warmup=1)
 
 
 def plain_drd(student: dict[str, Any], teacher: dict[str, Any], truth: list[Tensor], tau: float = 0.6) -> Tensor:
@@ -92,8 +75,8 @@ def plain_drd(student: dict[str, Any], teacher: dict[str, Any], truth: list[Tens
     return torch.stack(distances).mean()
 
 
-def distillation_losses(batch: int = 2, queries: int = 100, dim: int = 256, layers: int = 6) -> dict[str, float]:
-    """Seconds of `drd_loss` and of `plain_drd`, forward and backward. RuntimeError if they disagree."""
+def distillation_losses(batch: int = 2, queries: int = 100, dim: int = 256, layers: int = 6) -> dict[str, Timing]:
+    """Times of `drd_loss` and of `plain_drd`, forward and backward. ValueError if they disagree."""
     g = torch.Generator().manual_seed(0)
 
     def outputs(grad: bool) -> dict[str, Any]:
@@ -108,18 +91,16 @@ def distillation_losses(batch: int = 2, queries: int = 100, dim: int = 256, laye
     truth = [theirs["pred_boxes"][i, :7] for i in range(batch)]
     values = drd_loss(ours, theirs, truth)[0], plain_drd(ours, theirs, truth)
     if not torch.allclose(*values, rtol=1e-5):
-        raise RuntimeError(f"drd_loss {values[0].item()} is not the plain sum {values[1].item()}")
-    return interleaved(
-        {
-            "vectorised": lambda: drd_loss(ours, theirs, truth)[0].backward(),
-            "loop": lambda: plain_drd(ours, theirs, truth).backward(),
-        },
-        3,
-    )
+        raise ValueError(f"drd_loss {values[0].item()} is not the plain sum {values[1].item()}")
+    calls = {
+        "vectorised": lambda: drd_loss(ours, theirs, truth)[0].backward(),
+        "loop": lambda: plain_drd(ours, theirs, truth).backward(),
+    }
+    return interleaved(calls, rounds=3, warmup=1)
 
 
-def inference(backbone: str, height: int, width: int, *, deploy: bool = False) -> dict[str, float]:
-    """Seconds of a forward pass of one image: the real-valued DETR as it is, channels last and in onnxruntime; a 4-bit student,
+def inference(backbone: str, height: int, width: int, *, rounds: int, deploy: bool = False) -> dict[str, Timing]:
+    """Times of a forward pass of one image: the real-valued DETR as it is, channels last and in onnxruntime; a 4-bit student,
     simulated. deploy: also by torch.compile, and an 8-bit student with a step per tensor in onnxruntime, where part of its
     products run on int8."""
 
@@ -143,10 +124,12 @@ def inference(backbone: str, height: int, width: int, *, deploy: bool = False) -
         passes["torch.compile"] = lambda: compiled(x, mask)
         passes["8 bit, onnxruntime"] = in_onnxruntime(eight, x, mask)
     with torch.inference_mode():
-        return interleaved(passes, 4)
+        return interleaved(passes, rounds=rounds, warmup=1)
 
 
 def in_onnxruntime(model: DETR, images: Tensor, mask: Tensor) -> Callable[[], Any]:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
@@ -156,45 +139,41 @@ def in_onnxruntime(model: DETR, images: Tensor, mask: Tensor) -> Callable[[], An
     return lambda: session.run(list(OUTPUTS), feed)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--backbone", default="resnet18")
-    parser.add_argument("--side", type=int, nargs=2, default=(256, 320), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--deploy", action="store_true", help="also torch.compile, and 8 bit in onnxruntime (minutes)")
-    args = parser.parse_args(argv)
+def bench(cfg: DictConfig) -> list[dict[str, Any]]:
+    """Measures, prints, writes cfg.out and returns the rows."""
+    if cfg.rounds < 1 or len(cfg.side) != 2 or min(cfg.side) < 64:
+        raise ValueError(f"rounds={cfg.rounds} must be >= 1, side={list(cfg.side)} two numbers >= 64: height and width")
     warnings.filterwarnings("ignore", message=".*steps of a quantiser would start below")  # untrained: biases are 0
-    rows: list[dict[str, Any]] = []
-
-    def row(name: str, ours: float, baseline: float, batch: int) -> None:
-        rows.append({
-            "name": name, "ours": ours, "baseline": baseline, "ratio": baseline / ours, "unit": "s",
-            "threads": torch.get_num_threads(), "batch": batch, "isa": torch.backends.cpu.get_cpu_capability(),
-            "machine": provenance()["machine"]["cpu"],
-        })  # fmt: skip
-
-    t = training_steps()
-    row("training step of the tiny DETR: Q-DETR (DA, FQM, teacher) against the LSQ+ student", t["drd"], t["lsq+"], 16)
-    row("training step of the tiny DETR: LSQ+ student against real-valued", t["lsq+"], t["real"], 16)
+    table, b = Bench(cfg.out), cfg.batch_size
+    t = training_steps(b, cfg.rounds)
+    name = "training step of the tiny DETR: "
+    table.add(f"{name}Q-DETR (DA, FQM, teacher) against LSQ+ student", t["drd"], t["lsq+"], batch=b)
+    table.add(f"{name}LSQ+ student against real-valued", t["lsq+"], t["real"], batch=b)
     t = distillation_losses()
-    row(
-        "L_DRD, 100 queries, 6 layers, forward and backward: drd_loss against a plain loop",
+    table.add(
+        "L_DRD, 100 queries, 6 layers, with gradients: drd_loss against a plain loop",
         t["vectorised"],
         t["loop"],
-        2,
+        batch=2,
     )
-    what = f"DETR, {args.backbone}, {args.side[0]}x{args.side[1]}"
-    t = inference(args.backbone, *args.side, deploy=args.deploy)
+    what = f"DETR, {cfg.backbone}, {cfg.side[0]}x{cfg.side[1]}"
+    t = inference(cfg.backbone, *cfg.side, rounds=cfg.rounds, deploy=cfg.deploy)
     floats = {k: v for k, v in t.items() if "bit" not in k}
-    best = min(floats, key=floats.__getitem__)
-    row(f"{what}: real-valued eager against the best float ({best})", t["eager"], floats[best], 1)
-    for name in [n for n in floats if n != "eager"]:
-        row(f"{what}: {name} against eager", t[name], t["eager"], 1)
-    row(f"{what}: 4 bit, simulated, against real-valued eager", t["4 bit, simulated"], t["eager"], 1)
-    if args.deploy:
-        row(f"{what}: 8 bit in onnxruntime against the best float ({best})", t["8 bit, onnxruntime"], floats[best], 1)
-    Path("bench.json").write_text(json.dumps(rows, indent=1) + "\n")
-    for r in rows:
-        print(f"{r['name']:84s} {r['ours']:8.4f} s  baseline {r['baseline']:8.4f} s  x{r['ratio']:.2f}")
+    best = min(floats, key=lambda k: floats[k].median)
+    table.add(f"{what}: real-valued eager against the best float ({best})", t["eager"], floats[best])
+    for runtime in [n for n in floats if n != "eager"]:
+        table.add(f"{what}: {runtime} against eager", t[runtime], t["eager"])
+    table.add(f"{what}: 4 bit, simulated, against real-valued eager", t["4 bit, simulated"], t["eager"])
+    if cfg.deploy:
+        table.add(
+            f"{what}: 8 bit in onnxruntime against the best float ({best})", t["8 bit, onnxruntime"], floats[best]
+        )
+    return table.write()
+
+
+@script("bench")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    bench(cfg)
 
 
 if __name__ == "__main__":

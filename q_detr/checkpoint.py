@@ -1,116 +1,84 @@
-"""Official real-valued weights, also in the layout of Hugging Face, into a DETR or a quantised student."""
+"""The checkpoint of train.py: what it says, and the network that it holds; released weights of DETR and SMCA-DETR as well."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from common import runs
+from common.data.detection import DetectionSet
+from common.loop import Loaded
+from q_detr.building import KINDS, build_real
+from q_detr.data import LONGEST, MEAN, STD, num_classes
 from q_detr.detr import DETR
+from q_detr.official_weights import load_real_valued, official_options
+from q_detr.quantized_detr import quantize_detr
 
-# What a student has besides the parameters of a real-valued DETR.
-QUANTISER = ("step", "zero_point", "calibrated", "is_signed")
-STUDENT = (".act0.", ".act1.", ".act2.", ".act3.", ".acts.", ".align.", ".relu.")
-
-BODY = r"^model\.backbone\.(?:conv_encoder\.)?model\.(?:_backbone\.)?"
-# Names of transformers' DetrForObjectDetection (versions 4 and 5, ResNet of timm or its own) and what they become, in turn.
-HUGGING_FACE = tuple(
-    (re.compile(pattern), official)
-    for pattern, official in (
-        (BODY + r"embedder\.embedder\.convolution\.", "backbone.0.body.conv1."),
-        (BODY + r"embedder\.embedder\.normalization\.", "backbone.0.body.bn1."),
-        (BODY + r"encoder\.stages\.(\d+)\.layers\.", lambda m: f"backbone.0.body.layer{int(m[1]) + 1}."),
-        (BODY, "backbone.0.body."),
-        (r"\.shortcut\.convolution\.", ".downsample.0."),
-        (r"\.shortcut\.normalization\.", ".downsample.1."),
-        (r"\.layer\.(\d)\.convolution\.", lambda m: f".conv{int(m[1]) + 1}."),
-        (r"\.layer\.(\d)\.normalization\.", lambda m: f".bn{int(m[1]) + 1}."),
-        (r"^class_labels_classifier\.", "class_embed."),
-        (r"^bbox_predictor\.", "bbox_embed."),
-        (r"^model\.input_projection\.", "input_proj."),
-        (r"^model\.query_position_embeddings\.", "query_embed."),
-        (r"^model\.(encoder|decoder)\.layernorm\.", r"transformer.\1.norm."),
-        (r"^model\.(encoder|decoder)\.layers\.", r"transformer.\1.layers."),
-        (r"\.(?:mlp\.)?fc([12])\.", r".linear\1."),
-        (r"\.self_attn_layer_norm\.", ".norm1."),
-        (r"\.encoder_attn_layer_norm\.", ".norm2."),
-        (r"(encoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm2."),
-        (r"(decoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm3."),
-        (r"\.encoder_attn\.", ".multihead_attn."),
-        (r"\.o_proj\.", ".out_proj."),
-    )
-)
+OFFICIAL_SIDE = 800  # shorter side of the images in the official evaluation
 
 
-def from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of transformers' DetrForObjectDetection with the names of the official checkpoints, q, k and v joined to
-    in_proj. A name that is not known stays, so that loading can report it; counters of BatchNorm go.
+def about(held_out: DetectionSet, *, loss: str, side: int | None) -> dict[str, Any]:
+    """What is needed to use a network without its data. loss: softmax | focal; side: shorter side of test images, None as it is.
 
-    ValueError if one of q, k and v is missing."""
-    official: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        if key.endswith("num_batches_tracked"):
-            continue
-        for pattern, replacement in HUGGING_FACE:
-            key = pattern.sub(replacement, key)
-        if found := re.fullmatch(r"(.*attn\.)([qkv])_proj\.(weight|bias)", key):
-            parts.setdefault(f"{found[1]}in_proj_{found[3]}", {})[found[2]] = tensor
-        else:
-            official[key] = tensor
-    for key, qkv in parts.items():
-        if len(qkv) < 3:
-            raise ValueError(f"{key} is made of q, k and v, but there is only {', '.join(qkv)}")
-        official[key] = torch.cat([qkv["q"], qkv["k"], qkv["v"]])
-    return official
+    classes[i] is the name of category_ids[i]; the network's label is i ("contiguous") or category_ids[i] ("ids")."""
+    return {
+        "classes": list(held_out.classes), "category_ids": list(held_out.category_ids), "labels": held_out.labels,
+        "num_classes": num_classes(held_out), "channels": 3, "size": side, "longest": LONGEST,
+        "normalise": {"mean": list(MEAN), "std": list(STD)}, "loss": loss,
+    }  # fmt: skip
 
 
-def official_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by official names: {"model": tensors}, the tensors, or the layout of Hugging Face."""
-    tensors = dict(state["model"] if isinstance(state.get("model"), Mapping) else state)
-    return from_hugging_face(tensors) if any(k.startswith("model.") for k in tensors) else tensors
+def label_names(about: Mapping[str, Any]) -> dict[int, str]:
+    """{label of the network: name}; a label that is not in it is a gap between category ids and no class."""
+    ids = about["category_ids"] if about["labels"] == "ids" else range(len(about["classes"]))
+    return dict(zip(ids, about["classes"], strict=True))
 
 
-def is_student_key(key: str) -> bool:
-    """Whether a state entry belongs to the student alone: quantiser, RPReLU, stem PReLU, convolution bias or DA."""
-    backbone_bias = ".layer" in key and ".conv" in key and key.endswith(".bias")
-    return key.rpartition(".")[2] in QUANTISER or any(s in key for s in STUDENT) or backbone_bias
+def state(
+    model: DETR, optimizer: Optimizer, *, epoch: int, row: Mapping[str, float], about: Mapping[str, Any], config: dict
+) -> dict[str, Any]:
+    """What a run needs to go on, and what anybody needs to use its network."""
+    return {
+        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "row": dict(row),
+        "about": dict(about), "config": config,
+    }  # fmt: skip
 
 
-def load_real_valued(model: DETR, state: Mapping[str, Any], *, new_classes: bool = False) -> list[str]:
-    """Load a real-valued state dict (see `official_state`) in place; returns the keys that stay as they are.
+def load(path: str | Path) -> Loaded:
+    """The network in evaluation mode, the configuration that trained it and what to know to use it, of a checkpoint of train.py;
+    of released weights of DETR or SMCA-DETR the configuration is {}.
 
-    A real-valued model must find all of its keys; in a student exactly those of `is_student_key` may be missing. new_classes:
-    keep the model's own class_embed where the number of classes differs. ValueError names keys and shapes that do not fit."""
-    tensors = official_state(state)
-    own = model.state_dict()
-    wrong = [k for k in own if k in tensors and tensors[k].shape != own[k].shape]
-    left = [k for k in wrong if new_classes and k.startswith("class_embed.")]
-    for key in left:
-        del tensors[key]
-    wrong = [k for k in wrong if k not in left]
-    missing = [k for k in own if k not in tensors and k not in left and not is_student_key(k)]
-    extra = [k for k in tensors if k not in own]
-    if missing or extra or wrong:
-        shapes = [f"{k} {tuple(tensors[k].shape)} for {tuple(own[k].shape)}" for k in wrong]
-        parts = [
-            f"{len(ks)} {what}, e.g. {ks[0]}"
-            for what, ks in (("missing", missing), ("not in the model", extra), ("of another shape", shapes))
-            if ks
-        ]
-        hint = " (another number of classes: new_classes=true keeps the rest)" if "class_embed" in str(shapes) else ""
-        raise ValueError(f"the weights do not fit the model: {'; '.join(parts)}{hint}")
-    return sorted(model.load_state_dict(tensors, strict=False).missing_keys)
+    FileNotFoundError, `runs.RunError` for a broken file, ValueError for another one."""
+    found = runs.load_checkpoint(path)
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path} holds no weights by name")
+    if "config" not in found:
+        return _released(path, found)
+    if missing := {"model", "config", "about"} - found.keys():
+        raise ValueError(f"{path} is no checkpoint of q_detr/train.py: it lacks {', '.join(sorted(missing))}")
+    config, known = found["config"], found["about"]
+    model = build_real(**{**config["model"], "weights": None}, num_classes=known["num_classes"])
+    if config["method"]["quantised"]:
+        model = quantize_detr(model, **config["method"]["quant"])
+    model.load_state_dict(found["model"])
+    return Loaded(model.eval(), config, known)
 
 
-def load_weights(model: DETR, path: str | Path, *, new_classes: bool = False) -> list[str]:
-    """`load_real_valued` from a file; FileNotFoundError or `runs.RunError` if it cannot be read."""
-    return load_real_valued(model, runs.load_checkpoint(path), new_classes=new_classes)
-
-
-def student_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters that get no weight decay: those of the student alone."""
-    return [n for n, _ in model.named_parameters() if is_student_key(n)]
+def _released(path: str | Path, found: Mapping[str, Any]) -> Loaded:
+    """Released weights: with 91 classes they know COCO's ids; the names of other classes are not in the file."""
+    try:
+        options = official_options(found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    model, count = build_real(**options), options["num_classes"]
+    load_real_valued(model, found)
+    names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    ids = [i for i, name in enumerate(names) if i and name != "N/A"] if count == len(names) else list(range(count))
+    known = {
+        "classes": [names[i] if count == len(names) else f"class {i}" for i in ids], "category_ids": ids, "labels": "ids",
+        "num_classes": count, "channels": 3, "size": OFFICIAL_SIDE, "longest": LONGEST,
+        "normalise": {"mean": list(MEAN), "std": list(STD)}, "loss": KINDS[options["kind"]][1],
+    }  # fmt: skip
+    return Loaded(model.eval(), {}, known)

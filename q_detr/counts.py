@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import hydra
 import yaml
-from hydra.core.hydra_config import HydraConfig
+from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
-from common import runs
-from common.metrics.ops import count_parameters
+from common.metrics.ops import count_parameters, record_counts
+from common.scripts import script
 from q_detr.ops import mac_table, meta_detr, ops, size_mib
 from q_detr.quantized_detr import quantize_detr
 from q_detr.smca import SMCADETR
@@ -52,20 +51,9 @@ def measure() -> dict[str, float]:
     return found
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="counts")
-def main(cfg: DictConfig) -> None:
-    out = Path(HydraConfig.get().runtime.output_dir)
-    try:
-        run = runs.Run.open(out, cfg, runs.launch(cfg.fabric))
-        if run is None:
-            return
-        with run:
-            found = measure()
-            run.finish(found)
-        for name, value in found.items():
-            print(f"{name:28s} {value:,.4f}" if isinstance(value, float) else f"{name:28s} {value:,}")
-    finally:
-        runs.remove_if_empty(out, cfg.run_root)
+@script("counts")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    record_counts(cfg, fabric, out, measure)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Detection data for DETR: augmentation, and targets as the set loss wants them."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,14 +11,45 @@ from torch.utils.data import ConcatDataset, Dataset
 from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
-from common.data.detection import DetectionSet
+from common.data.detection import SETS, DetectionSet
+from common.data.files import identity
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LONGEST = 1333  # pixels of the longer side of a resized test image
 
 
 def source_options(data: Mapping[str, Any]) -> dict[str, Any]:
     """Of a data configuration, what `detection_sets` takes."""
     return {k: v for k, v in data.items() if k not in ("workers", "augment", "test_side")}
+
+
+def check_data(data: Mapping[str, Any]) -> None:
+    """ValueError for a data configuration that cannot be meant, before anything is read."""
+    if data["name"] not in SETS:
+        raise ValueError(f"data.name={data['name']!r}, allowed: {', '.join(SETS)}")
+    if data["name"] == "scenes" and data.get("root"):
+        raise ValueError(
+            f"data.root={data['root']}: scenes are generated, no folder is read; name the set at the root: data=coco, data=voc"
+        )
+    if data["test_side"] is not None and data["test_side"] < 1:
+        raise ValueError(f"data.test_side={data['test_side']}, allowed: null or >= 1")
+    training_transform(data["augment"])
+
+
+def data_identity(name: str, training: Any, held_out: DetectionSet, root: str | None) -> dict[str, Any]:
+    """What the images and annotations are, wherever they lie (`common.data.files.identity`)."""
+    if name == "scenes":
+        return identity(name)
+    sets: list[Any] = [*(training.datasets if isinstance(training, ConcatDataset) else [training]), held_out]
+    digest = hashlib.sha256()
+    for part in sets:
+        for i, info in enumerate(part.infos):
+            t = part.target(i)
+            digest.update(
+                f"{info['file_name']} {t['boxes'].tolist()} {t['labels'].tolist()} {t['iscrowd'].tolist()}\n".encode()
+            )
+    paths = [Path(part.folder) / info["file_name"] for part in sets for info in part.infos]
+    return identity(name, paths, root=root, annotations=digest.hexdigest()[:16], classes=len(held_out.classes))
 
 
 def num_classes(dataset: DetectionSet) -> int:
@@ -38,7 +71,7 @@ def training_transform(augment: str | Mapping[str, Any]) -> v2.Transform:
 
 class Augment(v2.Transform):
     """Training augmentation of (uint8 image, target). name: plain, horizontal flip; detr, flip, then a side of 480..800, at most
-    1333, for half of the images after a crop of 384..600 from one resized to 400, 500 or 600 (section 5).
+    1333, for half of the images after a crop of 384..600 from one resized to 400, 500 or 600 (released code of DETR).
 
     scale multiplies these sizes, for small networks. vertical: flip the other way too, where images have no up. `shrink`: shorter
     side beyond which an image has nothing to give, with scale < 1; see `Prepared`."""
@@ -98,9 +131,9 @@ class RandomSizeCrop(v2.Transform):
         return int(torch.randint(low, high + 1, ()))
 
 
-def normalise(image: Tensor) -> Tensor:
-    """uint8 RGB (3, H, W) -> float, ImageNet mean and standard deviation."""
-    return v2.functional.normalize(image.as_subclass(Tensor).float() / 255, list(MEAN), list(STD))
+def normalise(image: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+    """uint8 RGB (3, H, W) -> float with the mean and standard deviation of ImageNet, or those of a checkpoint."""
+    return v2.functional.normalize(image.as_subclass(Tensor).float() / 255, list(mean), list(std))
 
 
 class Prepared(Dataset):
@@ -125,6 +158,6 @@ class Prepared(Dataset):
         return normalise(image), {"labels": target["labels"][keep], "boxes": boxes}
 
 
-def resize_for_test(image: Tensor, side: int | None, max_size: int = 1333) -> Tensor:
+def resize_for_test(image: Tensor, side: int | None, max_size: int = LONGEST) -> Tensor:
     """Shorter side to `side`, the longer at most max_size; None leaves the image."""
     return image if side is None else v2.functional.resize(image, [side], max_size=max_size)

@@ -5,8 +5,10 @@ network share one forward pass. Sequences are (B, tokens, d). H', W' = size of t
 """
 
 import math
+import socket
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
+
+from common import runs
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
@@ -143,15 +147,51 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
+def check_backbone_weights(name: str, weights: str) -> None:
+    """ValueError unless `weights` is a file or names torchvision's weights for the backbone."""
+    if name not in RESNETS:
+        raise ValueError(f"model.weights={weights}: backbone={name} has no published weights, use model.weights=null")
+    known = [w.name for w in torchvision.models.get_model_weights(name)]
+    if weights not in known and not Path(weights).expanduser().is_file():
+        raise ValueError(f"model.weights={weights} is no file and no weights of torchvision: {', '.join(known)}")
+
+
+def _load_classifier(net: nn.Module, name: str, weights: str) -> None:
+    """torchvision's weights, by name (downloaded once) or from a file in its layout, into its ResNet."""
+    check_backbone_weights(name, weights)
+    if Path(weights).expanduser().is_file():
+        state = runs.load_checkpoint(weights)
+    else:
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(10.0)
+        try:
+            state = torchvision.models.get_model_weights(name)[weights].get_state_dict(progress=False)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"model.weights={weights} cannot be downloaded ({error}): get torchvision's file for {name} by other means "
+                "and give model.weights=<file>, or start.weights=<weights of a DETR> with method.start=weights"
+            ) from error
+        finally:
+            socket.setdefaulttimeout(timeout)
+    found = net.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")}, strict=False)
+    wrong = [*(k for k in found.missing_keys if not k.startswith("fc.")), *found.unexpected_keys]
+    if wrong := [k for k in wrong if not k.endswith("num_batches_tracked")]:
+        raise ValueError(f"model.weights={weights} does not fit {name}: {len(wrong)} names, e.g. {wrong[0]}")
+
+
 class ResNetBody(nn.Module):
-    """torchvision's ResNet without pooling and classifier, frozen BatchNorm. (B, 3, H, W) -> (B, C, H / 32, W / 32)."""
+    """torchvision's ResNet without pooling and classifier, frozen BatchNorm. (B, 3, H, W) -> (B, C, H / 32, W / 32).
+
+    weights: a name of torchvision's, or a file in its layout."""
 
     def __init__(self, name: str, *, weights: str | None = None, dilation: bool = False):
         super().__init__()
         if name not in RESNETS:
             raise ValueError(f"backbone={name!r}, allowed: {', '.join(RESNETS)}, tiny")
         options: dict[str, Any] = {"replace_stride_with_dilation": [False, False, True]} if dilation else {}
-        net = getattr(torchvision.models, name)(weights=weights, norm_layer=FrozenBatchNorm2d, **options)
+        net = getattr(torchvision.models, name)(norm_layer=FrozenBatchNorm2d, **options)
+        if weights is not None:
+            _load_classifier(net, name, weights)
         self.out_channels: int = net.fc.in_features
         self.stride = 16 if dilation else 32
         self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
@@ -196,8 +236,8 @@ class Backbone(nn.Module):
 class DETR(nn.Module):
     """num_classes: largest label + 1 (91 for COCO's ids); the last of the num_classes + 1 logits is "no object".
 
-    backbone: resnet18 | 34 | 50 | 101 (weights: torchvision's, e.g. "IMAGENET1K_V1") or tiny (widths). freeze: the stem and
-    layer1 are not trained, as in the official code (ResNets only)."""
+    backbone: resnet18 | 34 | 50 | 101 (weights: a name of torchvision's, e.g. "IMAGENET1K_V1", or a file) or tiny (widths).
+    freeze: the stem and layer1 are not trained, as in the official code (ResNets only)."""
 
     layer_type: type[DecoderLayer] = DecoderLayer
 

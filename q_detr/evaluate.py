@@ -1,58 +1,45 @@
-"""Evaluate a checkpoint of train.py, or official DETR or SMCA-DETR weights: AP by pycocotools, and the VOC mAP.
+"""Evaluate a checkpoint of train.py, or official DETR or SMCA-DETR weights: the COCO figures by pycocotools, and the VOC mAP.
 
 python evaluate.py weights=runs/default/drd/seed0/last.ckpt [per_class=true]
 python evaluate.py weights=detr-r50.pth data.root=/datasets/coco claim=released_detr_r50 record=true
 python evaluate.py perfect=true data=voc data.root=/datasets/own      before any training: the annotations fed back must give 100
 """
 
-import hashlib
 import json
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from common import runs
-from common.data.detection import DetectionSet, detection_sets, ground_truth
-from common.data.vision import data_root
-from common.metrics.claims import load_claims
-from common.metrics.detection import detection_metrics, voc_map
-from q_detr.building import KINDS, load_official, rebuild
-from q_detr.data import num_classes, source_options
-from q_detr.detr import DETR
-from q_detr.train import predict
+from common.data.detection import DetectionSet, ground_truth
+from common.loop import Loaded
+from common.metrics.detection import DIFFICULT, CocoEvaluator, detection_metrics, voc_map
+from common.metrics.external import check_claim, print_metrics, write_record
+from common.scripts import script
+from q_detr.checkpoint import load
+from q_detr.data import check_data, num_classes
+from q_detr.held_out import held_out_set, objects, predict
 
 HERE = Path(__file__).parent
+Found = dict[int, dict[str, Tensor]]
 
 
-def load(path: str, data: dict[str, Any]) -> tuple[DETR, str, dict[str, Any]]:
-    """(network in evaluation mode, loss kind, keys of its data set with those of `data`): our own checkpoint, or official
-    weights, which are evaluated on COCO unless `data` says otherwise."""
-    state = runs.load_checkpoint(path)
-    if "config" in state and "classes" in state:
-        network, state = rebuild(path)
-        trained = state["config"]
-        return network, KINDS[trained["model"]["kind"]][1], {"seed": trained["seed"], **trained["data"], **data}
-    network, loss = load_official(path)
+def data_of(trained: Loaded | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The data set of a checkpoint, for released weights COCO, with the keys of `given` in place of its own."""
     coco = OmegaConf.to_container(OmegaConf.load(HERE / "configs/data/coco.yaml"))
-    return network, loss, {"seed": 0, **coco, **data}  # type: ignore[dict-item]
+    config = trained.config if trained is not None else {}
+    data = {"seed": config.get("seed", 0), **config.get("data", coco), **given}  # type: ignore[dict-item]
+    check_data(data)
+    return data
 
 
-def held_out_set(data: dict[str, Any]) -> DetectionSet:
-    """The test set of a data configuration; nothing of the training set needs to be there."""
-    own = source_options(data)
-    if own["name"] == "scenes":
-        return detection_sets(**{**own, "train": 1})[1]
-    data_root(own.get("root"))  # the message for an unset root comes before any other
-    return detection_sets(**{**own, "train": own["test"], "voc_train": [own.get("voc_test", "VOC2007")]})[1]
-
-
-def annotations_as_detections(held_out: DetectionSet) -> dict[int, dict[str, Tensor]]:
+def annotations_as_detections(held_out: DetectionSet) -> Found:
     """The ground truth without crowd regions, with score 1: AP is 1 if loader, evaluator and ids agree."""
     found = {}
     for image_id, t in ground_truth(held_out).items():
@@ -61,83 +48,124 @@ def annotations_as_detections(held_out: DetectionSet) -> dict[int, dict[str, Ten
     return found
 
 
-def class_ap50(held_out: DetectionSet, found: dict[int, dict[str, Tensor]], difficult: str) -> dict[str, float]:
+def known_labels(held_out: DetectionSet) -> dict[int, int]:
+    """{label: category id}; gaps between the ids are no class."""
+    ids = held_out.category_ids
+    return dict(zip(range(len(ids)) if held_out.labels == "contiguous" else ids, ids, strict=True))
+
+
+def kept(p: Mapping[str, Tensor], labels: Mapping[int, int]) -> dict[str, Tensor]:
+    """The detections (or objects) whose label is a category, their labels replaced by the values of `labels`."""
+    known = torch.isin(p["labels"], torch.tensor(list(labels)))
+    own = {k: v[known] for k, v in p.items()}
+    return {**own, "labels": torch.tensor([labels[i] for i in own["labels"].tolist()], dtype=torch.int64)}
+
+
+def coco_rows(found: Found, labels: Mapping[int, int]) -> Iterator[dict[str, Any]]:
+    """Detections in the format of COCO's results. labels: {label of the network: category id}."""
+    for image_id, p in found.items():
+        own = kept(p, labels)
+        for (x0, y0, x1, y1), c, s in zip(
+            own["boxes"].tolist(), own["labels"].tolist(), own["scores"].tolist(), strict=True
+        ):
+            box = [round(v, 3) for v in (x0, y0, x1 - x0, y1 - y0)]
+            yield {"image_id": image_id, "category_id": c, "bbox": box, "score": round(s, 6)}
+
+
+def recalls(held_out: DetectionSet, found: Found, difficult: str) -> dict[str, float]:
+    """The six average recalls of COCO in 0..1, without the sizes that the set has not."""
+    sized = [a for a in held_out.coco["annotations"] if min(a["bbox"][2:]) > 0]
+    evaluator = CocoEvaluator({**held_out.coco, "annotations": sized}, difficult=difficult)
+    evaluator.update({i: kept(p, known_labels(held_out)) for i, p in found.items()})
+    return {k: v for k, v in evaluator.compute().items() if k.startswith("AR") and v >= 0}
+
+
+def class_ap50(held_out: DetectionSet, found: Found, difficult: str) -> dict[str, float]:
     """{class name: VOC AP at IoU 0.5} of the classes that occur; crowd regions count neither way."""
-    contiguous = held_out.labels == "contiguous"
-    names = dict(
-        zip(range(len(held_out.classes)) if contiguous else held_out.category_ids, held_out.classes, strict=True)
-    )
-    position = {label: i for i, label in enumerate(names)}
-
-    def kept(p: dict[str, Tensor]) -> dict[str, Tensor]:  # labels become positions; gaps between the ids are no class
-        known = torch.isin(p["labels"], torch.tensor(list(position)))
-        own = {k: v[known] for k, v in p.items()}
-        return {**own, "labels": torch.tensor([position[i] for i in own["labels"].tolist()], dtype=torch.int64)}
-
-    truth = {k: kept(t) for k, t in ground_truth(held_out).items()}
+    position = {label: i for i, label in enumerate(known_labels(held_out))}
+    truth = {k: kept(t, position) for k, t in ground_truth(held_out).items()}
     if difficult == "ignore":
         truth = {k: {**t, "difficult": t["difficult"] | t["iscrowd"]} for k, t in truth.items()}
-    result = voc_map({k: kept(p) for k, p in found.items()}, truth, num_classes=len(names), difficult=difficult)
-    return {name: ap for name, ap in zip(names.values(), result["per_class"], strict=True) if ap == ap}
+    predictions = {k: kept(p, position) for k, p in found.items()}
+    result = voc_map(predictions, truth, num_classes=len(position), difficult=difficult)
+    return {name: ap for name, ap in zip(held_out.classes, result["per_class"], strict=True) if ap == ap}
 
 
-def evaluate(cfg: DictConfig, *, grouped: bool) -> dict[str, float]:
-    """What the script does; returns the metrics in percent. grouped: data=... chose a whole data set; otherwise only what is set
-    under `data` replaces the keys of the checkpoint's own set."""
-    known = {c["id"] for c in load_claims(HERE) if c["kind"] == "released_weights"}
-    if cfg.claim is not None and cfg.claim not in known:
-        raise ValueError(f"claim={cfg.claim!r}, allowed: {', '.join(sorted(known))}")
+def check(cfg: DictConfig, *, grouped: bool) -> None:
+    check_claim(HERE, cfg.claim)
     if (cfg.weights is None) != cfg.perfect or (cfg.perfect and cfg.record):
         raise ValueError("give either weights=<checkpoint> or perfect=true, of which there is nothing to record")
     if cfg.perfect and not grouped:
         raise ValueError("perfect=true needs a data set: data=coco, data=voc or another file of configs/data")
-    given = {k: v for k, v in OmegaConf.to_container(cfg.data).items() if grouped or v is not None}  # type: ignore[union-attr]
-    fabric = runs.launch(cfg.fabric)
-    if cfg.perfect:
-        held_out = held_out_set({"seed": 0, **given})  # type: ignore[dict-item]
-        found = annotations_as_detections(held_out)
-        classes = num_classes(held_out)
+    if cfg.difficult not in DIFFICULT:
+        raise ValueError(f"difficult={cfg.difficult!r}, allowed: {', '.join(DIFFICULT)}")
+    if cfg.results is not None and not str(cfg.results).endswith(".json"):
+        raise ValueError(f"results={cfg.results}: give a name that ends in .json")
+
+
+def detections(cfg: DictConfig, fabric: Fabric, given: Mapping[str, Any]) -> tuple[DetectionSet, Found, str]:
+    """(test set, detections on it, name of the set) of the weights, or of its own annotations."""
+    trained = None if cfg.perfect else load(cfg.weights)
+    data = data_of(trained, given)
+    held_out = held_out_set(data)
+    if not objects(held_out):
+        raise ValueError(
+            f"the split {data['test']} of {data['name']} has no object (crowd regions do not count): there is no AP on it"
+        )
+    classes = num_classes(held_out)
+    if trained is None:
         print(f"{len(held_out.classes)} classes, labels={held_out.labels}: a model needs num_classes={classes}")
-    else:
-        network, loss, data = load(cfg.weights, given)  # type: ignore[arg-type]
-        held_out = held_out_set(data)
-        if (needed := num_classes(held_out)) != network.num_classes:
-            raise ValueError(
-                f"{cfg.weights} has {network.num_classes} classes, {data['name']} with data.labels={data['labels']} needs "
-                f"{needed}. Official weights know COCO's ids only; train on own classes with start.weights=... "
-                "start.new_classes=true"
-            )
-        network = fabric.setup_module(network)
-        start = time.perf_counter()
-        found = predict(fabric, network, held_out, loss=loss, batch_size=cfg.batch_size, side=data["test_side"])
-        seconds = (time.perf_counter() - start) / len(held_out)
-        print(f"{1000 * seconds:.0f} ms per image, loading included, on {fabric.device}")
-    metrics = {k: 100 * v for k, v in detection_metrics(held_out, found, difficult=cfg.difficult).items()}
-    for name, value in metrics.items():
-        print(f"{name:12s} {value:.2f}")
+        return held_out, annotations_as_detections(held_out), data["name"]
+    if classes != trained.about["num_classes"]:
+        raise ValueError(
+            f"{cfg.weights} has {trained.about['num_classes']} classes, {data['name']} with data.labels={data['labels']} needs "
+            f"{classes}. Official weights know COCO's ids; train on own classes with start.weights=... start.new_classes=true"
+        )
+    theirs = trained.about["classes"]
+    if trained.config and list(held_out.classes) != theirs:
+        raise ValueError(f"{cfg.weights} knows {', '.join(theirs)}; {data['name']} has {', '.join(held_out.classes)}")
+    network = fabric.setup_module(trained.model)
+    start = time.perf_counter()
+    options = {"loss": trained.about["loss"], "side": data["test_side"], "batch_size": cfg.batch_size}
+    found = predict(fabric, network, held_out, workers=cfg.workers, **options)
+    seconds = (time.perf_counter() - start) / len(held_out)
+    print(f"{1000 * seconds:.0f} ms per image, loading included, on {fabric.device}")
+    return held_out, found, data["name"]
+
+
+def evaluate(cfg: DictConfig, fabric: Fabric, *, grouped: bool) -> dict[str, float]:
+    """Prints and returns the metrics in percent; see configs/evaluate.yaml. grouped: data=... chose a whole data set; otherwise
+    only what is set under `data` replaces the keys of the checkpoint's own set."""
+    check(cfg, grouped=grouped)
+    given = {k: v for k, v in OmegaConf.to_container(cfg.data).items() if grouped or v is not None}  # type: ignore[union-attr]
+    held_out, found, name = detections(cfg, fabric, given)  # type: ignore[arg-type]
+    figures = detection_metrics(held_out, found, difficult=cfg.difficult) | recalls(held_out, found, cfg.difficult)
+    metrics = {k: 100 * v for k, v in figures.items()}
+    if cfg.results is not None and fabric.is_global_zero:
+        rows = list(coco_rows(found, known_labels(held_out)))
+        Path(cfg.results).expanduser().write_text(json.dumps(rows))
+        print(f"{len(rows)} detections in {cfg.results}")
+    print_metrics(metrics, len(held_out))
+    print(f"{held_out.dropped} boxes without extent dropped")
     if cfg.per_class:
-        for name, value in class_ap50(held_out, found, cfg.difficult).items():
-            print(f"  AP50 {name:16s} {100 * value:.2f}")
-    print(f"{len(held_out)} images, {held_out.dropped} boxes without extent dropped")
+        for label, value in class_ap50(held_out, found, cfg.difficult).items():
+            print(f"class {label:20s} AP50 {100 * value:.2f}")
     if cfg.perfect and metrics["AP"] < 99.999:
         raise ValueError(
             f"the annotations fed back give AP {metrics['AP']:.2f}, not 100: boxes reach beyond their image, or an "
             "image has more than the 100 objects that the evaluation counts"
         )
-    if cfg.record:
-        digest = hashlib.sha256(Path(cfg.weights).expanduser().read_bytes()).hexdigest()
-        record = {"claim": cfg.claim, "value": metrics["AP"], "weights_sha256": digest, "n": len(held_out)}
-        record |= {"data": data["name"], "metrics": metrics, **runs.provenance(fabric.device)}
-        target = Path(cfg.record_to or HERE / "results/external") / f"{digest[:12]}_{data['name']}.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"recorded in {target}")
+    if cfg.record and fabric.is_global_zero:
+        write_record(
+            cfg.record_to or HERE / "results/external", weights=cfg.weights, value=metrics["AP"], n=len(held_out), data=name,
+            metrics=metrics, claim=cfg.claim, device=fabric.device,
+        )  # fmt: skip
     return metrics
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
-def main(cfg: DictConfig) -> None:
-    evaluate(cfg, grouped=HydraConfig.get().runtime.choices.get("data") is not None)
+@script("evaluate")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    evaluate(cfg, fabric, grouped=HydraConfig.get().runtime.choices.get("data") is not None)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,39 @@
 """Write a checkpoint, or official weights, as ONNX, and the weights of a student at their real bits.
 
-python export.py runs/default/drd/seed0/last.ckpt model      model.onnx and, of a student, model.packed.pt
-python export.py detr-r50.pth detr-r50                       official weights
-python export.py runs/default/drd/seed0/last.ckpt model --qdq
+python export.py weights=runs/default/drd/seed0/last.ckpt out=model.onnx      and, of a student, model.packed.pt
+python export.py weights=detr-r50.pth out=detr-r50.onnx                       official weights
+python export.py weights=runs/default/drd/seed0/last.ckpt qdq=true
 
-The graph takes images (B, 3, H, W), ImageNet-normalised, and mask (B, H, W), True = padding (`q_detr.detr.pad_images`); B, H
-and W are free (H, W >= 64). It is compared with PyTorch on batches of two sizes with padding, and the difference is printed.
+The graph takes images (B, 3, H, W), normalised as its metadata `about` says, and mask (B, H, W), True = padding
+(`q_detr.detr.pad_images`); B, H and W are free (H, W >= 64). It is compared with PyTorch on batches of two sizes with padding.
 
-A student's graph is fake-quantised: quantisers are float operations, weights float constants on their grid. With --qdq the
+A student's graph is fake-quantised: quantisers are float operations, weights float constants on their grid. With qdq=true the
 quantisers of 8 bits (attention operands, stem, everything of an 8-bit student) are QuantizeLinear and DequantizeLinear.
 CPUs have no arithmetic for activations of 2 to 4 bits: this shows the accuracy of a low-bit network, never its speed, and a
 ratio of OPs is no speed either. The packed file is storage: the quantised weights at b / 32 of their float size, everything
 else in float32."""
 
-import argparse
 import copy
-import sys
+import json
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from common import runs
+from common.loop import Loaded
 from common.quant.lsq import LSQQuantizer
 from common.quant.pack import pack_codes, unpack_codes
+from common.scripts import script
 from q_detr.building import build_real
+from q_detr.checkpoint import load
 from q_detr.detr import DETR, Attention, pad_images
-from q_detr.evaluate import load
 from q_detr.quantized_detr import quantize_detr
 
 OUTPUTS = ("pred_logits", "pred_boxes")
@@ -167,8 +171,13 @@ def example(sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def export_onnx(model: DETR, path: str | Path, *, qdq: bool = False) -> tuple[int, int]:
-    """Write an ONNX file with its weights inside. Returns (quantisers as QuantizeLinear, quantisers of activations)."""
+def export_onnx(
+    model: DETR, path: str | Path, *, qdq: bool = False, about: Mapping[str, Any] | None = None
+) -> tuple[int, int]:
+    """Write an ONNX file with its weights inside and `about` in its metadata. Returns (quantisers as QuantizeLinear, quantisers
+    of activations)."""
+    import onnx
+
     deployed = Deployed(model, qdq=qdq).eval()
     batch, height, width = (torch.export.Dim(n, min=lo) for n, lo in (("batch", 1), ("height", 64), ("width", 64)))
     shapes = ({0: batch, 2: height, 3: width}, {0: batch, 1: height, 2: width})
@@ -182,6 +191,9 @@ def export_onnx(model: DETR, path: str | Path, *, qdq: bool = False) -> tuple[in
             program, (), path, dynamo=True, input_names=["images", "mask"], output_names=list(OUTPUTS), external_data=False,
             verbose=False, custom_translation_table=_translations(),
         )  # fmt: skip
+    proto = onnx.load(path)
+    onnx.helper.set_model_props(proto, {"about": json.dumps(dict(about or {}))})
+    onnx.save(proto, path)
     fixed = [m for m in deployed.modules() if isinstance(m, FixedQuantizer)]
     return sum(m.qdq for m in fixed), len(fixed)
 
@@ -244,58 +256,70 @@ def unpack(model: DETR, file: dict[str, Any]) -> DETR:
     return model.eval()
 
 
-def save_packed(checkpoint: str | Path, path: str | Path) -> DETR:
-    """Pack a student's checkpoint of train.py; the file also holds its configuration. Returns the network."""
-    state = runs.load_checkpoint(checkpoint)
-    network, *_ = load(str(checkpoint), {})
-    torch.save({**pack(network), **{k: state[k] for k in ("config", "classes", "names")}}, path)
-    return network
+def save_packed(trained: Loaded, path: str | Path) -> None:
+    """Pack a student; the file also holds its configuration and what to know to use it."""
+    torch.save({**pack(trained.model), "config": trained.config, "about": trained.about}, path)
 
 
-def load_packed(path: str | Path) -> DETR:
+def load_packed(path: str | Path) -> Loaded:
     """The student of a file of `save_packed`, in evaluation mode. ValueError for another file."""
     file = runs.load_checkpoint(path)
-    if missing := {"packed", "bits", "rest", "config", "classes"} - file.keys():
+    if missing := {"packed", "bits", "rest", "config", "about"} - file.keys():
         raise ValueError(f"{path} is no file of export.py: it lacks {', '.join(sorted(missing))}")
-    config = file["config"]
-    real = build_real(**{**config["model"], "weights": None}, num_classes=file["classes"])
-    return unpack(quantize_detr(real, **config["method"]["quant"]), file)
+    config, about = file["config"], file["about"]
+    real = build_real(**{**config["model"], "weights": None}, num_classes=about["num_classes"])
+    return Loaded(unpack(quantize_detr(real, **config["method"]["quant"]), file), config, about)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("weights")
-    parser.add_argument("target", type=Path, help="path of the files, without suffix")
-    parser.add_argument("--qdq", action="store_true", help="8-bit quantisers as QuantizeLinear and DequantizeLinear")
-    args = parser.parse_args(argv)
-    network, *_ = load(args.weights, {})
-    onnx = args.target.with_name(args.target.name + ".onnx")
-    as_nodes, quantisers = export_onnx(network, onnx, qdq=args.qdq)
-    before = 4 * sum(p.numel() for p in network.parameters())
-    nodes = f", {as_nodes} of {quantisers} quantisers of activations as QuantizeLinear" if quantisers else ""
-    print(f"{onnx}: {onnx.stat().st_size / 1e6:.3f} MB{nodes}")
-    rows = onnx_differences(network, onnx)
-    for row in rows:
-        gaps = "  ".join(f"{n} {row[n][0]:.2g} (mean {row[n][1]:.2g})" for n in OUTPUTS)
-        print(f"images {row['sizes']}: largest difference to PyTorch / standard deviation: {gaps}")
-    if quantised_weights(network):
-        target = args.target.with_name(args.target.name + ".packed.pt")
-        save_packed(args.weights, target)
-        images = example(SIZES[0])
-        with torch.no_grad():
-            same = torch.equal(load_packed(target)(*images)["pred_logits"], network(*images)["pred_logits"])
-        print(
-            f"{target}: {target.stat().st_size / 1e6:.3f} MB, float32 parameters {before / 1e6:.3f} MB, outputs equal: {same}"
+def export(cfg: DictConfig) -> Path:
+    """Writes cfg.out and, of a student, the packed file; both only if they agree with PyTorch. ValueError otherwise."""
+    out = Path(cfg.out).expanduser()
+    if out.suffix != ".onnx" or (cfg.tolerance is not None and cfg.tolerance <= 0):
+        raise ValueError(f"out={cfg.out} must end in .onnx, tolerance={cfg.tolerance} be null or > 0")
+    trained = load(cfg.weights)
+    network: Any = trained.model
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f".{out.stem}.tmp.onnx")
+    try:
+        as_nodes, quantisers = export_onnx(network, beside, qdq=cfg.qdq, about=trained.about)
+        rows = onnx_differences(network, beside)
+        for row in rows:
+            gaps = "  ".join(f"{n} {row[n][0]:.2g} (mean {row[n][1]:.2g})" for n in OUTPUTS)
+            print(f"images {row['sizes']}: largest difference to PyTorch / standard deviation: {gaps}")
+        worst, allowed = (
+            max(row[n][1] for row in rows for n in OUTPUTS),
+            cfg.tolerance or (0.05 if quantisers else 1e-4),
         )
-        if not same:
-            print("the packed network differs", file=sys.stderr)
-            return 1
-    worst = max(row[n][1] for row in rows for n in OUTPUTS)
-    if worst > (0.05 if quantisers else 1e-4):
-        print(f"the exported network differs by {worst:.2g} standard deviations on average", file=sys.stderr)
-        return 1
-    return 0
+        if not worst <= allowed:
+            raise ValueError(
+                f"the exported network differs by {worst:.2g} standard deviations on average, allowed: {allowed:g}"
+            )
+        os.replace(beside, out)
+    finally:
+        beside.unlink(missing_ok=True)
+    nodes = f", {as_nodes} of {quantisers} quantisers of activations as QuantizeLinear" if quantisers else ""
+    print(f"{out}: {out.stat().st_size / 1e6:.3f} MB{nodes}")
+    if quantised_weights(network):
+        write_packed(trained, out.with_name(f"{out.stem}.packed.pt"))
+    return out
+
+
+@torch.no_grad()
+def write_packed(trained: Loaded, target: Path) -> None:
+    """`save_packed`, read back and compared. ValueError if the outputs are not equal bit for bit."""
+    save_packed(trained, target)
+    images = example(SIZES[0])
+    if not torch.equal(load_packed(target).model(*images)["pred_logits"], trained.model(*images)["pred_logits"]):
+        target.unlink()
+        raise ValueError("the packed network does not give the outputs of the checkpoint")
+    before = 4 * sum(p.numel() for p in trained.model.parameters())
+    print(f"{target}: {target.stat().st_size / 1e6:.3f} MB, float32 parameters {before / 1e6:.3f} MB, outputs equal")
+
+
+@script("export")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    export(cfg)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -28,12 +28,11 @@ def foreground_queries(student_boxes: Tensor, gt_boxes: Sequence[Tensor], *, tau
     because then tau G_i > G_i. ValueError for tau outside 0..1."""
     if not 0 <= tau <= 1:
         raise ValueError(f"tau={tau}: must lie in 0..1")
-    truth = pad_sequence([t.to(student_boxes) for t in gt_boxes], batch_first=True)  # (B, n, 4)
-    counts = torch.tensor([len(t) for t in gt_boxes], device=student_boxes.device)
-    present = torch.arange(truth.shape[1], device=student_boxes.device) < counts[:, None]
+    # (B, n, 4); the padding has no area, so its GIoU is never above 0 and it selects nothing, as an object that no box overlaps.
+    truth = pad_sequence([t.to(student_boxes) for t in gt_boxes], batch_first=True)
     overlap = batched_giou(truth, student_boxes)  # (B, n, Q)
     best = overlap.amax(dim=2, keepdim=True)
-    return ((overlap > tau * best) & present[:, :, None]).any(dim=1)
+    return (overlap > tau * best).any(dim=1)
 
 
 @torch.no_grad()

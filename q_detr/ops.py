@@ -1,4 +1,4 @@
-"""Multiply-accumulates, OPs and sizes of DETR and its students (specification 4.2 to 4.4)."""
+"""Multiply-accumulates, OPs and sizes of DETR and its students under the convention of the paper (Table 3)."""
 
 import copy
 import re

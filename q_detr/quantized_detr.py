@@ -1,4 +1,4 @@
-"""A quantised student from a real-valued DETR: weights, activations and attention operands on learned grids (3.2, 3.3, 4.3).
+"""A quantised student from a real-valued DETR: weights, activations and attention operands on learned grids (Eq. 1-3).
 
 Names and shapes of the real-valued parameters stay, so an official checkpoint loads; what a student has besides are
 quantisers, RPReLU and PReLU of the backbone, biases of its convolutions, and gamma, beta of DA.
@@ -136,7 +136,8 @@ def quantize_detr(
 ) -> DETR:  # fmt: skip
     """A copy of `model` with quantisers; set their steps with `calibrate_student`. Parameters keep names and values.
 
-    bits: weights and activations, 2..8 or 32 (real-valued). attention_bits: q, k, v and the softmax map, a step per head.
+    bits: weights and activations, 2..8, or 32: no quantiser at all, whatever the other widths. attention_bits: q, k, v and the
+        softmax map, a step per head.
     stem_bits: weight and input of the first convolution.
     quantizer: "lsqplus", a learned real offset (the paper's baseline); "lsq", none; "released", a rounded zero point. Inputs
         that are not negative get unsigned codes in all three.
@@ -161,6 +162,8 @@ def quantize_detr(
     if unknown := sorted(set(parts) - set(PARTS)):
         raise ValueError(f"parts={unknown}, allowed: {', '.join(PARTS)}")
     model = copy.deepcopy(model)
+    if bits == 32:
+        attention_bits = stem_bits = 32
     make = _Maker(bits, attention_bits, quantizer, zp_init, weight_init, act_granularity)
     if "backbone" in parts:
         body: Any = model.backbone[0].body

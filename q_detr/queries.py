@@ -12,27 +12,25 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import hydra
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from hydra.core.hydra_config import HydraConfig
+from lightning_fabric import Fabric
 from matplotlib.patches import Rectangle
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torchvision.ops import box_convert
 
 from common import runs
-from q_detr.building import KINDS, rebuild
-from q_detr.data import Prepared
-from q_detr.detr import DETR
+from common.scripts import script
+from q_detr.checkpoint import load
+from q_detr.data import Prepared, check_data
 from q_detr.distribution_alignment import DistributionAlignment, query_statistics
-from q_detr.evaluate import held_out_set
 from q_detr.foreground_query_matching import foreground_queries, matched_teacher_queries
-from q_detr.train import held_out_batch
+from q_detr.held_out import held_out_batch, held_out_set
 
 SHOWN = {
     "query_mean": ("mean", ""), "query_variance": ("variance", ""), "query_entropy": ("entropy", " nat"),
@@ -46,7 +44,7 @@ Queries = list[tuple[Tensor, Tensor | None]]
 
 
 @torch.no_grad()
-def cross_attention_queries(model: DETR, images: Tensor, mask: Tensor) -> tuple[Queries, dict[str, Any]]:
+def cross_attention_queries(model: Any, images: Tensor, mask: Tensor) -> tuple[Queries, dict[str, Any]]:
     """([(q as it enters the quantiser, the same before gamma and beta of DA or None) of each layer], output of the network);
     q: (B, heads, Q, d)."""
     seen: Queries = []
@@ -157,15 +155,20 @@ def draw_matches(
 def measure(cfg: DictConfig, out: Path) -> dict[str, float]:
     """Draws both figures; returns mean, variance, entropy and spread of the queries of each checkpoint and layer."""
     base = Path(cfg.run_root) / cfg.scale
-    loaded = {name: rebuild(base / path) for name, path in cfg.checkpoints.items() if path}
-    trained = next(iter(loaded.values()))[1]["config"]
+    loaded = {name: load(base / path) for name, path in cfg.checkpoints.items() if path}
+    if not loaded:
+        raise ValueError("checkpoints names no file")
+    trained = next(iter(loaded.values())).config
+    if not trained:
+        raise ValueError("the first of checkpoints must be one of train.py: its data set is used")
     given = {k: v for k, v in OmegaConf.to_container(cfg.data).items() if v is not None}  # type: ignore[union-attr]
     data = {"seed": trained["seed"], **trained["data"], **given}
+    check_data(data)
     held_out = held_out_set(data)
     indices = range(min(cfg.images, len(held_out)))
     images, mask, _ = held_out_batch(held_out, indices, torch.device("cpu"), data["test_side"])
     queries, outputs, found = {}, {}, {}
-    for name, (network, _) in loaded.items():
+    for name, (network, *_) in loaded.items():
         queries[name], outputs[name] = cross_attention_queries(network, images, mask)
         for i, (q, _) in enumerate(queries[name], 1):
             found |= {f"{key}_{name}_{i}": value for key, value in query_statistics(q).items()}
@@ -173,7 +176,7 @@ def measure(cfg: DictConfig, out: Path) -> dict[str, float]:
     names = list(loaded)
     shown = [i for i in indices if len(held_out.target(i)["labels"])][: cfg.shown]
     truth = [Prepared(held_out)[i][1]["boxes"] for i in shown]
-    losses = [KINDS[loaded[n][1]["config"]["model"]["kind"]][1] for n in (names[0], names[-1])]
+    losses = [loaded[n].about["loss"] for n in (names[0], names[-1])]
     first, last = (
         {k: outputs[n][k][torch.tensor(shown)] for k in ("pred_boxes", "pred_logits")} for n in (names[0], names[-1])
     )
@@ -182,26 +185,19 @@ def measure(cfg: DictConfig, out: Path) -> dict[str, float]:
     return found
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="queries")
-def main(cfg: DictConfig) -> None:
-    out = Path(HydraConfig.get().runtime.output_dir)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    try:
-        run = runs.Run.open(out, cfg, runs.launch(cfg.fabric))
-        if run is None:
-            return
-        with run:
-            found = measure(cfg, out)
-            if cfg.into_report:
-                report = Path(cfg.run_root) / cfg.scale / "report"
-                report.mkdir(parents=True, exist_ok=True)
-                for name in ("queries.png", "queries.csv", "matches.png"):
-                    shutil.copy(out / name, report)
-            run.finish(found)
-        print(f"{len(found)} statistics, queries.png, queries.csv and matches.png in {out}")
-    finally:
-        runs.remove_if_empty(out, cfg.run_root)
+@script("queries")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    if (run := runs.Run.open(out, cfg, fabric)) is None:
+        return
+    with run:
+        found = measure(cfg, out)
+        if cfg.into_report:
+            report = Path(cfg.run_root) / cfg.scale / "report"
+            report.mkdir(parents=True, exist_ok=True)
+            for name in ("queries.png", "queries.csv", "matches.png"):
+                shutil.copy(out / name, report)
+        run.finish(found)
+    print(f"{len(found)} statistics, queries.png, queries.csv and matches.png in {out}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ A target is {"labels": int64 (n,), "boxes": (n, 4) cxcywh in 0..1}. loss="softma
 object" as the last class; "focal" is SMCA-DETR's sigmoid focal loss over all num_classes + 1 channels.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -25,39 +26,70 @@ def giou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def check_targets(targets: Sequence[Target], num_classes: int) -> None:
-    """ValueError naming the image for labels outside 0..num_classes-1 and boxes not finite, normalised and of extent."""
+    """ValueError naming the image for labels outside 0..num_classes-1 and boxes not finite, normalised and of extent.
+
+    One host synchronisation for all images."""
     for i, t in enumerate(targets):
-        labels, boxes = t["labels"], t["boxes"]
-        if boxes.shape != (len(labels), 4):
-            raise ValueError(f"target {i}: {len(labels)} labels but boxes of shape {tuple(boxes.shape)}")
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-            raise ValueError(
-                f"target {i}: labels {int(labels.min())}..{int(labels.max())}, but num_classes={num_classes} allows "
-                f"0..{num_classes - 1}. num_classes is the largest label + 1: 91 for COCO's category ids"
-            )
-        if not bool(torch.isfinite(boxes).all()):
-            raise ValueError(f"target {i}: boxes are not finite")
-        if len(boxes) and (float(boxes.max()) > 1 or float(boxes.min()) < 0):
-            raise ValueError(f"target {i}: boxes reach {float(boxes.max()):g}; expected cxcywh in 0..1, not pixels")
-        if len(boxes) and float(boxes[:, 2:].min()) <= 0:
-            raise ValueError(f"target {i}: a box has no extent; drop such boxes when loading")
+        if t["boxes"].shape != (len(t["labels"]), 4):
+            raise ValueError(f"target {i}: {len(t['labels'])} labels but boxes of shape {tuple(t['boxes'].shape)}")
+    labels, boxes = (torch.cat([t[k] for t in targets]) for k in ("labels", "boxes"))
+    inside = (boxes >= 0).all(1) & (boxes <= 1).all(1) & (boxes[:, 2:] > 0).all(1)  # NaN is not
+    if bool(((labels >= 0) & (labels < num_classes) & inside).all()):
+        return
+    for i, t in enumerate(targets):
+        _check_target(i, t["labels"], t["boxes"], num_classes)
 
 
-@torch.no_grad()
+def _check_target(i: int, labels: Tensor, boxes: Tensor, num_classes: int) -> None:
+    if not len(labels):
+        return
+    if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise ValueError(
+            f"target {i}: labels {int(labels.min())}..{int(labels.max())}, but num_classes={num_classes} allows "
+            f"0..{num_classes - 1}. num_classes is the largest label + 1: 91 for COCO's category ids"
+        )
+    if not bool(torch.isfinite(boxes).all()):
+        raise ValueError(f"target {i}: boxes are not finite")
+    if float(boxes.max()) > 1 or float(boxes.min()) < 0:
+        raise ValueError(f"target {i}: boxes reach {float(boxes.max()):g}; expected cxcywh in 0..1, not pixels")
+    if float(boxes[:, 2:].min()) <= 0:
+        raise ValueError(f"target {i}: a box has no extent; drop such boxes when loading")
+
+
 def match(outputs: Mapping[str, Tensor], targets: Sequence[Target], *, loss: str = "softmax") -> Pairs:
     """The assignment of least cost, per image (query indices, target indices), both int64 on the CPU.
 
     Cost = 5 L1(cxcywh) - 2 GIoU - softmax(logits)[class], or 2 x the focal form of the class cost. FloatingPointError if a
     prediction is NaN or infinite."""
+    return match_layers([outputs], targets, loss=loss)[0]
+
+
+@torch.no_grad()
+def match_layers(layers: Sequence[Mapping[str, Tensor]], targets: Sequence[Target], *, loss: str) -> list[Pairs]:
+    """`match` of every decoder layer, with one transfer to the host for all layers and images."""
     if loss not in LOSSES:
         raise ValueError(f"loss={loss!r}, allowed: {', '.join(LOSSES)}")
-    logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
-    if not bool(torch.isfinite(logits).all() and torch.isfinite(boxes).all()):
-        bad = (~(torch.isfinite(logits).all(-1) & torch.isfinite(boxes).all(-1))).any(1).nonzero().flatten().tolist()
-        raise FloatingPointError(
-            f"the predictions for images {bad} of the batch are not finite: matching is impossible"
-        )
-    labels, wanted = (torch.cat([t[k] for t in targets]).to(logits.device) for k in ("labels", "boxes"))
+    device = layers[0]["pred_logits"].device
+    labels, wanted = (torch.cat([t[k] for t in targets]).to(device) for k in ("labels", "boxes"))
+    # Beside the costs a column that is 0, or NaN where a prediction of the query is not finite.
+    costs = [torch.cat([_cost(layer, labels, wanted, loss), _not_finite(layer)[..., None]], dim=-1) for layer in layers]
+    found = []
+    for cost in torch.stack(costs).cpu():
+        if bad := cost[..., -1].isnan().any(1).nonzero().flatten().tolist():
+            raise FloatingPointError(
+                f"the predictions for images {bad} of the batch are not finite: matching is impossible"
+            )
+        pairs = []
+        for i, own in enumerate(cost[..., :-1].split([len(t["labels"]) for t in targets], dim=-1)):
+            rows, columns = linear_sum_assignment(own[i].numpy())
+            pairs.append((torch.from_numpy(rows), torch.from_numpy(columns)))
+        found.append(pairs)
+    return found
+
+
+def _cost(layer: Mapping[str, Tensor], labels: Tensor, wanted: Tensor, loss: str) -> Tensor:
+    """Every query against the objects of all images at once, of which each image takes its own: (B, Q, all objects)."""
+    logits, boxes = layer["pred_logits"].float(), layer["pred_boxes"].float()
     if loss == "softmax":
         cost = -logits.softmax(-1)[..., labels]
     else:
@@ -65,23 +97,21 @@ def match(outputs: Mapping[str, Tensor], targets: Sequence[Target], *, loss: str
         positive = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
         negative = 0.75 * p**2 * -(1 - p + 1e-8).log()
         cost = 2 * (positive - negative)
-    # Every query against the objects of all images at once, of which each image takes its own: one transfer per batch.
     flat, wanted = boxes.flatten(0, 1), wanted.float()
     spatial = 5 * torch.cdist(flat, wanted, p=1) - 2 * giou(flat, wanted)
-    cost = (cost + spatial.view(*boxes.shape[:2], -1)).cpu().split([len(t["labels"]) for t in targets], dim=-1)
-    pairs = []
-    for i, own in enumerate(cost):
-        rows, columns = linear_sum_assignment(own[i].numpy())
-        pairs.append((torch.from_numpy(rows), torch.from_numpy(columns)))
-    return pairs
+    return cost + spatial.view(*boxes.shape[:2], -1)
+
+
+def _not_finite(layer: Mapping[str, Tensor]) -> Tensor:
+    """0 for a query whose predictions are finite, else NaN; (B, Q)."""
+    return (0 * layer["pred_logits"].float()).sum(-1) + (0 * layer["pred_boxes"].float()).sum(-1)
 
 
 class SetCriterion(nn.Module):
     """{"ce", "bbox", "giou"} summed over the decoder layers (matched anew in each) and weighted, and the unweighted
     `class_error` and `cardinality_error` of the last layer for the log.
 
-    Weights 1, 5, 2 (softmax) or 2, 5, 2 (focal). The box terms are sums over the pairs / number of targets, which is at least 1
-    and averaged over the processes."""
+    Weights 1, 5, 2 (softmax) or 2, 5, 2 (focal). The box terms are sums over the pairs / number of targets (`count`)."""
 
     def __init__(self, num_classes: int, *, loss: str = "softmax", no_object: float = 0.1):
         super().__init__()
@@ -92,24 +122,36 @@ class SetCriterion(nn.Module):
         self.register_buffer("class_weight", torch.ones(num_classes + 1), persistent=False)
         self.class_weight[-1] = no_object  # type: ignore[index]
 
-    def forward(self, outputs: Mapping, targets: Sequence[Target]) -> tuple[dict[str, Tensor], dict[str, float]]:
-        check_targets(targets, self.num_classes)
-        count = outputs["pred_logits"].new_tensor(float(sum(len(t["labels"]) for t in targets)))
+    def count(self, targets: Sequence[Target], *, parts: int = 1) -> Tensor:
+        """Number of targets that the box terms are divided by: the mean over processes and `parts` micro-batches, at least 1.
+        targets: of all micro-batches of this process."""
+        count = self.class_weight.new_tensor(float(sum(len(t["labels"]) for t in targets)) / parts)  # type: ignore[operator]
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(count)
             count = count / dist.get_world_size()
-        count = count.clamp(min=1)
-        total: dict[str, Tensor] = {}
-        for layer in [*outputs["aux_outputs"], outputs]:
-            for name, value in self.layer_losses(layer, targets, count).items():
-                total[name] = total.get(name, 0) + self.weights[name] * value
-        return total, self.diagnostics(outputs, targets)
+        return count.clamp(min=1)
 
-    def layer_losses(self, layer: Mapping[str, Tensor], targets: Sequence[Target], count: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, outputs: Mapping, targets: Sequence[Target], count: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor | float]]:
+        """count: of `count` where these targets are one of several micro-batches."""
+        check_targets(targets, self.num_classes)
+        if count is None:
+            count = self.count(targets)
+        layers = [*outputs["aux_outputs"], outputs]
+        pairs = match_layers(layers, targets, loss=self.loss)
+        total: dict[str, Tensor] = {}
+        for layer, own in zip(layers, pairs, strict=True):
+            for name, value in self.layer_losses(layer, targets, count, own).items():
+                total[name] = total.get(name, 0) + self.weights[name] * value
+        return total, self.diagnostics(outputs, targets, pairs[-1])
+
+    def layer_losses(
+        self, layer: Mapping[str, Tensor], targets: Sequence[Target], count: Tensor, pairs: Pairs
+    ) -> dict[str, Tensor]:
         """The three unweighted terms of one layer."""
         logits = layer["pred_logits"]
-        batch, rows, columns, pairs = self._matched(layer, targets)
-        labels = torch.cat([t["labels"][j.to(logits.device)] for t, (_, j) in zip(targets, pairs, strict=True)])
+        batch, rows, labels, wanted = _matched(pairs, targets, logits.device)
         if self.loss == "softmax":
             classes = torch.full(logits.shape[:2], self.num_classes, device=logits.device)
             classes[batch, rows] = labels
@@ -119,26 +161,29 @@ class SetCriterion(nn.Module):
             onehot[batch, rows, labels] = 1
             ce = sigmoid_focal_loss(logits, onehot, alpha=0.25, gamma=2, reduction="sum") / count
         predicted = layer["pred_boxes"][batch, rows]
-        wanted = torch.cat([t["boxes"][j.to(logits.device)] for t, (_, j) in zip(targets, pairs, strict=True)])
         overlap = giou(predicted, wanted).diagonal()
         return {"ce": ce, "bbox": (predicted - wanted).abs().sum() / count, "giou": (1 - overlap).sum() / count}
 
     @torch.no_grad()
-    def diagnostics(self, outputs: Mapping[str, Tensor], targets: Sequence[Target]) -> dict[str, float]:
+    def diagnostics(
+        self, outputs: Mapping[str, Tensor], targets: Sequence[Target], pairs: Pairs
+    ) -> dict[str, Tensor | float]:
         logits = outputs["pred_logits"]
-        batch, rows, _, pairs = self._matched(outputs, targets)
-        labels = torch.cat([t["labels"][j.to(logits.device)] for t, (_, j) in zip(targets, pairs, strict=True)])
-        right = (logits[batch, rows].argmax(-1) == labels).float().mean().item() if len(labels) else 1.0
+        batch, rows, labels, _ = _matched(pairs, targets, logits.device)
+        right = (logits[batch, rows].argmax(-1) == labels).float().mean().double() if len(labels) else 1.0
         found = (logits.argmax(-1) != self.num_classes).sum(1).float()
         present = found.new_tensor([float(len(t["labels"])) for t in targets])
-        return {"class_error": 100 * (1 - right), "cardinality_error": (found - present).abs().mean().item()}
+        return {"class_error": 100 * (1 - right), "cardinality_error": (found - present).abs().mean().double()}
 
-    def _matched(self, layer: Mapping[str, Tensor], targets: Sequence[Target]) -> tuple[Tensor, Tensor, Tensor, Pairs]:
-        pairs = match(layer, targets, loss=self.loss)
-        batch = torch.cat([torch.full_like(i, k) for k, (i, _) in enumerate(pairs)])
-        rows, columns = torch.cat([i for i, _ in pairs]), torch.cat([j for _, j in pairs])
-        device = layer["pred_logits"].device
-        return batch.to(device), rows.to(device), columns.to(device), pairs
+
+def _matched(pairs: Pairs, targets: Sequence[Target], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(image, query, label, box) of every pair of the batch, with one transfer to the device."""
+    offsets = [0, *itertools.accumulate(len(t["labels"]) for t in targets)]
+    batch = torch.cat([torch.full_like(i, k) for k, (i, _) in enumerate(pairs)])
+    columns = torch.cat([j + offset for (_, j), offset in zip(pairs, offsets, strict=False)])
+    batch, rows, columns = torch.stack([batch, torch.cat([i for i, _ in pairs]), columns]).to(device)
+    labels, wanted = (torch.cat([t[k] for t in targets])[columns] for k in ("labels", "boxes"))
+    return batch, rows, labels, wanted
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Data and evaluation (specification 6, 8.12 and the bad inputs of section 10)."""
+"""Data and evaluation: COCO and VOC folders, augmentation, bad annotations."""
 
 import json
 from pathlib import Path
@@ -206,4 +206,4 @@ def test_a_voc_folder_with_broken_boxes_trains_by_config_alone(folder, tmp_path,
     fit(cfg, runs.launch(cfg.fabric), tmp_path / "run")
     assert "6 images (1 boxes without extent dropped), 3 classes" in capsys.readouterr().out
     state = runs.load_checkpoint(tmp_path / "run/last.ckpt")
-    assert state["names"] == ["RBC", "WBC", "Platelets"] and state["config"]["model"]["kind"] == "smca"
+    assert state["about"]["classes"] == ["RBC", "WBC", "Platelets"] and state["config"]["model"]["kind"] == "smca"

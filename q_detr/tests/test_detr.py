@@ -1,4 +1,4 @@
-"""DETR and SMCA-DETR against the numbers of the official code (specification 4.1, 4.2, 8.1, 8.2)."""
+"""DETR and SMCA-DETR against the numbers of the official code."""
 
 import zlib
 

@@ -1,4 +1,4 @@
-"""DA, FQM and the DRD loss (specification 3.5 to 3.7, 8.6, 8.7)."""
+"""DA, FQM and the DRD loss (Eq. 9-15)."""
 
 import math
 

@@ -15,14 +15,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
 
+from common import runs
 from common.data.shapes import coco_to_voc
 from common.reproduce import stages
-from q_detr import predict
-from q_detr.building import build_real, build_student, cross_attention_statistics, rebuild
+from q_detr.building import build_real, build_student, cross_attention_statistics
+from q_detr.checkpoint import about, load
 from q_detr.distribution_alignment import DistributionAlignment
-from q_detr.evaluate import annotations_as_detections, class_ap50, evaluate, held_out_set
+from q_detr.evaluate import annotations_as_detections, class_ap50, evaluate
+from q_detr.held_out import held_out_batch, held_out_set
 from q_detr.queries import cross_attention_queries, measure
-from q_detr.train import held_out_batch
 
 HERE = Path(__file__).parents[1]
 SMALL = {"backbone": "resnet18", "queries": 7, "dim": 16, "ffn": 24, "encoder_layers": 1, "decoder_layers": 1}
@@ -34,7 +35,8 @@ def config(*overrides, name="evaluate"):
 
 
 def run(*overrides):
-    return evaluate(config(*overrides), grouped=any(o.startswith("data=") for o in overrides))
+    fabric = runs.launch({"accelerator": "cpu", "devices": 1})
+    return evaluate(config(*overrides), fabric, grouped=any(o.startswith("data=") for o in overrides))
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +61,9 @@ def test_make_evaluates_official_weights_on_a_coco_folder_and_records(official, 
     ]
     done = subprocess.run(make, cwd=HERE.parent, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    rows = dict(line.split() for line in done.stdout.splitlines() if line.startswith(("AP", "map")))
-    assert 4 <= len(rows) <= 6 and 0 <= float(rows["AP"]) < 20 and "6 images, 1 boxes without extent" in done.stdout
+    rows = dict(line.split() for line in done.stdout.splitlines() if line.startswith(("AP", "AR", "map")))
+    assert 8 <= len(rows) <= 12 and {"AP", "AR1", "AR10", "AR100"} <= rows.keys() and 0 <= float(rows["AP"]) < 20
+    assert "6 images" in done.stdout and "1 boxes without extent" in done.stdout
     (file,) = (tmp_path / "records").iterdir()
     record = json.loads(file.read_text())
     assert record["claim"] == "released_detr_r50" and record["n"] == 6 and record["data"] == "coco"
@@ -115,7 +118,7 @@ def test_ap50_of_every_class_knows_gaps_and_crowds(folder):
             ["weights={weights}", "data.root={root}", "data.test=val", "+data.labels=contiguous"], ValueError,
             "91 classes, coco .* needs 3",
         ),
-        (["weights={weights}", "claim=released_detr"], ValueError, "claim='released_detr', allowed: .*released_detr_r50"),
+        (["weights={weights}", "claim=released_detr"], ValueError, "claim=released_detr, allowed: .*released_detr_r50"),
     ],
 )  # fmt: skip
 def test_errors_of_evaluate_are_clear(overrides, error, message, official, folder):
@@ -148,9 +151,16 @@ def checkpoints(tmp_path_factory):
             if isinstance(m, DistributionAlignment):
                 torch.nn.init.constant_(m.gamma, 2.0)
                 torch.nn.init.constant_(m.beta, 0.5)
-        state = {"model": model.state_dict(), "classes": 3, "names": ["rectangle", "ellipse", "triangle"]}
+        known = about(held_out_set({**common["data"], "seed": 0}), loss="softmax", side=None)
         files[name] = root / f"{name}.ckpt"
-        torch.save({**state, "config": {**common, "method": {"quantised": da is not None, "quant": own}}}, files[name])
+        torch.save(
+            {
+                "model": model.state_dict(),
+                "about": known,
+                "config": {**common, "method": {"quantised": da is not None, "quant": own}},
+            },
+            files[name],
+        )
     return files
 
 
@@ -164,8 +174,8 @@ def test_the_figures_show_the_queries_as_they_enter_the_quantiser(checkpoints, t
     for i in (1, 2):  # gamma 2 and beta 0.5 after unit variance
         assert found[f"query_variance_drd_{i}"] == pytest.approx(4, rel=0.01)
         assert found[f"query_mean_drd_{i}"] == pytest.approx(0.5, abs=1e-3)
-    network, state = rebuild(checkpoints["drd"])
-    held_out = held_out_set({"seed": 0, **state["config"]["data"]})
+    network, trained, _ = load(checkpoints["drd"])
+    held_out = held_out_set({"seed": 0, **trained["data"]})
     images, mask, _ = held_out_batch(held_out, range(6), torch.device("cpu"), None)
     same = cross_attention_statistics(network, images, mask)
     assert same["query_entropy"] == pytest.approx(sum(found[f"query_entropy_drd_{i}"] for i in (1, 2)) / 2)
@@ -174,7 +184,7 @@ def test_the_figures_show_the_queries_as_they_enter_the_quantiser(checkpoints, t
         variance, mean = torch.var_mean(before, dim=-1, correction=1)
         assert float(mean.abs().max()) < 1e-4 and float((variance - 1).abs().max()) < 0.05
     assert all(
-        before is None for _, before in cross_attention_queries(rebuild(checkpoints["baseline"])[0], images, mask)[0]
+        before is None for _, before in cross_attention_queries(load(checkpoints["baseline"]).model, images, mask)[0]
     )
     rows = list(csv.DictReader((tmp_path / "queries.csv").open()))
     for name in checkpoints:
@@ -184,44 +194,6 @@ def test_the_figures_show_the_queries_as_they_enter_the_quantiser(checkpoints, t
     for name in ("queries.png", "matches.png"):
         with Image.open(tmp_path / name) as figure:
             assert min(figure.size) > 200
-
-
-def test_predict_prints_and_draws_boxes_in_pixels_of_the_image(checkpoints, tmp_path, capsys):
-    Image.new("RGB", (450, 300), "grey").save(tmp_path / "own.png")
-    weights, out = str(checkpoints["teacher"]), tmp_path / "out"
-    assert predict.main([weights, str(tmp_path / "own.png"), "--threshold", "0", "--out", str(out)]) == 0
-    (found,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    names = {d["label"] for d in found["detections"]}
-    assert len(found["detections"]) == 8 and names <= {"rectangle", "ellipse", "triangle"}
-    network, _ = rebuild(checkpoints["teacher"])
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    x = ((torch.full((1, 3, 300, 450), 128 / 255).movedim(1, 3) - mean) / std).movedim(3, 1)
-    cx, cy, w, h = network(x, torch.zeros(1, 300, 450, dtype=torch.bool))["pred_boxes"][0, 0].tolist()
-    expected = [(cx - w / 2) * 450, (cy - h / 2) * 300, (cx + w / 2) * 450, (cy + h / 2) * 300]
-    assert found["detections"][0]["box"] == pytest.approx(expected, abs=0.06)
-    with Image.open(out / "own.png") as drawn:
-        surest = max(found["detections"], key=lambda d: d["score"])
-        left, bottom = round(surest["box"][0]), round(surest["box"][3])
-        colour = predict.COLOURS[["rectangle", "ellipse", "triangle"].index(surest["label"])]
-        assert drawn.size == (450, 300) and "#{:02x}{:02x}{:02x}".format(*drawn.getpixel((left, bottom))) == colour
-
-
-def test_predict_takes_folders_and_goes_on_after_a_corrupt_image(checkpoints, tmp_path, capsys):
-    weights = str(checkpoints["teacher"])
-    (tmp_path / "images").mkdir()
-    assert predict.main([weights, str(tmp_path / "images")]) == 1
-    assert "no image in" in capsys.readouterr().err
-    for name in ("b.png", "a.png"):
-        Image.new("RGB", (40, 30)).save(tmp_path / "images" / name)
-    (tmp_path / "images/aa.jpg").write_bytes(b"no image")
-    (tmp_path / "images/notes.txt").write_text("not looked at")
-    assert predict.main([weights, str(tmp_path / "images"), str(tmp_path / "gone.png")]) == 1
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [Path(r["image"]).name for r in rows] == ["a.png", "aa.jpg", "b.png", "gone.png"]
-    assert ["error" in r for r in rows] == [False, True, False, True]
-    assert "cannot decode" in rows[1]["error"] and "no image" in rows[3]["error"]
-    assert predict.main([str(tmp_path / "none.ckpt"), str(tmp_path / "images")]) == 1
-    assert "none.ckpt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scale", ["real_bccd", "gpu_scenes", "gpu_bccd", "paper"])

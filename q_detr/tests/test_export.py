@@ -3,8 +3,10 @@
 import onnx
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
+from common.onnx_export import read_about
 from common.quant.lsq import LSQQuantizer
 from q_detr.detr import DETR
 from q_detr.export import (
@@ -13,9 +15,9 @@ from q_detr.export import (
     Deployed,
     FixedQuantizer,
     example,
+    export,
     export_onnx,
     load_packed,
-    main,
     onnx_differences,
     pack,
     quantised_weights,
@@ -104,13 +106,20 @@ def test_a_checkpoint_becomes_a_graph_with_two_nodes_per_8_bit_quantiser_and_a_p
     quant = {"bits": 4, "da": "co_attn", "zp_init": "lsqplus"}
     network = student(**quant)
     config = {"model": MODEL, "method": {"quantised": True, "quant": quant}, "seed": 0, "data": {"name": "scenes"}}
-    state = {"model": network.state_dict(), "config": config, "classes": 3, "names": ["a", "b", "c"]}
-    torch.save(state, tmp_path / "last.ckpt")
-    assert main([str(tmp_path / "last.ckpt"), str(tmp_path / "model.v1"), "--qdq"]) == 0  # 1 if onnxruntime disagrees
+    about = {"classes": ["a", "b", "c"], "num_classes": 3, "normalise": {"mean": [0.5], "std": [2]}}
+    torch.save({"model": network.state_dict(), "config": config, "about": about}, tmp_path / "last.ckpt")
+    options = {
+        "weights": tmp_path / "last.ckpt",
+        "out": str(tmp_path / "model.v1.onnx"),
+        "qdq": True,
+        "tolerance": None,
+    }
+    assert export(OmegaConf.create(options)) == tmp_path / "model.v1.onnx"  # ValueError if onnxruntime disagrees
+    assert read_about(tmp_path / "model.v1.onnx") == about
     out = capsys.readouterr().out
     eight = sum(isinstance(m, LSQQuantizer) and m.bits == 8 and m.kind == "activation" for m in network.modules())
     assert eight == 13  # 3 attentions x q, k, a, v, and the input of the stem
-    assert f"{eight} of 31 quantisers" in out and "outputs equal: True" in out and "standard deviation" in out
+    assert f"{eight} of 31 quantisers" in out and "outputs equal" in out and "standard deviation" in out
     graph = onnx.load(tmp_path / "model.v1.onnx").graph
     kinds = [n.op_type for n in graph.node]
     assert (
@@ -122,7 +131,10 @@ def test_a_checkpoint_becomes_a_graph_with_two_nodes_per_8_bit_quantiser_and_a_p
     (stem,) = [c for c in constants if c.shape == network.backbone[0].body.layers[0].weight.shape]
     assert stem.dtype == "int8"
     with torch.no_grad():
-        found, expected = load_packed(tmp_path / "model.v1.packed.pt")(*example(SIZES[1])), network(*example(SIZES[1]))
+        found, expected = (
+            load_packed(tmp_path / "model.v1.packed.pt").model(*example(SIZES[1])),
+            network(*example(SIZES[1])),
+        )
     assert torch.equal(found["pred_boxes"], expected["pred_boxes"])
 
 
@@ -140,5 +152,5 @@ def test_what_cannot_be_packed_or_unpacked_is_named(tmp_path):
     with pytest.raises(ValueError, match="another architecture"):
         unpack(wider, file)
     torch.save({"model": nn.Linear(1, 1).state_dict()}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"no file of export.py: it lacks bits, classes, config"):
+    with pytest.raises(ValueError, match=r"no file of export.py: it lacks about, bits, config"):
         load_packed(tmp_path / "other.pt")

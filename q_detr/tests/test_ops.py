@@ -1,4 +1,4 @@
-"""Counts against the specification and the paper's own columns (4.2 to 4.4, 8.9)."""
+"""Counts against those of the official models and the paper's own columns (Table 3)."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Matching, losses and post-processing of set prediction (specification 3.9, 8.8, 8.10)."""
+"""Matching, losses and post-processing of set prediction, as in the official code."""
 
 import itertools
 

@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 from common import runs
 from common.quant.lsq import LSQQuantizer
-from q_detr.building import build_real, parameter_groups, rebuild
+from q_detr.building import build_real, parameter_groups
+from q_detr.checkpoint import label_names, load
 from q_detr.distribution_alignment import DistributionAlignment
 from q_detr.quantized_detr import quantize_detr
 from q_detr.schedule import lr_factor
@@ -55,7 +56,8 @@ def test_every_arm_trains_from_the_teacher_and_is_rebuilt(method, teacher, tmp_p
     )
     aligned = method in ("da", "drd", "imitation", "tau0")
     assert (abs(metrics["query_variance"] - 1) < 0.05) == aligned
-    network, state = rebuild(tmp_path / "run/last.ckpt")
+    network = load(tmp_path / "run/last.ckpt").model
+    state = runs.load_checkpoint(tmp_path / "run/last.ckpt")
     assert all(torch.equal(v, state["model"][k]) for k, v in network.state_dict().items())
 
 
@@ -69,10 +71,10 @@ def test_full_imitation_distils_every_query_and_tau_zero_fewer(teacher, tmp_path
 
 def test_the_second_stage_starts_from_the_first(teacher, tmp_path):
     run(config(tmp_path, "method=stage1", f"teacher.weights={teacher}"), tmp_path / "one")
-    first = rebuild(tmp_path / "one/last.ckpt")[1]["model"]
+    first = load(tmp_path / "one/last.ckpt").model.state_dict()
     start = ["method.start=stage1", f"start.weights={tmp_path / 'one/last.ckpt'}", "train.epochs=0"]
     run(config(tmp_path, f"teacher.weights={teacher}", *start), tmp_path / "two")
-    second = rebuild(tmp_path / "two/last.ckpt")[1]["model"]
+    second = load(tmp_path / "two/last.ckpt").model.state_dict()
     assert all(torch.equal(v, second[k]) for k, v in first.items()) and len(second) > len(first)
 
 
@@ -193,7 +195,11 @@ def test_the_learning_rate():
         (["method.drd.tau=1.5"], ValueError, "tau=1.5"),
         (["method.start=weights"], ValueError, "needs start.weights="),
         (["method.start=stage2"], ValueError, "method.start='stage2', allowed: teacher, stage1"),
-        (["+teacher.model.dim=32"], ValueError, "do not fit the model"),
+        (
+            ["method.start=random", "+teacher.model.dim=32"],
+            ValueError,
+            "width 48 and 2 decoder layers, the teacher 32 and 2",
+        ),
         (["model.kind=yolo"], ValueError, "model.kind='yolo'"),
         (["train.batch_size=64"], ValueError, "fewer than train.batch_size=64"),
         (["schedule.kind=cosine"], ValueError, "kind='cosine'"),
@@ -223,18 +229,18 @@ def test_the_scripts_run_from_inside_the_folder(tmp_path):
     assert bad.returncode != 0 and "baseline" in bad.stderr
 
 
-def test_official_weights_are_recognised_and_evaluated_on_coco(tmp_path):
-    from q_detr.evaluate import load
-
+def test_official_weights_are_recognised_and_know_coco(tmp_path):
     for kind, more in (("detr", {}), ("smca", {"learned_content": True})):
         options = {"backbone": "resnet18", "queries": 7, "dim": 16, "ffn": 24, "encoder_layers": 1, "decoder_layers": 2}
         model = build_real(kind, num_classes=91, **options, **more)
         path = tmp_path / f"{kind}.pth"
         torch.save({"model": model.state_dict()}, path)
-        network, loss, data = load(str(path), {"root": "here"})
+        network, config, about = load(path)
         assert all(torch.equal(v, model.state_dict()[k]) for k, v in network.state_dict().items())
-        assert loss == {"detr": "softmax", "smca": "focal"}[kind]
-        assert (data["name"], data["labels"], data["root"], data["test_side"]) == ("coco", "ids", "here", 800)
+        assert about["loss"] == {"detr": "softmax", "smca": "focal"}[kind] and config == {}
+        names = label_names(about)
+        assert len(names) == 80 and (names[1], names[13], names[90]) == ("person", "stop sign", "toothbrush")
+        assert 12 not in names and (about["labels"], about["size"]) == ("ids", 800)
     torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="neither a checkpoint"):
-        load(str(tmp_path / "other.pth"), {})
+        load(tmp_path / "other.pth")

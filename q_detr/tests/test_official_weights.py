@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from q_detr.checkpoint import from_hugging_face, load_real_valued, load_weights
 from q_detr.detr import DETR
+from q_detr.official_weights import from_hugging_face, load_real_valued, load_weights
 from q_detr.quantized_detr import quantize_detr
 
 # official -> name in transformers 4 with its own ResNet, with timm's, and in version 5
