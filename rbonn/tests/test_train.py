@@ -392,3 +392,25 @@ def test_every_config_composes_and_builds():
             main = {"train": "config"}.get(script, script)
             cfg = compose(main, overrides=[f"+reproduce/{scale}={sweep.stem}", "arm=test"], return_hydra_config=True)
             assert cfg.scale == scale and cfg.hydra.sweeper.params
+
+
+IMAGES = {"imagenet": 1_281_167, "cifar10": 50_000}
+TEACHER_GMAC = 3.664  # torchvision's ResNet-34 at 224 x 224
+
+
+@pytest.mark.parametrize("experiment", sorted(p.stem for p in (CONFIGS / "experiment").glob("*stage*.yaml")))
+def test_the_hours_of_a_recipe_follow_from_its_forward_passes(experiment):
+    from common.metrics.ops import count_macs
+    from rbonn.network import build_network
+
+    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
+        cfg = compose("config", overrides=[f"experiment={experiment}", "arm=test"])
+    size = 32 if "cifar10" in experiment else 224
+    with torch.device("meta"):
+        network = build_network(
+            model=cfg.model, method={"weights": "real", "activations": "real"}, sign_zero=1, classes=10, channels=3
+        )
+        gmac = sum(count_macs(network, torch.empty(1, 3, size, size)).values()) / 1e9
+    passes = 3 * gmac + (TEACHER_GMAC if cfg.teacher.timm else 0)
+    hours = IMAGES[experiment.split("_")[0]] * cfg.train.epochs * passes / 3000 / 3600
+    assert cfg.estimate.gpu_hours == pytest.approx(hours, rel=0.03)
