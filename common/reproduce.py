@@ -8,28 +8,34 @@ for several devices), and `--dry` prints the commands instead, one line per cell
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import queue
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from common.metrics import report
 from common.metrics.claims import load_claims
 from common.runs import RunError, fingerprint, git_commit, hash_files, read_json
+from common.scripts import one_line, override
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -142,13 +148,12 @@ def run(paper: Path, scale: str, *, extra: tuple[str, ...] = (), only: str | Non
         env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         if only:
             for cell in open_cells:
-                subprocess.run([sys.executable, *_command(cell, scale, extra, per_run=1)[1:]], cwd=paper, env=env)
+                _call([sys.executable, *_command(cell, scale, extra, per_run=1)[1:]], cwd=paper, env=env)
         else:
             sweep = [sys.executable, f"{group[0].script}.py", f"+reproduce/{scale}={stage}", *extra]
-            subprocess.run(sweep, cwd=paper, env=env)
+            _call(sweep, cwd=paper, env=env)
     unfinished = [c for c in todo if c.status() != "finished"]
-    for cell in unfinished:
-        print(f"not finished: {cell.name()} ({cell.status()}), see {cell.dir}", file=sys.stderr)
+    _tell(unfinished)
     report.main([paper.name, scale, "--root", str(paper.parent)])
     return len(unfinished)
 
@@ -192,10 +197,45 @@ def run_paper_scale(
             worker.start()
         for worker in workers:
             worker.join()
-    for cell in failed:
-        print(f"not finished: {cell.name()} ({cell.status()}), see {cell.dir}", file=sys.stderr)
+    _tell(failed)
     report.main([paper.name, scale, "--root", str(paper.parent)])
     return len(failed)
+
+
+_RUNNING: set[subprocess.Popen] = set()
+
+
+def _call(command: list[str], **options: Any) -> int:
+    """Runs a command in a process group of its own and returns its exit status; whatever ends this process ends the group."""
+    process = subprocess.Popen(command, start_new_session=True, **options)
+    _RUNNING.add(process)
+    try:
+        return process.wait()
+    finally:
+        _RUNNING.discard(process)
+        _end(process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """SIGTERM to the group of a process, SIGKILL after ten seconds. A process that has ended leaves no workers behind."""
+    for kind, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+        with contextlib.suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, kind)
+            process.wait(seconds)
+            if kind == signal.SIGTERM and process.returncode is not None:
+                return
+
+
+def _stop(*_: Any) -> None:
+    for process in list(_RUNNING):
+        _end(process)
+    raise KeyboardInterrupt
+
+
+def _tell(unfinished: list[Cell]) -> None:
+    for cell in unfinished:
+        where = f"see {cell.dir}" if cell.dir.exists() else "it did not begin, its error stands above"
+        print(f"not finished: {cell.name()} ({cell.status()}), {where}", file=sys.stderr)
 
 
 def _command(cell: Cell, scale: str, extra: tuple[str, ...], per_run: int) -> list[str]:
@@ -220,7 +260,7 @@ def _work(
         print(f"start {cell.name()} on {cards}, log in {cell.dir / 'console.log'}", flush=True)
         with (cell.dir / "console.log").open("a") as log:
             env = os.environ | {"CUDA_VISIBLE_DEVICES": cards, "PATH": path}
-            subprocess.run(_command(cell, scale, extra, len(slot)), cwd=paper, env=env, stdout=log, stderr=log)
+            _call(_command(cell, scale, extra, len(slot)), cwd=paper, env=env, stdout=log, stderr=log)
         if cell.status() != "finished":  # the file, not the exit status, says whether a run is complete
             failed.append(cell)
 
@@ -299,14 +339,15 @@ def verify(paper: Path, scale: str, name: str | None = None, extra: tuple[str, .
     if name is not None and name not in recorded:
         raise RunError(f"no recorded cell '{name}'; there are: {', '.join(recorded)}")
     with tempfile.TemporaryDirectory() as scratch:
-        again = cells(paper, scale, (*extra, f"run_root={scratch}"))
+        again = cells(paper, scale, (*extra, override("run_root", scratch)))
         cell = next((c for c in again if c.name() == (name or evidence["cells"][0]["cell"])), None)
         if cell is None:
             raise RunError(f"the sweeps of {paper.name} at scale {scale} no longer have the cell {name}")
         for c in [*_read_by(cell, again), cell]:
             env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-            command = _command(c, scale, (*extra, f"run_root={scratch}"), per_run=1)
-            subprocess.run([sys.executable, *command[1:]], cwd=paper, env=env, check=True, stdout=subprocess.DEVNULL)
+            command = _command(c, scale, (*extra, override("run_root", scratch)), per_run=1)
+            if _call([sys.executable, *command[1:]], cwd=paper, env=env, stdout=subprocess.DEVNULL):
+                raise RunError(f"{c.name()} did not finish, its error stands above")
         new = read_json(cell.dir / "result.json")
     old = recorded[cell.name()]
     if old["config_sha256"] != new["config_sha256"]:
@@ -340,7 +381,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cell", default="", help="verify: the recorded cell, e.g. nclpp/seed100")
     args = parser.parse_args(argv)
     paper = args.root.resolve() / args.paper
-    extra = (f"data.root={args.data}",) if args.data else ()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
+    extra = (override("data.root", Path(args.data).expanduser().absolute()),) if args.data else ()
     try:
         if not (paper / "configs").is_dir():
             raise RunError(f"{args.paper}: no such paper here, or not started yet")
@@ -355,7 +398,10 @@ def main(argv: list[str] | None = None) -> int:
                 all_cells=args.all, dry=args.dry,
             ))  # fmt: skip
         return min(1, run(paper, args.scale, extra=extra, only=args.only or None))
-    except (RunError, ValueError, FileNotFoundError) as error:
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        return 130
+    except (RunError, ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
 

@@ -323,8 +323,9 @@ def remove_if_empty(path: str | Path, root: str | Path) -> None:
     path, root = Path(path).absolute(), Path(root).absolute()
     keep = {Path.cwd(), root.parent, *Path.cwd().parents}
     with contextlib.suppress(OSError):  # another rank was faster, or it is not ours
-        while path not in keep and path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
+        while path not in keep and not (path.is_dir() and any(path.iterdir())):
+            if path.is_dir():
+                path.rmdir()
             path = path.parent
 
 

@@ -286,6 +286,16 @@ def check_values(flat: Mapping[str, Any]) -> None:
             raise ValueError(f"{key}={flat[key]} must stay below run_root")
 
 
+def override(key: str, value: str | Path) -> str:
+    """`key=value` for Hydra, whatever is in the value: blanks, brackets, '=', ',', quotes, '~'."""
+    text = str(value)
+    if "/" in text and re.fullmatch(r"[\w./+-]+", text, re.ASCII):
+        return f"{key}={text}"
+    escaped = re.sub(r"(\\*)'", lambda m: 2 * m[1] + "\\'", text)  # a backslash counts only before a quote
+    tail = len(escaped) - len(escaped.rstrip("\\"))
+    return f"{key}='{escaped}{tail * chr(92)}'".replace("${", "\\${")
+
+
 def nearest(name: str, known: list[str]) -> str:
     """'; did you mean x?' for the closest of the known names, or nothing."""
     close = difflib.get_close_matches(name, known, n=1)

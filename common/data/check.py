@@ -9,7 +9,7 @@ Nothing is written. `--deep` opens every image.
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -19,8 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common.data.detection import DetectionSet, coco_detection, voc_detection, voc_stems
 from common.data.files import folders as _folders
-from common.data.files import is_image, open_image
+from common.data.files import hidden, images_below, open_image
 from common.data.vision import KNOWN, data_root, image_list, torchvision_set
 
 SHOWN = 10
@@ -30,7 +31,7 @@ LAYOUTS = {
     "list": "*.txt ('relative/path label' per line), *.csv (path,label) or *.json lists in the root or given "
     "by --list, and the images they name under the root",
     "coco": "annotations/instances_<split>.json with images in <split>/ or images/<split>/",
-    "voc": "Annotations/*.xml, ImageSets/Main/<split>.txt, JPEGImages/*.jpg in the root, in VOC2007/, "
+    "voc": "Annotations/*.xml, ImageSets/Main/<split>.txt, JPEGImages/*.jpg (or any image ending) in the root, in VOC2007/, "
     "VOC2012/ or in VOCdevkit/VOC2007/, ...",
 }
 
@@ -107,15 +108,15 @@ def check_image_folder(root: Path, report: Report, options: Options) -> None:
         name = split.name if splits else "(no splits)"
         per_class, others = {}, 0
         for folder in _folders(split):
-            files = [p for p in folder.rglob("*") if p.is_file()]
-            images = [p for p in files if is_image(p)]
+            images = images_below(folder)
+            files = [p for p in folder.rglob("*") if p.is_file() and not hidden(p)]
             per_class[folder.name], others = len(images), others + len(files) - len(images)
             if not images:
                 report.problems.append(f"{name}: no image in class folder {folder}")
             if options.deep:
                 _open_all(sorted(images), report)
         report.counts(name, sum(per_class.values()), per_class)
-        if others:
+        if others > 0:
             report.say(f"  note: {others} other files are ignored")
         if not per_class:
             report.problems.append(f"{name}: no class folders in {split}")
@@ -128,7 +129,9 @@ def check_image_folder(root: Path, report: Report, options: Options) -> None:
 
 
 def check_list(root: Path, report: Report, options: Options) -> None:
-    lists = options.lists or sorted(p for p in root.iterdir() if p.suffix in (".txt", ".csv", ".json"))
+    lists = options.lists or sorted(
+        p for p in root.iterdir() if p.suffix in (".txt", ".csv", ".json") and not hidden(p)
+    )
     if not lists:
         report.problems.append(f"no list in {root}; name one with --list")
     for where in lists:
@@ -144,41 +147,39 @@ def check_list(root: Path, report: Report, options: Options) -> None:
 
 
 def check_coco(root: Path, report: Report, options: Options) -> None:
-    files = sorted((root / "annotations").glob("instances_*.json"))
+    files = sorted(p for p in (root / "annotations").glob("instances_*.json") if not hidden(p))
     if not files:
         report.problems.append(f"no {root / 'annotations'}/instances_<split>.json")
     for file in files:
+        split = file.stem.removeprefix("instances_")
         try:
-            content = json.loads(file.read_text())
-            _check_coco_file(root, file, content, report, options)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            report.problems.append(f"{file} is not a COCO instances file: {type(error).__name__} {error}")
+            data = coco_detection(root, split)
+        except (FileNotFoundError, ValueError) as error:
+            report.problems.append(str(error))
+            continue
+        _report_detection(split, data, data.coco["annotations"], report, options)
 
 
-def _check_coco_file(root: Path, file: Path, content: dict, report: Report, options: Options) -> None:
-    split = file.stem.removeprefix("instances_")
-    names = {c["id"]: c["name"] for c in content["categories"]}
-    images = {i["id"]: i for i in content["images"]}
-    per_class = Counter(names.get(a["category_id"], "?") for a in content["annotations"])
-    report.counts(split, len(images), per_class, unit="boxes")
-    crowd = sum(bool(a.get("iscrowd", 0)) for a in content["annotations"])
-    empty = sum(min(a["bbox"][2:]) <= 0 for a in content["annotations"])
-    without = len(images.keys() - {a["image_id"] for a in content["annotations"]})
-    report.say(f"  {crowd} crowd regions, {empty} boxes without area (dropped), {without} empty images")
-    for a in content["annotations"]:
-        if a["category_id"] not in names or a["image_id"] not in images:
-            report.problems.append(f"{split}: annotation {a['id']} names an unknown image or category")
-    # A subset file such as instances_train2017_free.json shares the folder of its full set.
-    stems = [split, split.rsplit("_", 1)[0]]
-    folders = [root / top / stem for stem in stems for top in ("", "images")]
-    folder = next((f for f in folders if f.is_dir()), None)
-    if folder is None:
-        report.problems.append(f"{split}: no image folder, looked for {folders[0]} and {folders[1]}")
-        return
-    paths = [folder / i["file_name"] for i in images.values()]
+def _report_detection(
+    split: str, data: DetectionSet, annotations: list[dict], report: Report, options: Options
+) -> None:
+    """Counts and missing images of a set that the loader has read."""
+    names = dict(zip(data.category_ids, data.classes, strict=True))
+    report.counts(split, len(data), Counter(names[a["category_id"]] for a in annotations), unit="boxes")
+    crowd, difficult = (sum(bool(a.get(key)) for a in annotations) for key in ("iscrowd", "difficult"))
+    without = len({i["id"] for i in data.infos} - {a["image_id"] for a in annotations})
+    report.say(
+        f"  {crowd} crowd regions, {difficult} difficult, {data.dropped} boxes without extent (dropped), {without} empty images"
+    )
+    paths = [data.folder / i["file_name"] for i in data.infos]
     report.problems += [f"{split}: no image {p}" for p in paths if not p.is_file()]
     if options.deep:
-        _open_all((p for p in paths if p.is_file()), report)
+        for index, path in enumerate(paths):
+            if path.is_file():
+                try:
+                    data.image(index)
+                except ValueError as error:
+                    report.problems.append(str(error))
 
 
 def check_voc(root: Path, report: Report, options: Options) -> None:
@@ -189,7 +190,7 @@ def check_voc(root: Path, report: Report, options: Options) -> None:
     for year in sorted(years):
         lists = year / "ImageSets" / "Main"
         # "<class>_<split>.txt" files hold one class's +1/-1 labels; the splits are the names without "_".
-        splits = [f for f in sorted(lists.glob("*.txt")) if "_" not in f.stem]
+        splits = [f for f in sorted(lists.glob("*.txt")) if "_" not in f.stem and not hidden(f)]
         if not splits:
             report.problems.append(f"no split list {lists}/<split>.txt")
         for split in splits:
@@ -197,28 +198,22 @@ def check_voc(root: Path, report: Report, options: Options) -> None:
 
 
 def _check_voc_split(year: Path, split: Path, report: Report, options: Options) -> None:
-    ids = split.read_text().split()
-    per_class, difficult, empty, images = Counter(), 0, 0, []
-    for image_id in ids:
-        images.append(year / "JPEGImages" / f"{image_id}.jpg")
-        if not images[-1].is_file():
-            report.problems.append(f"{split.stem}: no image {images.pop()}")
-        xml = year / "Annotations" / f"{image_id}.xml"
-        try:
-            objects = ElementTree.parse(xml).getroot().findall("object")
-            for o in objects:
-                per_class[o.findtext("name", "?").strip()] += 1
-                difficult += o.findtext("difficult", "0").strip() == "1"
-                x0, y0, x1, y1 = (float(o.findtext(f"bndbox/{k}", "nan")) for k in ("xmin", "ymin", "xmax", "ymax"))
-                empty += not (x1 > x0 and y1 > y0)
-        except FileNotFoundError:
-            report.problems.append(f"{split.stem}: no annotation {xml}")
-        except (ElementTree.ParseError, ValueError) as error:
-            report.problems.append(f"{split.stem}: cannot read {xml}: {error}")
-    report.counts(f"{year.name} {split.stem}", len(ids), per_class, unit="boxes")
-    report.say(f"  {difficult} difficult, {empty} boxes without extent (dropped)")
-    if options.deep:
-        _open_all(images, report)
+    try:
+        data = voc_detection(year, split.stem, classes=_voc_classes(year, split))
+    except (FileNotFoundError, ValueError) as error:
+        report.problems.append(f"{split.stem}: {error}")
+        return
+    _report_detection(f"{year.name} {split.stem}", data, data.coco["annotations"], report, options)
+
+
+def _voc_classes(year: Path, split: Path) -> list[str]:
+    """Every class that the annotations of a split name. What cannot be read is the loader's to report."""
+    names = set()
+    for stem in voc_stems(split):
+        with contextlib.suppress(OSError, ElementTree.ParseError, UnicodeDecodeError):
+            root = ElementTree.parse(year / "Annotations" / f"{stem}.xml").getroot()
+            names |= {(o.findtext("name") or "").strip() for o in root.iter("object")}
+    return sorted(names - {""})
 
 
 CHECKS: dict[str, Callable[[Path, Report, Options], None]] = {

@@ -9,21 +9,22 @@ width. Boxes are clamped to the image; boxes without extent are dropped and coun
 
 from __future__ import annotations
 
-import json
 import math
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
-from common.data.files import open_image
+from common.data.files import identity, is_image, open_image, read_json, read_lines
 from common.data.shapes import ShapeScenes, shape_scenes
 from common.data.vision import data_root
 
@@ -57,11 +58,16 @@ class DetectionSet(Dataset):
         if labels not in ("ids", "contiguous"):
             raise ValueError(f"labels must be 'ids' or 'contiguous', got {labels!r}")
         self.folder, self.coco, self.labels, self.transform = folder, coco, labels, transform
+        for what in ("images", "annotations", "categories"):
+            _unique(what, [entry["id"] for entry in coco[what] if what != "annotations" or "id" in entry])
         categories = sorted(coco["categories"], key=lambda c: c["id"])
         self.category_ids: list[int] = [c["id"] for c in categories]
         self.classes: list[str] = [c["name"] for c in categories]
         number = {c: i if labels == "contiguous" else c for i, c in enumerate(self.category_ids)}
         self.infos: list[dict] = sorted(coco["images"], key=lambda i: i["id"])
+        for info in self.infos:
+            if not (info.get("width") and info.get("height")):  # left out by some tools, or 0
+                info["width"], info["height"] = _stored_size(folder / info["file_name"])
         if not self.infos:
             raise ValueError(f"the annotations for {folder} name no image")
         self.dropped = 0
@@ -76,9 +82,9 @@ class DetectionSet(Dataset):
             box = _clamped(a["bbox"], *sizes[a["image_id"]], where=f"annotation {a.get('id')}")
             if box is None:
                 self.dropped += 1
-            elif keep_crowd or not a.get("iscrowd", 0):
-                area = float(a.get("area", a["bbox"][2] * a["bbox"][3]))
-                flags = int(a.get("iscrowd", 0)), int(a.get("difficult", 0))
+            elif keep_crowd or not a.get("iscrowd"):
+                area = a["bbox"][2] * a["bbox"][3] if a.get("area") is None else float(a["area"])
+                flags = int(a.get("iscrowd") or 0), int(a.get("difficult") or 0)
                 rows[a["image_id"]].append((box, number[a["category_id"]], area, *flags))
         self._rows = rows
 
@@ -108,6 +114,11 @@ class DetectionSet(Dataset):
             "size": torch.tensor([h, w]),
         }
 
+    def identity(self) -> dict[str, Any]:
+        """What the set is, see `common.data.files.identity`; {} for generated scenes."""
+        paths = [self.folder / i["file_name"] for i in self.infos]
+        return identity("detection", paths, root=self.folder, boxes=sum(map(len, self._rows.values())))
+
     def image(self, index: int) -> tv_tensors.Image:
         """The image alone, uint8 RGB (3, H, W). ValueError if its size is not the annotated one."""
         info = self.infos[index]
@@ -127,8 +138,26 @@ class Scenes(DetectionSet):
         images = {i["id"]: image for i, image in zip(scenes.coco["images"], scenes.images, strict=True)}
         self._images = [images[i["id"]] for i in self.infos]
 
+    def identity(self) -> dict[str, Any]:
+        return {}
+
     def image(self, index: int) -> tv_tensors.Image:
         return tv_tensors.Image(torch.from_numpy(self._images[index]).permute(2, 0, 1))
+
+
+def _unique(what: str, ids: list) -> None:
+    if len(set(ids)) < len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise ValueError(f"{what} with one id: {twice} stands there twice")
+
+
+def _stored_size(path: Path) -> tuple[int, int]:
+    """(width, height) of an image file as it is stored."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path}: its annotation gives no size, and the file cannot be read: {error}") from error
 
 
 def _clamped(bbox: Sequence[float], width: int, height: int, *, where: str) -> list[float] | None:
@@ -157,10 +186,12 @@ def coco_detection(root: str | Path | None, split: str, **options) -> DetectionS
     folder = next((f for f in folders if f.is_dir()), None)
     if folder is None:
         raise FileNotFoundError(f"no image folder {folders[0]} or {folders[1]}; {layout}")
+    content = read_json(file)
     try:
-        content = json.loads(file.read_text())
         return DetectionSet(folder, content, **options)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
         if isinstance(error, TypeError) and "unexpected keyword" in str(error):
             raise
         raise ValueError(f"{file} is not a COCO instances file (images, annotations, categories): {error!r}") from error
@@ -187,15 +218,17 @@ def voc_detection(
         )
     number = {name: i for i, name in enumerate(classes)}
     images, annotations, degenerate = [], [], 0
-    for image_id, stem in enumerate(listed.read_text().split(), 1):
+    pictures = _by_stem(path / "JPEGImages")
+    for image_id, stem in enumerate(voc_stems(listed), 1):
         xml = path / "Annotations" / f"{stem}.xml"
         try:
-            info, objects = _read_voc(xml, number)
+            file_name = pictures.get(stem, f"{stem}.jpg")
+            info, objects = _read_voc(xml, number, path / "JPEGImages" / file_name)
         except FileNotFoundError:
             raise FileNotFoundError(f"no annotation {xml}, listed in {listed}") from None
-        except (ElementTree.ParseError, ValueError) as error:
+        except (ElementTree.ParseError, ValueError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read {xml}: {error}") from error
-        images.append({"id": image_id, "file_name": f"{stem}.jpg", **info})
+        images.append({"id": image_id, "file_name": file_name, **info})
         for o in objects:
             if min(o["bbox"][2:]) <= 1:  # inclusive corners: one pixel wide or less means xmax <= xmin
                 degenerate += 1
@@ -208,25 +241,48 @@ def voc_detection(
     return data
 
 
-def _read_voc(xml: Path, number: dict[str, int]) -> tuple[dict[str, int], list[dict[str, Any]]]:
+def voc_stems(listed: Path) -> list[str]:
+    """The names without ending that a split lists, one a line; a second column of a class list (1, 0, -1) is left out, and an
+    ending (.jpg) as well. ValueError for a name that stands there twice."""
+    stems = []
+    for _, line in read_lines(listed):
+        head, _, last = line.rpartition(" ")
+        stem = head.strip() if head and last in ("1", "0", "-1") else line
+        stems.append(stem.rpartition(".")[0] if is_image(Path(stem)) else stem)
+    if twice := [s for s, n in Counter(stems).items() if n > 1]:
+        raise ValueError(f"{listed}: {twice[0]} is listed twice")
+    return stems
+
+
+def _by_stem(folder: Path) -> dict[str, str]:
+    """{name without ending: file name} of the images in a folder; .jpg before other endings."""
+    if not folder.is_dir():
+        return {}
+    files = sorted((p for p in folder.iterdir() if is_image(p)), key=lambda p: p.suffix.lower() != ".jpg", reverse=True)
+    return {p.stem: p.name for p in files}
+
+
+def _read_voc(xml: Path, number: dict[str, int], picture: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
     root = ElementTree.parse(xml).getroot()
-    info = {key: int(_text(root, f"size/{key}")) for key in ("width", "height")}
+    sizes = [(root.findtext(f"size/{key}") or "").strip() for key in ("width", "height")]
+    width, height = (round(float(s)) if s else 0 for s in sizes)
+    if not width or not height:
+        width, height = _stored_size(picture)
     objects = []
     for o in root.iter("object"):
         name = _text(o, "name")
         if name not in number:
             raise ValueError(f"unknown class {name!r}; classes are {', '.join(number)}")
         x0, y0, x1, y1 = (float(_text(o, f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax"))
+        if not all(map(math.isfinite, (x0, y0, x1, y1))):
+            raise ValueError(f"box {x0}, {y0}, {x1}, {y1} of {name} is not finite")
         w, h = x1 - x0 + 1, y1 - y0 + 1
-        objects.append(
-            {
-                "category_id": number[name],
-                "bbox": [x0 - 1, y0 - 1, w, h],
-                "area": w * h,
-                "difficult": int(o.findtext("difficult", "0")),
-            }
-        )
-    return info, objects
+        difficult = (o.findtext("difficult") or "0").strip().lower()
+        if difficult not in ("0", "1", "", "false", "true", "unspecified"):
+            raise ValueError(f"difficult={difficult!r} of {name}, allowed: 0, 1")
+        flag = int(difficult in ("1", "true"))
+        objects.append({"category_id": number[name], "bbox": [x0 - 1, y0 - 1, w, h], "area": w * h, "difficult": flag})
+    return {"width": width, "height": height}, objects
 
 
 def _text(node: ElementTree.Element, tag: str) -> str:

@@ -33,9 +33,10 @@ def split_per_class(
     """Train and test digits, with the same number of test images in every class.
 
     permute_classes: renames the classes by a random permutation (`extra["digit"]` is what an image shows), so that
-    which digit becomes a head or a tail class of a long-tailed subset varies with the seed. With `longtail.long_tail_counts(100, 50, 10)`
-    this is the long-tailed digit set: real images, 100 ... 2 per class, a balanced test set of 600. It
-    shows what class imbalance does; ten easy classes cannot show confusions between many similar ones.
+    which digit becomes a head or a tail class of a long-tailed subset varies with the seed. With
+    `longtail.long_tail_counts(100, 50, 10)` this is the long-tailed digit set: real images, 100 ... 2 per class, a
+    balanced test set of 600. It shows what class imbalance does; ten easy classes cannot show confusions between many
+    similar ones.
     Raises ValueError unless 1 <= test_per_class <= 173 (the rarest digit has 174 images).
     """
     data = all_digits()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from common.data.files import (
     folders,
+    hidden,
     identity,
     is_image,
     label,
@@ -130,11 +132,13 @@ def image_folder(root: str | Path | None, split: str | None = None, *, transform
     if not path.is_dir():
         raise FileNotFoundError(f"no folder {path}. {layout}")
     try:
-        return _ClassFolders(
-            str(path), transform=transform, loader=open_image, is_valid_file=lambda p: is_image(Path(p))
-        )
+        return _ClassFolders(str(path), transform=transform, loader=open_image, is_valid_file=partial(_is_data, path))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no usable classes in {path}: {error}. {layout}") from error
+
+
+def _is_data(root: Path, file: str) -> bool:
+    return is_image(Path(file)) and not any(map(hidden, Path(file).relative_to(root).parts))
 
 
 class _ClassFolders(datasets.ImageFolder):

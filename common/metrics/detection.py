@@ -241,7 +241,7 @@ def detection_metrics(
 
     predictions: {image id: boxes xyxy in pixels, scores, labels as those of the set}. Detections that are no category (gaps
     between category ids) are left out, and so are annotations without extent, which `dataset.dropped` counts. difficult:
-    "ignore" | "count".
+    "ignore" | "count". ValueError for a set without objects.
     """
     contiguous = dataset.labels == "contiguous"
     known = torch.tensor(range(len(dataset.category_ids)) if contiguous else dataset.category_ids)
@@ -250,6 +250,8 @@ def detection_metrics(
         labels = torch.as_tensor(p["labels"]).cpu()
         kept[image_id] = {k: torch.as_tensor(v).cpu()[torch.isin(labels, known)] for k, v in p.items()}
     annotations = [a for a in dataset.coco["annotations"] if min(a["bbox"][2:]) > 0]
+    if not annotations:
+        raise ValueError(f"none of the {len(dataset)} test images has an object: average precision is not defined")
     gt = {**dataset.coco, "annotations": annotations}
     evaluator = CocoEvaluator(gt, category_ids=dataset.category_ids if contiguous else None, difficult=difficult)
     evaluator.update(kept)

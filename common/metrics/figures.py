@@ -22,6 +22,9 @@ COLOURS = {
 }
 
 
+PANEL = 24  # arms in one panel
+
+
 def _fill(name: str, width: int) -> str:
     """A name on lines of at most `width`, broken after underscores where it can be."""
     return textwrap.fill(name.replace("_", "_ "), width + name.count("_")).replace("_ ", "_")
@@ -38,8 +41,10 @@ def plot_claims(results: list[dict[str, Any]], path: str | Path) -> bool:
             panels.setdefault((ratio, "x" if ratio else unit), []).append(r)
     if not any(r["effect"] for r in results):
         return False
-    heights = [len(rows) + 1.1 for rows in panels.values()]
-    figure = Figure(figsize=(9, 0.55 * sum(heights) + 0.5), layout="constrained")
+    heights = [
+        sum(max(1.0, 0.4 * len(textwrap.wrap(r["statement"], 58))) for r in rows) + 1.1 for rows in panels.values()
+    ]
+    figure = Figure(figsize=(11, 0.5 * sum(heights) + 0.5), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for ax, ((ratio, unit), rows) in zip(axes, panels.items(), strict=True):
         _forest_panel(ax, ratio, unit, rows)
@@ -71,7 +76,7 @@ def _forest_panel(ax: Axes, ratio: bool, unit: str, rows: list[dict[str, Any]]) 
             va="center",
             fontsize=8,
         )
-    ax.set_yticks(range(len(rows)), [_fill(r["id"], 26) for r in rows], fontsize=9)
+    ax.set_yticks(range(len(rows)), [textwrap.fill(r["statement"], 58) for r in rows], fontsize=8)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     if ratio:
         ax.set_xscale("log")
@@ -87,39 +92,68 @@ def _forest_panel(ax: Axes, ratio: bool, unit: str, rows: list[dict[str, Any]]) 
     ax.spines[["top", "right", "left"]].set_visible(False)
 
 
-def plot_arms(measurements: Measurements, metrics: list[str], path: str | Path) -> bool:
-    """One panel per metric: every seed of every arm as a dot, equal seeds joined by a thin line, mean and 95 % t
-    interval below. Writes `path` (PNG) and returns True, or returns False when no arm has one of the metrics."""
-    metrics = [m for m in metrics if any(m in run for runs in measurements.values() for run in runs.values())]
-    if not metrics:
-        return False
-    arms = [[a for a, runs in measurements.items() if any(m in run for run in runs.values())] for m in metrics]
-    columns = min(2, len(metrics))
-    lines = [max(map(len, arms[i : i + columns])) for i in range(0, len(metrics), columns)]
-    heights = [n + 1.2 for n in lines]
-    figure = Figure(figsize=(5.5 * columns + 1, 0.48 * sum(heights) + 0.4), layout="constrained")
-    axes = [*figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights).flat]
-    for ax, metric, names in zip(axes, metrics, arms, strict=False):
-        _arms_panel(ax, metric, {a: {s: r[metric] for s, r in measurements[a].items() if metric in r} for a in names})
-    for ax in axes[len(metrics) :]:
-        ax.remove()
-    figure.savefig(path, dpi=130)
-    return True
+def plot_arms(
+    measurements: Measurements, results: list[dict[str, Any]], metrics: list[str], folder: str | Path
+) -> list[str]:
+    """One panel per metric: every seed of every arm as a dot, mean and 95 % t interval below; a thin line joins the seeds of two
+    arms only where one of `results` compares them. At most `PANEL` arms in a panel and two panels on a page.
+
+    Writes arms.png, arms_2.png, ... into `folder` and returns their names; none when no arm has one of the metrics."""
+    panels = []
+    for metric in metrics:
+        names = [a for a, runs in measurements.items() if any(metric in run for run in runs.values())]
+        pairs = [r["arms"] for r in results if r["metric"] == metric and len(r["arms"]) == 2]
+        names = _neighbours(names, pairs)
+        for i in range(0, len(names), PANEL):
+            part = {a: {s: r[metric] for s, r in measurements[a].items() if metric in r} for a in names[i : i + PANEL]}
+            panels.append((_label(metric, results), part, [p for p in pairs if set(p) <= set(part)]))
+    pages: list[list] = []
+    for panel in panels:  # two to a page as long as that is no taller than two screens
+        if pages and len(pages[-1]) == 1 and len(pages[-1][0][1]) + len(panel[1]) <= PANEL + 8:
+            pages[-1].append(panel)
+        else:
+            pages.append([panel])
+    files = []
+    for i, page in enumerate(pages):
+        heights = [len(values) + 1.2 for _, values, _ in page]
+        figure = Figure(figsize=(9, 0.36 * sum(heights) + 0.6), layout="constrained")
+        axes = figure.subplots(len(page), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for ax, panel in zip(axes, page, strict=True):
+            _arms_panel(ax, *panel)
+        files.append("arms.png" if i == 0 else f"arms_{i + 1}.png")
+        figure.savefig(Path(folder) / files[-1], dpi=110)
+    return files
 
 
-def _arms_panel(ax: Axes, metric: str, values: dict[str, dict[int, float]]) -> None:
-    for seed in sorted({s for runs in values.values() for s in runs}):
-        points = [(runs[seed], y) for y, runs in enumerate(values.values()) if seed in runs]
-        ax.plot(*zip(*points, strict=True), "-", color="#888888", linewidth=0.5, alpha=0.55, zorder=1)
+def _neighbours(names: list[str], pairs: list[list[str]]) -> list[str]:
+    """The names with arms that a claim compares next to each other."""
+    order: list[str] = []
+    for name in [*(a for pair in pairs for a in pair if a in names), *names]:
+        if name not in order:
+            order.append(name)
+    return order
+
+
+def _label(metric: str, results: list[dict[str, Any]]) -> str:
+    units = {r["published"]["unit"] for r in results if r["metric"] == metric and r["published"]} - {None, ""}
+    return f"{metric.replace('_', ' ')} ({units.pop()})" if len(units) == 1 else metric.replace("_", " ")
+
+
+def _arms_panel(ax: Axes, label: str, values: dict[str, dict[int, float]], pairs: list[list[str]]) -> None:
+    place = {arm: y for y, arm in enumerate(values)}
+    for one, other in pairs:
+        for seed in values[one].keys() & values[other].keys():
+            points = ([values[one][seed], values[other][seed]], [place[one], place[other]])
+            ax.plot(*points, "-", color="#888888", linewidth=0.5, alpha=0.55, zorder=1)
     for y, runs in enumerate(values.values()):
         x = np.array([*runs.values()], dtype=float)
         ax.plot(x, [y] * len(x), "o", color="#0072B2", markersize=4.5, alpha=0.7, markeredgewidth=0)
         ax.plot(x.mean(), y + 0.28, "D", color="black", markersize=4)
         if len(x) > 1:
             ax.plot(stats.t_interval(x), [y + 0.28] * 2, color="black", linewidth=1.3)
-    ax.set_yticks(range(len(values)), [_fill(arm, 24) for arm in values], fontsize=8)
+    ax.set_yticks(range(len(values)), [_fill(arm, 40) for arm in values], fontsize=8)
     ax.set_ylim(len(values) - 0.4, -0.5)
-    ax.set_xlabel(metric, fontsize=9)
+    ax.set_xlabel(label, fontsize=9)
     ax.tick_params(axis="x", labelsize=8)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right", "left"]].set_visible(False)

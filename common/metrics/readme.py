@@ -1,4 +1,6 @@
-"""The evidence tables of the READMEs, generated from claims.yaml and results/<scale>/."""
+"""What is generated in the READMEs: the first screen of a paper, its results/README.md, and the table of the root.
+
+From claims.yaml and results/<scale>/."""
 
 import csv
 import json
@@ -7,136 +9,233 @@ from pathlib import Path
 from typing import Any
 
 from common.metrics import tables
-from common.metrics.claims import COMPARABLE, VERDICTS, load_document
+from common.metrics.claims import VERDICTS, load_document
 
 PAPERS = {
-    "ncl_pp": "nested collaborative learning for long-tailed recognition",
-    "dcp_nas": "child-parent architecture search for 1-bit CNNs",
-    "fm_vit": "flexible-modal transformer for face anti-spoofing",
-    "q_detr": "low-bit quantized detection transformer",
-    "ap_fer": "attentive pooling for facial expression recognition",
-    "q_vit": "fully quantized low-bit vision transformer",
-    "iqa_attack": "perceptual attacks on no-reference image quality models",
-    "adaptive_prune": "learnable adaptive token pruning",
-    "rbonn": "recurrent bilinear optimization of binary networks",
-    "lifelong": "lifelong learning by meta-learning and associative memory",
+    "ncl_pp": "experts learn long tails together",
+    "dcp_nas": "a real parent guides 1-bit search",
+    "fm_vit": "one anti-spoofing model, any sensors",
+    "q_detr": "2-bit detectors imitate rectified queries",
+    "ap_fer": "attention drops patches of face images",
+    "q_vit": "2-bit transformers keep attention's information",
+    "iqa_attack": "invisible changes fool quality models",
+    "adaptive_prune": "each image keeps the tokens it needs",
+    "rbonn": "recurrent bilinear updates for binary networks",
+    "lifelong": "attack backgrounds, fuse learners, forget less",
 }
 BEGIN, END = "<!-- evidence:begin -->", "<!-- evidence:end -->"
-MINIATURE = ("mini", "full")  # embedded data; every other scale is real data
+EQUATIONS = ("<!-- equations:begin -->", "<!-- equations:end -->")
+EMBEDDED = ("mini", "full")  # embedded data; every other scale is real data
+FRONT = 5  # rows on a first screen
 
 
-def render_readme_table(paper_dir: str | Path) -> str:
-    """The results table of one paper, one row per claim: published beside what `results/<scale>/` records. Claims of
-    kind exact are many and agree; they fold away below.
-
-    A claim without recorded evidence has an empty cell and the verdict not_run. Time is the recorded time of the
-    claim's arms. Raises what `load_document` raises, ValueError for an unreadable record."""
-    paper_dir = Path(paper_dir)
-    document, recorded = load_document(paper_dir), _recorded(paper_dir)
+def render_front(paper_dir: str | Path) -> str:
+    """At most five rows of a paper's evidence: claim | paper | here | verdict. Claims marked `front` come first, then the primary
+    ones, then others, each at its best recorded scale (real images before embedded ones); none without a verdict."""
+    document, recorded = load_document(paper_dir), _recorded(Path(paper_dir))
     rows = []
     for claim in document["claims"]:
-        found = {s: by_id[claim["id"]] for s, by_id in recorded.items() if claim["id"] in by_id}
-        scales = list(dict.fromkeys([*claim["scale"], *found]))
-        verdicts = {s: tables.verdict_text(found[s]) if s in found else "not_run" for s in scales}
-        times = {s: _seconds(paper_dir / "results" / s / "cells.csv", claim["arms"]) for s in found}
-        rows.append(
-            [
-                f"**{claim['statement']}**" if claim["primary"] else claim["statement"],
-                tables.published_text(claim["published"]),
-                _labelled({s: _here(r) for s, r in found.items() if s not in MINIATURE}, always=True),
-                _labelled({s: _here(r) for s, r in found.items() if s in MINIATURE}),
-                _labelled(verdicts),
-                _command(paper_dir.name, claim),
-                _labelled({s: t for s, t in times.items() if t}),
-            ]
-        )
-    header = [
-        "claim",
-        "published",
-        "here, paper scale",
-        "here, miniature, mean +/- std (seeds)",
-        "verdict",
-        "command",
-        "time",
+        found = [(scale, by_id[claim["id"]]) for scale, by_id in recorded.items() if claim["id"] in by_id]
+        found = [(scale, r) for scale, r in found if r["verdict"] != "not_run" and r["kind"] != "exact"]
+        if found:
+            scale, result = min(found, key=lambda f: _rank(f[0]))
+            order = (not claim["front"], not claim["primary"], _rank(scale))
+            text = [claim["statement"], tables.published_text(claim["published"]), f"{_effect(result)} ({scale})"]
+            rows.append((order, [*text, tables.verdict_text(result)]))
+    chosen = [row for _, row in sorted(rows, key=lambda r: r[0])[:FRONT]]
+    exact = [r for by_id in recorded.values() for r in by_id.values() if r["kind"] == "exact"]
+    right = {r["id"] for r in exact if r["verdict"] == "supported"} - {
+        r["id"] for r in exact if r["verdict"] == "contradicted"
+    }
+    total = len({r["id"] for r in exact})
+    counts = f" Exact counts: {len(right)} of {total} as stated." if exact else ""
+    table = (
+        tables.markdown(["claim", "paper", "here, with interval (scale)", "verdict"], chosen)
+        if chosen
+        else "Nothing recorded yet."
+    )
+    return f"{table}\n\nEvery claim at every scale: [results](results/README.md).{counts}"
+
+
+def render_equations(paper_dir: str | Path) -> str:
+    """Where the paper's equations stand in the code."""
+    rows = []
+    for row in load_document(paper_dir)["equations"]:
+        module, _, name = row["code"].partition(":")
+        file = module.split(".", 1)[1].replace(".", "/") + ".py"
+        rows.append([row["source"], row["says"], f"[`{name}`]({file})"])
+    return tables.markdown(["source", "what it says", "code"], rows)
+
+
+def render_results(paper_dir: str | Path) -> str:
+    """results/README.md: a table per recorded scale with every claim, what is not run yet, the exact counts, the figures."""
+    paper_dir = Path(paper_dir)
+    document, recorded = load_document(paper_dir), _recorded(paper_dir)
+    parts = [
+        f"# All results of {paper_dir.name}",
+        "Generated from `claims.yaml` and the recorded runs. Bold: primary (p adjusted by Holm, the interval at the level "
+        "at which Holm judged). Effects are signed so that the claimed side is positive (a ratio: above 1). Detectable: the "
+        "effect that "
+        "this number of seeds finds with 80 % power. A paper's number stands beside ours only to be read; at a scale other than "
+        "`paper` it was measured on other data.",
     ]
-    exact = [row for claim, row in zip(document["claims"], rows, strict=True) if claim["kind"] == "exact"]
-    others = [row for claim, row in zip(document["claims"], rows, strict=True) if claim["kind"] != "exact"]
-    table = tables.markdown(header, others)
-    if not exact:
-        return table
-    right = sum("supported" in row[4] for row in exact)
-    summary = f"Exact counts and identities: {right} of {len(exact)} measured as published"
-    return f"{table}\n\n<details><summary>{summary}</summary>\n\n{tables.markdown(header, exact)}\n\n</details>"
+    for scale in sorted(recorded, key=_rank):
+        by_id = recorded[scale]
+        rows = [
+            _result_row(paper_dir, c, scale, by_id[c["id"]])
+            for c in document["claims"]
+            if c["id"] in by_id and c["kind"] != "exact"
+        ]
+        parts += [
+            f"## {_title(scale)}",
+            f"`make reproduce-{paper_dir.name} SCALE={scale}`; [report]({scale}/report.md) with every arm and seed.",
+        ]
+        parts.append(
+            tables.markdown(
+                ["claim", "paper", "measured: mean +/- std (seeds)", "effect", "p", "detectable", "verdict", "time"],
+                rows,
+            )
+        )
+        if (paper_dir / "results" / scale / "claims.png").is_file():
+            parts.append(f"![effects with their intervals, {scale}]({scale}/claims.png)")
+    known = {i for by_id in recorded.values() for i in by_id}
+    waiting = [
+        [c["statement"], tables.published_text(c["published"]), _command(paper_dir.name, c)]
+        for c in document["claims"]
+        if c["id"] not in known
+    ]
+    if waiting:
+        parts += ["## Not run yet", tables.markdown(["claim", "paper", "command"], waiting)]
+    parts += _exact_part(document, recorded)
+    rows = [
+        [p["table"], p["setting"], p["metric"], tables.published_text(p)]
+        for p in document["published"]
+        if p["source"] != "ours"
+    ]
+    if rows:
+        parts += ["## Published numbers", tables.markdown(["where", "setting", "metric", "value (source)"], rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _result_row(paper_dir: Path, claim: dict[str, Any], scale: str, result: dict[str, Any]) -> list[str]:
+    statement = f"**{claim['statement']}**" if claim["primary"] else claim["statement"]
+    return [
+        statement, tables.published_text(claim["published"]), f"{claim['metric']}: {tables.measured_text(result)}",
+        _effect(result), tables.p_text(result), "-" if result["mde"] is None else tables.number(result["mde"], 3),
+        tables.verdict_text(result), _seconds(paper_dir / "results" / scale / "cells.csv", claim["arms"]),
+    ]  # fmt: skip
+
+
+def _exact_part(document: dict[str, Any], recorded: dict[str, dict]) -> list[str]:
+    rows, right = [], 0
+    for claim in (c for c in document["claims"] if c["kind"] == "exact"):
+        found = next((by_id[claim["id"]] for by_id in recorded.values() if claim["id"] in by_id), None)
+        verdict = "not_run" if found is None else found["verdict"]
+        right += verdict == "supported"
+        here = "" if found is None else tables.measured_text(found)
+        rows.append([claim["statement"], tables.published_text(claim["published"]), here, verdict])
+    if not rows:
+        return []
+    table = tables.markdown(["count", "stated (source)", "here", "verdict"], rows)
+    summary = f"{right} of {len(rows)} exact counts and identities as stated"
+    return ["## Exact", f"<details><summary>{summary}</summary>\n\n{table}\n\n</details>"]
 
 
 def render_root_table(root: str | Path) -> str:
-    """One row per paper: idea (the first heading of its README), basis, first published number, recorded verdicts."""
+    """One row per paper: the idea in about six words, its best evidence in one clause, the tally of verdicts."""
     rows = []
     for paper, idea in PAPERS.items():
         folder = Path(root) / paper
         if not (folder / "claims.yaml").is_file():
-            rows.append([f"`{paper}`", idea, "", "", "not started"])
+            rows.append([f"`{paper}`", idea, "not started", ""])
             continue
-        document = load_document(folder)
-        headings = [x for x in _read(folder / "README.md").splitlines() if x.startswith("# ")]
-        rows_usable = [r for r in document["published"] if r["value"] is not None and r["source"] in COMPARABLE]
-        row = next(iter(rows_usable), None)
-        headline = "unknown" if row is None else f"{row['setting']}: {row['metric']} {tables.published_text(row)}"
-        if row is not None and document["published"][0]["value"] is None:  # the first entry is the paper's own
-            headline = f"its own: unknown; beside it: {headline}"
-        texts = [f"{s}: {_tally(list(by_id.values()))}" for s, by_id in _recorded(folder).items()]
-        name = headings[0][2:].strip() if headings else idea
+        recorded = _recorded(folder)
+        tally = [f"{s}: {_tally(list(recorded[s].values()))}" for s in sorted(recorded, key=_rank)]
         rows.append(
-            [
-                f"[`{paper}`]({paper}/README.md)",
-                name,
-                document["basis"],
-                headline,
-                "<br>".join(texts) or "none recorded",
-            ]
+            [f"[`{paper}`]({paper}/README.md)", idea, _best(folder, recorded), "<br>".join(tally) or "none recorded"]
         )
-    return tables.markdown(["paper", "idea", "basis", "headline published number", "recorded verdicts"], rows)
+    return tables.markdown(["paper", "idea", "best evidence here", "all verdicts"], rows)
+
+
+def _best(folder: Path, recorded: dict[str, dict]) -> str:
+    """The claim marked `front` first, else the first primary one, at its best scale, in one clause."""
+    claims = sorted(load_document(folder)["claims"], key=lambda c: (not c["front"], not c["primary"]))
+    for claim in claims:
+        for scale in sorted(recorded, key=_rank):
+            result = recorded[scale].get(claim["id"])
+            if result and result["verdict"] != "not_run" and result["kind"] != "exact":
+                return f"{claim['statement'].rstrip('.')}: {_effect(result)}, **{result['verdict']}** ({scale})"
+    return "none recorded"
+
+
+def _effect(result: dict[str, Any]) -> str:
+    """The effect with its interval, and the margin that was taken off; without a test what was measured."""
+    if result["effect"] is None:
+        return tables.measured_text(result)
+    plain = 1 if result["kind"] == "ratio" else 0
+    margin = result.get("margin", plain)
+    beyond = "" if margin == plain else f" beyond {'a factor of ' if plain else ''}{tables.number(margin, 3)}"
+    return f"{tables.effect_text(result)}{beyond}"
+
+
+def _rank(scale: str) -> tuple[int, str]:
+    kinds = ("paper", "gpu", "real", "full", "mini")
+    return next(i for i, kind in enumerate(kinds) if scale.startswith(kind)), scale
+
+
+def _title(scale: str) -> str:
+    if scale == "paper":
+        return "Here, paper scale"
+    return f"Here, embedded data, `{scale}`" if scale in EMBEDDED else f"Here, real images, `{scale}`"
 
 
 def _tally(results: list[dict[str, Any]]) -> str:
-    """'2 supported, 1 contradicted; exact counts 9/9': exact claims would drown the tested ones."""
+    """'2 supported, 1 contradicted; exact 9/9': exact claims would drown the tested ones."""
     exact = [r["verdict"] == "supported" for r in results if r["kind"] == "exact"]
     counts = Counter(r["verdict"] for r in results if r["kind"] != "exact")
     text = ", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts[v]) or "no claim tested"
-    return f"{text}; exact counts {sum(exact)}/{len(exact)}" if exact else text
+    return f"{text}; exact {sum(exact)}/{len(exact)}" if exact else text
 
 
 def update_readmes(root: str | Path, check: bool) -> list[Path]:
-    """Rewrite the block between the evidence markers in the README of every started paper and of the root.
+    """Renew the generated blocks in the README of every started paper and of the root, and results/README.md.
 
-    Returns the files whose block was out of date; with check=True nothing is written. Raises FileNotFoundError for
-    a README that is missing, ValueError for one without the two markers."""
-    root, stale = Path(root), []
-    blocks = {
-        root / paper / "README.md": render_readme_table(root / paper)
-        for paper in PAPERS
-        if (root / paper / "claims.yaml").is_file()
-    }
-    blocks[root / "README.md"] = render_root_table(root)
-    for file, block in blocks.items():
-        text = _read(file)
-        head, begin, rest = text.partition(BEGIN)
-        _, end, tail = rest.partition(END)
-        if not begin or not end:
-            raise ValueError(f"{file}: no evidence block; add the lines {BEGIN} and {END} where the table belongs")
-        fresh = f"{head}{BEGIN}\n{block}\n{END}{tail}"
-        if fresh != text:
-            stale.append(file)
-            if not check:
-                file.write_text(fresh)
+    Returns the files that were out of date; with check=True nothing is written. Raises FileNotFoundError for a README that is
+    missing, ValueError for one without its markers."""
+    root, fresh = Path(root), {}
+    for paper in PAPERS:
+        folder = root / paper
+        if not (folder / "claims.yaml").is_file():
+            continue
+        text = _filled(folder / "README.md", _read(folder / "README.md"), (BEGIN, END), render_front(folder))
+        if load_document(folder)["equations"]:
+            text = _filled(folder / "README.md", text, EQUATIONS, render_equations(folder))
+        fresh[folder / "README.md"] = text
+        fresh[folder / "results/README.md"] = render_results(folder)
+    fresh[root / "README.md"] = _filled(
+        root / "README.md", _read(root / "README.md"), (BEGIN, END), render_root_table(root)
+    )
+    stale = [file for file, text in fresh.items() if not file.is_file() or file.read_text() != text]
+    for file in () if check else stale:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(fresh[file])
     return stale
 
 
+def _filled(file: Path, text: str, markers: tuple[str, str], block: str) -> str:
+    head, begin, rest = text.partition(markers[0])
+    _, end, tail = rest.partition(markers[1])
+    if not begin or not end:
+        raise ValueError(
+            f"{file}: no block for what is generated; add the lines {markers[0]} and {markers[1]} where it belongs"
+        )
+    return f"{head}{begin}\n{block}\n{end}{tail}"
+
+
 def _recorded(paper_dir: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """{scale: {claim id: result}} of the recorded evidence, miniature first."""
+    """{scale: {claim id: result}} of the recorded evidence, the best scale first."""
     found = {}
-    files = paper_dir.glob("results/*/claims.json")
-    for file in sorted(files, key=lambda f: (f.parent.name not in MINIATURE, f.parent.name != "mini", f.parent.name)):
+    for file in sorted(paper_dir.glob("results/*/claims.json"), key=lambda f: _rank(f.parent.name)):
         try:
             found[file.parent.name] = {r["id"]: r for r in json.loads(file.read_text())["claims"]}
         except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -160,21 +259,6 @@ def _seconds(csv_file: Path, arms: list[str]) -> str:
         if seconds < 7200
         else f"{seconds / 3600:.1f} h"
     )
-
-
-def _here(result: dict[str, Any]) -> str:
-    if all(m["n"] == 0 for m in result["measured"].values()):
-        return ""
-    text = tables.measured_text(result)
-    return text if result["effect"] is None else f"{text}; effect {tables.effect_text(result)}"
-
-
-def _labelled(by_scale: dict[str, str], *, always: bool = False) -> str:
-    """Texts of several scales in one cell, with the scale's name where there is more than one."""
-    by_scale = {s: t for s, t in by_scale.items() if t}
-    if len(by_scale) == 1 and not always:
-        return next(iter(by_scale.values()))
-    return "<br>".join(f"{s}: {t}" for s, t in by_scale.items())
 
 
 def _command(paper: str, claim: dict[str, Any]) -> str:

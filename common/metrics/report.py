@@ -17,9 +17,9 @@ import yaml
 
 from common.metrics import figures, tables
 from common.metrics.claims import TESTED, load_document, read_external, read_runs, test_claims
-from common.metrics.readme import render_readme_table, update_readmes
+from common.metrics.readme import update_readmes
 
-__all__ = ["main", "render_readme_table", "update_readmes", "write_report"]
+__all__ = ["main", "update_readmes", "write_report"]
 
 ROOT = Path(__file__).resolve().parents[2]
 Cell = dict[str, Any]
@@ -51,20 +51,17 @@ def write_report(paper_dir: str | Path, scale: str, out: str | Path | None = Non
     order = list(dict.fromkeys([a for r in results for a in r["arms"] if a in measurements] + sorted(measurements)))
     named = list(dict.fromkeys(r["metric"] for r in results if r["kind"] in (*TESTED, "value")))
     out.mkdir(parents=True, exist_ok=True)
-    plots = {
-        "claims.png": figures.plot_claims(results, out / "claims.png"),
-        "arms.png": figures.plot_arms({a: measurements[a] for a in order}, named, out / "arms.png"),
-    }
-    for name, written in plots.items():
-        if not written:
-            (out / name).unlink(missing_ok=True)  # a figure of an earlier report would be read as part of this one
+    for old in (out / "claims.png", *out.glob("arms*.png")):
+        old.unlink(missing_ok=True)  # a figure of an earlier report would be read as part of this one
+    plots = ["claims.png"] if figures.plot_claims(results, out / "claims.png") else []
+    plots += figures.plot_arms({a: measurements[a] for a in order}, results, named, out)
     (out / "claims.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     _write_csv(cells, out / "cells.csv")
     cells = sorted(
         cells, key=lambda c: (order.index(c["arm"]) if c["arm"] in order else len(order), c["arm"], c["seed"])
     )
     limits = paper_dir / "configs" / "reproduce" / scale / "README.md"
-    text = _markdown(report, document, cells, named, [n for n, w in plots.items() if w], limits)
+    text = _markdown(report, document, cells, named, plots, limits)
     (out / "report.md").write_text(text)
     return report
 
@@ -116,7 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     out = args.out or args.root / args.paper / "runs" / args.scale / "report"
-    print(f"{report['paper']}, scale {args.scale}\n\n{tables.terminal_table(report['claims'])}\n\nwritten to {out}")
+    print(
+        f"{report['paper']}, scale {args.scale}\n\n{tables.terminal_table(report['claims'])}\n\nreport: {out / 'report.md'}"
+    )
     return 0
 
 
@@ -150,13 +149,12 @@ def _markdown(
     parts += ["\n".join(notes)] * bool(notes)
     captions = {
         "claims.png": "effects with intervals; diamonds are primary claims, small dots seeds",
-        "arms.png": "every seed; mean and 95 % interval",
+        "arms.png": "every seed; mean and 95 % interval; lines join arms that a claim compares",
     }
     if "claims.png" in plots:
         parts.append(f"![{captions['claims.png']}](claims.png)")
     parts += ["## Arms: mean +/- std (n)", tables.arms_markdown(cells, metrics)]
-    if "arms.png" in plots:
-        parts.append(f"![{captions['arms.png']}](arms.png)")
+    parts += [f"![{captions['arms.png']}]({name})" for name in plots if name.startswith("arms")]
     parts.append(f"<details><summary>Every seed</summary>\n\n{tables.seeds_markdown(cells, metrics)}\n\n</details>")
     parts.append("All other metrics are in `cells.csv`.")
     rows = [[p["id"], p["table"], p["setting"], p["metric"], tables.published_text(p)] for p in document["published"]]

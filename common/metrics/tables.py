@@ -65,24 +65,27 @@ def verdict_text(result: Result) -> str:
 
 
 def terminal_table(results: list[Result], *, width: int = 100) -> str:
-    """The claims, aligned, no line wider than `width`: a line of numbers, then statement, published and measured."""
-    lines = [f"{'verdict':<14}{'claim':<32}{'effect [interval]':<34}{'p':>6}{'detectable':>12}", "-" * width]
-    indent = " " * 14
-    for r in results:
-        claim = f"{'*' if r['primary'] else '-'} {r['id']}"
-        claim = claim if len(claim) < 32 else f"{claim[:28]}..."
-        detectable = "-" if r["mde"] is None else number(r["mde"], 3)
-        lines.append(f"{r['verdict']:<14}{claim:<32}{effect_text(r):<34}{p_text(r):>6}{detectable:>12}")
-        for label, text in (
-            (f"{r['kind']}: ", r["statement"]),
-            ("published: ", published_text(r["published"])),
-            (f"{r['metric']}: ", measured_text(r)),
-            ("note: ", r["note"]),
+    """What a run ends with: the primary claims, each as verdict, statement, effect and arms, no line wider than `width`; then how
+    many others there are and how many exact counts agree. Without a primary claim all but the exact ones are shown."""
+    tested = [r for r in results if r["kind"] != "exact"]
+    shown = [r for r in tested if r["primary"]] or tested
+    lines, indent = [], " " * 14
+    for r in shown:
+        lines += textwrap.wrap(r["statement"], width, initial_indent=f"{r['verdict']:<14}", subsequent_indent=indent)
+        p = "" if p_text(r) == "-" else f", p {p_text(r)}"
+        detectable = "" if r["mde"] is None else f", detectable {number(r['mde'], 3)}"
+        for text in (
+            f"effect {effect_text(r)}{p}{detectable}" if r["effect"] else "",
+            f"{r['metric']}: {measured_text(r)}",
+            f"published: {published_text(r['published'])}" if r["published"] else "",
+            r["note"] if r["verdict"] == "not_run" else "",
         ):
-            if text:
-                lines += textwrap.wrap(label + text, width, initial_indent=indent, subsequent_indent=indent + "  ")
-        lines.append("")
-    lines.append("* primary: p is Holm-adjusted, and the interval is at the level at which Holm judged the claim")
+            lines += textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent) if text else []
+    others, exact = len(tested) - len(shown), [r["verdict"] for r in results if r["kind"] == "exact"]
+    if others:
+        lines.append(f"{others} exploratory claims: see the report")
+    if exact:
+        lines.append(f"exact counts and identities: {exact.count('supported')} of {len(exact)} as stated")
     return "\n".join(lines)
 
 

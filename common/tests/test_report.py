@@ -157,9 +157,11 @@ def test_figures_are_drawn_and_not_left_over(root, tmp_path):
 def test_terminal_table_fits(root, capsys):
     assert report.main(["ncl_pp", "mini", "--root", str(root)]) == 0  # a contradicted claim does not fail
     text = capsys.readouterr().out
-    table = text.partition("\n\n")[2].partition("\nwritten to")[0]
+    table = text.partition("\n\n")[2].partition("\nreport:")[0]
     assert max(map(len, table.splitlines())) <= 100
-    assert "supported     * better" in table and "contradicted  - worse" in table and "new | beats old" in table
+    assert "supported     new | beats old" in table and "exact counts and identities: 1 of 1 as stated" in table
+    assert "new is slower" not in table and "exploratory claims: see the report" in table
+    assert text.strip().splitlines()[-1].endswith("report.md"), "the last line says where the report is"
 
 
 def test_missing_or_bad_input_is_one_line_and_status_1(root, capsys):
@@ -190,39 +192,49 @@ def record(root):
         (target / name).write_bytes((source / name).read_bytes())
 
 
-def test_readme_table(root):
-    def table():
-        return [x for x in report.render_readme_table(root / "ncl_pp").splitlines() if x.startswith("|")]
-
-    exact = [c for c in CLAIMS if c["kind"] == "exact"]
-    ordered = [
-        c for c in CLAIMS if c["kind"] != "exact"
-    ] + exact  # exact claims fold away below, in a table of their own
-    empty = table()
-    header = (
-        "| claim | published | here, paper scale | here, miniature, mean +/- std (seeds) | verdict | command | time |"
-    )
-    assert [i for i, line in enumerate(empty) if line == header] == [0, 2 + len(CLAIMS) - len(exact)]
-    assert f"0 of {len(exact)} measured as published" in report.render_readme_table(root / "ncl_pp")
-    body = [line for line in empty if line != header and not line.startswith("|---")]
-    assert len(body) == len(CLAIMS) and all("| not_run |" in line for line in body)
+def test_the_first_screen_shows_five_rows_with_a_verdict_and_the_best_scale(root):
+    assert "Nothing recorded yet" in readme.render_front(root / "ncl_pp")
     record(root)
-    body = [line for line in table() if line != header and not line.startswith("|---")]
-    rows = {c["id"]: line for c, line in zip(ordered, body, strict=True)}
-    assert f"{len(exact)} of {len(exact)} measured as published" in report.render_readme_table(root / "ncl_pp")
-    assert "**new \\| beats old**" in rows["better"] and "| supported |" in rows["better"]
-    assert "(4) vs old " in rows["better"] and "| 4.0 min |" in rows["better"]  # 8 runs of 30 s
-    assert "58.2 % (memory, not compared)" in rows["worse"]
-    assert "| contradicted (exploratory) |" in rows["worse"] and "`make reproduce-ncl_pp`" in rows["worse"]
-    assert "new 470,004 +/- 0 (4)" in rows["size"]
-    assert "`make reproduce-ncl_pp SCALE=paper ONLY=paper`" in rows["paper"] and "| not_run |" in rows["paper"]
-    for other in ("paper", "gpu_cifar100"):
-        folder = root / "ncl_pp/results" / other
-        folder.mkdir()
-        (folder / "claims.json").write_bytes((root / "ncl_pp/results/mini/claims.json").read_bytes())
-    row = table()[2].split(" | ")
-    assert row[2].startswith("gpu_cifar100: new ") and "<br>paper: new " in row[2] and row[3].startswith("new ")
-    assert row[4] == "mini: supported<br>gpu_cifar100: supported<br>paper: supported"
+
+    def rows():
+        return [x for x in readme.render_front(root / "ncl_pp").splitlines() if x.startswith("|")]
+
+    assert rows()[0] == "| claim | paper | here, with interval (scale) | verdict |"
+    assert len(rows()) <= 2 + readme.FRONT and not any("not_run" in row for row in rows())
+    assert "new \\| beats old" in rows()[2] and rows()[2].endswith("(mini) | supported |")
+    assert "Exact counts: 1 of 1" in readme.render_front(root / "ncl_pp")
+    folder = root / "ncl_pp/results/real_set"
+    folder.mkdir()
+    (folder / "claims.json").write_bytes((root / "ncl_pp/results/mini/claims.json").read_bytes())
+    assert rows()[2].endswith("(real_set) | supported |"), "real images before embedded ones"
+    claims = yaml.safe_load((root / "ncl_pp/claims.yaml").read_text())
+    claims["claims"][1]["front"] = True
+    (root / "ncl_pp/claims.yaml").write_text(yaml.safe_dump(claims))
+    assert "new is slower" in rows()[2], "a claim marked front comes first"
+
+
+def test_all_results_stand_in_a_page_of_their_own(root):
+    record(root)
+    page = readme.render_results(root / "ncl_pp")
+    rows = {
+        c["id"]: next(x for x in page.splitlines() if x.startswith("|") and c["statement"].replace("|", "\\|") in x)
+        for c in CLAIMS
+    }
+    assert (
+        "**new \\| beats old**" in rows["better"]
+        and "| supported |" in rows["better"]
+        and "| 4.0 min |" in rows["better"]
+    )
+    assert "58.2 % (memory, not compared)" in rows["worse"] and "| contradicted (exploratory) |" in rows["worse"]
+    assert "new 470,004 +/- 0 (4)" in rows["size"] and "1 of 1 exact counts" in page
+    assert "`make reproduce-ncl_pp SCALE=paper ONLY=paper`" in rows["paper"]
+    assert page.index("Here, embedded data, `mini`") < page.index("## Not run yet") and "Here, paper scale" not in page
+
+
+def test_a_margin_is_printed_where_it_is_taken_off():
+    result = {"kind": "ordering", "margin": 2.5, "effect": {"estimate": 1.0, "low": 0.5, "high": 1.5, "unit": "%"}}
+    assert readme._effect(result) == "+1 [0.5, 1.5] % beyond 2.5"
+    assert "beyond" not in readme._effect(result | {"margin": 0})
 
 
 def test_readmes_round_trip(root, capsys):
@@ -237,12 +249,15 @@ def test_readmes_round_trip(root, capsys):
     assert ((root / "ncl_pp/README.md").read_text(), (root / "README.md").read_text()) == once
     paper, top = once
     assert paper.startswith("# NCL++ here\n\nbefore\n") and paper.endswith(f"{END}\nafter\n")
-    assert "| [`ncl_pp`](ncl_pp/README.md) | NCL++ here | code | C100-LT: top1 54.2 % (Table 1, code) |" in top
-    assert "mini: 3 supported, 1 contradicted, 1 not_run; exact counts 1/1" in top
+    assert "| [`ncl_pp`](ncl_pp/README.md) | experts learn long tails together | new \\| beats old: " in top
+    assert "mini: 3 supported, 1 contradicted, 1 not_run; exact 1/1" in top
     assert top.count("| not started |") == len(PAPERS) - 1
     claims = root / "ncl_pp/claims.yaml"
     claims.write_text(claims.read_text().replace("new is slower", "new is much slower"))
-    assert report.update_readmes(root, check=True) == [root / "ncl_pp/README.md"]
+    assert set(report.update_readmes(root, check=True)) == {
+        root / "ncl_pp/README.md",
+        root / "ncl_pp/results/README.md",
+    }
 
 
 def test_readme_errors_name_the_file_and_the_fix(root):
@@ -256,7 +271,7 @@ def test_readme_errors_name_the_file_and_the_fix(root):
     folder.mkdir(parents=True)
     (folder / "claims.json").write_text("{}")
     with pytest.raises(ValueError, match=r"results/mini/claims\.json"):
-        readme.render_readme_table(root / "ncl_pp")
+        readme.render_front(root / "ncl_pp")
 
 
 def test_numbers_as_text():
@@ -275,10 +290,10 @@ def test_numbers_as_text():
 
 def test_an_odd_number_of_metrics_leaves_no_empty_axes_and_long_names_break_at_underscores(tmp_path):
     values = {arm: {seed: dict.fromkeys("abc", seed + 0.5) for seed in range(3)} for arm in ("one", "two")}
-    assert figures.plot_arms(values, ["a", "b", "c"], tmp_path / "arms.png")
-    pixels = 255 * imread(tmp_path / "arms.png")[..., 0]
-    height, width = pixels.shape
-    assert (pixels[height // 2 + 20 :, width // 2 + 20 :] == 255).all() and (
-        pixels[: height // 2, width // 2 :] < 255
-    ).any()
+    assert figures.plot_arms(values, [], ["a", "b", "c"], tmp_path) == ["arms.png", "arms_2.png"]
+    many = {f"arm{i}": {seed: {"a": float(i)} for seed in range(3)} for i in range(60)}
+    pages = figures.plot_arms(many, [], ["a"], tmp_path)
+    assert len(pages) == 3 and all(imread(tmp_path / p).shape[0] < 2000 for p in pages), (
+        "no page taller than two screens"
+    )
     assert figures._fill("irm_beats_baseline_stressed", 22) == "irm_beats_baseline_\nstressed"

@@ -13,13 +13,12 @@ from common.runs import RunError
 TRAIN = """
 import random, sys
 from pathlib import Path
-import hydra
-from hydra.core.hydra_config import HydraConfig
 from common import runs
+from common.scripts import script
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="config")
-def main(cfg):
-    run = runs.Run.open(HydraConfig.get().runtime.output_dir, cfg, runs.launch(cfg.fabric))
+@script()
+def main(cfg, fabric, out):
+    run = runs.Run.open(out, cfg, fabric)
     if run is None:
         return
     with run:
@@ -46,10 +45,9 @@ estimate: {gpu_hours: 12}
 fabric: {accelerator: cpu, devices: "${oc.decode:${oc.env:LOCAL_WORLD_SIZE,1}}"}
 hydra:
   output_subdir: null
-  job: {chdir: false, config: {override_dirname: {exclude_keys: [seed, method, scale, run_root, force, data.root,
-    reproduce/mini, reproduce/paper]}}}
-  run: {dir: "${run_root}/${scale}/${arm}/${hydra:job.override_dirname}/seed${seed}"}
-  sweep: {dir: "${run_root}/${scale}", subdir: "${arm}/${hydra:job.override_dirname}/seed${seed}"}
+  job: {chdir: false}
+  run: {dir: "${run_root}/${scale}/${run_name:method}"}
+  sweep: {dir: "${run_root}/${scale}", subdir: "${run_name:method}"}
 """
 SWEEP = """# @package _global_
 defaults: [{override /hydra/launcher: %s}]
@@ -113,10 +111,10 @@ def test_from_nothing_to_recorded_and_verified_evidence(toy, monkeypatch, capfd)
     assert set(statuses(toy).values()) == {"missing"}
     assert reproduce.run(toy, "mini") == 2, "the two broken cells are counted, the others go on"
     found = statuses(toy)
-    assert found.pop("plain/seed101") == found.pop("student/seed101") == "failed" and set(found.values()) == {
+    assert found.pop("plain/seed101") == found.pop("student/seed101") == "missing" and set(found.values()) == {
         "finished"
     }
-    assert "not finished: plain/seed101 (failed)" in capfd.readouterr().err
+    assert "not finished: plain/seed101 (missing)" in capfd.readouterr().err
     with pytest.raises(RunError, match="2 cells are not finished"):
         reproduce.record(toy, "mini")
 
@@ -128,7 +126,7 @@ def test_from_nothing_to_recorded_and_verified_evidence(toy, monkeypatch, capfd)
     assert report["claims"][0]["verdict"] in ("supported", "inconclusive") and report["claims"][0]["effect"]["n"] == 3
 
     with monkeypatch.context() as m:  # a second call starts no process at all
-        m.setattr(reproduce.subprocess, "run", lambda *a, **k: pytest.fail(f"started {a}"))
+        m.setattr(reproduce.subprocess, "Popen", lambda *a, **k: pytest.fail(f"started {a}"))
         m.setattr(reproduce.report, "main", lambda argv: 0)
         assert reproduce.run(toy, "mini") == 0
 
@@ -205,7 +203,7 @@ def test_only_takes_the_cells_of_one_claim_and_the_stages_before(toy, capsys):
 def test_only_at_a_small_scale_runs_single_cells(toy, monkeypatch, tmp_path):
     started = []
     monkeypatch.setattr(reproduce.Cell, "status", lambda self: "missing")
-    monkeypatch.setattr(reproduce.subprocess, "run", lambda command, **kwargs: started.append(command))
+    monkeypatch.setattr(reproduce, "_call", lambda command, **kwargs: started.append(command))
     monkeypatch.setattr(reproduce.report, "main", lambda argv: 0)
     assert reproduce.run(toy, "mini", only="better") == 7
     assert len(started) == 7 and all("hydra.mode=RUN" in command for command in started)
@@ -226,7 +224,7 @@ def test_paper_scale_pins_free_cards_and_judges_by_result_json(toy, monkeypatch)
     def fake(command, cwd, env, stdout, stderr):
         started.append((command, env["CUDA_VISIBLE_DEVICES"]))
 
-    monkeypatch.setattr(reproduce.subprocess, "run", fake)
+    monkeypatch.setattr(reproduce, "_call", fake)
     monkeypatch.setattr(reproduce.report, "main", lambda argv: 0)
     failed = reproduce.run_paper_scale(toy, "paper", extra=(), gpus=2, per_run=1, only=None, all_cells=True, dry=False)
     assert failed == 7 == len(started), "an exit status alone does not make a run complete"

@@ -91,11 +91,11 @@ def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path, fabric, monkeypa
     run = runs.Run.open(tmp_path, CFG, fabric)
     run.save_checkpoint({"epoch": 1})
 
-    def full(path, state):
+    def full(state, path):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fabric, "save", full)
+    monkeypatch.setattr(torch, "save", full)
     with pytest.raises(runs.RunError, match=r"last\.ckpt.*No space left"):
         run.save_checkpoint({"epoch": 2})
     assert run.load_checkpoint()["epoch"] == 1
@@ -106,7 +106,7 @@ def test_truncated_checkpoint_says_so(tmp_path, fabric):
     run = runs.Run.open(tmp_path, CFG, fabric)
     run.save_checkpoint({"w": torch.randn(1000)})
     run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:700])
-    with pytest.raises(runs.RunError, match=r"last\.ckpt: truncated"):
+    with pytest.raises(runs.RunError, match=r"last\.ckpt: damaged, truncated"):
         run.load_checkpoint()
 
 
@@ -205,3 +205,102 @@ def test_hash_files_depends_on_names_and_contents(tmp_path):
     assert first == runs.hash_files(reversed(files), tmp_path)
     (tmp_path / "b").write_text("3")
     assert first != runs.hash_files(files, tmp_path)
+
+
+# -------------------------------------------------------------------------------- what may mislead: data, deletion, damage
+def unfinished(path, fabric, **options):
+    run = runs.Run.open(path, CFG, fabric, **options)
+    run.log(epoch=1)
+    run.save_checkpoint({"w": torch.ones(3), "epoch": 1})
+    run._lock.close()
+
+
+def test_other_data_under_the_same_configuration_is_refused(tmp_path, fabric):
+    a, b = ({"kind": "folder", "images": n, "sha": "x"} for n in (4, 5))
+    with runs.Run.open(tmp_path / "done", CFG, fabric, data=a) as run:
+        run.finish({"top1": 1.0})
+    assert runs.Run.open(tmp_path / "done", CFG, fabric, data=a) is None
+    unfinished(tmp_path / "open", fabric, data=a)
+    for name in ("done", "open"):
+        with pytest.raises(runs.RunError, match=r"on other data \(kind folder, images 4.*images 5"):
+            runs.Run.open(tmp_path / name, CFG, fabric, data=b)
+
+
+@pytest.mark.parametrize("content", [None, "", '{"status": "fin'])
+def test_without_its_result_a_run_resumes_from_its_checkpoint(tmp_path, fabric, content, capsys):
+    unfinished(tmp_path, fabric)
+    (tmp_path / "result.json").unlink()
+    if content is not None:
+        (tmp_path / "result.json").write_text(content)
+    run = runs.Run.open(tmp_path, CFG, fabric)
+    assert run.load_checkpoint()["epoch"] == 1 and "resume" in capsys.readouterr().out
+    run._lock.close()
+    other = {**CFG, "optim": {"lr": 9}}
+    (tmp_path / "result.json").unlink()
+    with pytest.raises(runs.RunError, match="another configuration"):
+        runs.Run.open(tmp_path, other, fabric)
+    assert (tmp_path / "last.ckpt").exists()
+
+
+def test_a_checkpoint_of_another_configuration_or_by_hand_is_not_resumed(tmp_path, fabric):
+    unfinished(tmp_path, fabric)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    run = runs.Run.open(tmp_path, CFG, fabric)
+    torch.save({**state, "run": {**state["run"], "config_sha256": "0"}}, tmp_path / "last.ckpt")
+    with pytest.raises(runs.RunError, match=r"last\.ckpt belongs to another configuration"):
+        run.load_checkpoint()
+    for foreign in ({"w": torch.ones(1)}, [torch.ones(1)]):
+        torch.save(foreign, tmp_path / "last.ckpt")
+        with pytest.raises(runs.RunError, match="was not written by this script: move it away"):
+            run.load_checkpoint()
+
+
+def test_a_flipped_bit_is_noticed(tmp_path, fabric):
+    unfinished(tmp_path, fabric)
+    raw = bytearray((tmp_path / "last.ckpt").read_bytes())
+    place = raw.index(torch.ones(3).numpy().tobytes())
+    raw[place + 2] ^= 1
+    (tmp_path / "last.ckpt").write_bytes(raw)
+    with pytest.raises(runs.RunError, match=r"cannot read .*last\.ckpt: damaged"):
+        runs.load_checkpoint(tmp_path / "last.ckpt")
+
+
+def test_checkpoints_do_not_go_through_a_temporary_folder(tmp_path, fabric, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
+    unfinished(tmp_path / "run", fabric)
+    assert (tmp_path / "run/last.ckpt").exists()
+
+
+def test_an_error_before_the_first_epoch_leaves_nothing_and_a_later_one_is_recorded(tmp_path, fabric):
+    with pytest.raises(ValueError), runs.Run.open(tmp_path / "a", CFG, fabric):
+        raise ValueError("found late")
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(ValueError), runs.Run.open(tmp_path / "b", CFG, fabric) as run:
+        run.log(epoch=1)
+        raise ValueError("found later")
+    assert json.loads((tmp_path / "b/result.json").read_text())["status"] == "failed"
+
+
+def test_a_finished_run_can_be_read_where_nothing_can_be_written(tmp_path, fabric, monkeypatch):
+    finished(tmp_path, fabric)
+    monkeypatch.setattr(runs, "_lock", lambda path: PermissionError(13, "Read-only file system"))
+    assert runs.Run.open(tmp_path, CFG, fabric) is None
+    with pytest.raises(runs.RunError, match="cannot write"):
+        runs.Run.open(tmp_path, {**CFG, "force": True}, fabric)
+
+
+def test_half_precision_without_a_gpu_is_refused_and_srun_tasks_are_no_ranks(monkeypatch):
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="16-mixed needs a GPU"):
+            runs.launch({"accelerator": "auto", "devices": 1, "precision": "16-mixed"})
+    for name, value in {
+        "SLURM_NTASKS": "4",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_PROCID": "0",
+        "SLURM_JOB_ID": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert runs.launch({"accelerator": "cpu", "devices": 1}).world_size == 1
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(runs.RunError, match="srun started several tasks"):
+        runs.launch({"accelerator": "cpu", "devices": 1})

@@ -155,14 +155,14 @@ def test_lists(tmp_path, name, text, prefix):
 @pytest.mark.parametrize(
     ("name", "text", "match"),
     [
-        ("l.txt", "a.png 1\na.png\n", "entry 2"),
-        ("l.txt", "a.png -1\n", "label >= 0"),
-        ("l.txt", "a.png 1.5\n", "entry 1"),
+        ("l.txt", "a.png 1\na.png\n", "line 2"),
+        ("l.txt", "a.png -1\n", "line 1.*-1.*>= 0"),
+        ("l.txt", "a.png 1.5\n", "line 1"),
         ("l.txt", "", "names no image"),
         ("l.csv", "a.png,1,2\n", "two columns"),
         ("l.json", '{"annotations": [{"fpath": "a.png"}], "num_classes": 2}', "category_id"),
         ("l.json", '{"annotations": [{"fpath": "a.png", "category_id": 2}], "num_classes": 2}', r"2\.\.2"),
-        ("l.json", "[", "expected"),
+        ("l.json", "[", r"l\.json, line 1.*not valid JSON"),
         ("l.yaml", "a", "suffix"),
     ],
 )
