@@ -5,9 +5,9 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from common import runs
+from iqa_attack.photographs.photos import graded_photos
 from iqa_attack.quality_models.brisque import Brisque, fit_brisque
 from iqa_attack.quality_models.cornia import fit_cornia
-from iqa_attack.photographs.photos import graded_photos
 
 PAPER = Path(__file__).resolve().parents[1]
 CONFIGS = PAPER / "configs"

@@ -6,8 +6,8 @@ import scipy.io
 import torch
 from scipy.stats import spearmanr
 
-from iqa_attack.quality_models.cornia import Cornia, learn_codebook, load_cornia, normalise
 from iqa_attack.photographs.images import luma
+from iqa_attack.quality_models.cornia import Cornia, learn_codebook, load_cornia, normalise
 
 
 def test_patches_are_those_of_the_image(images):

@@ -7,8 +7,8 @@ import torchmetrics.functional.image as tm
 from skimage.metrics import structural_similarity
 
 from iqa_attack.fidelities.deep_fidelity import DISTS, LPIPS, vgg16_trunk
-from iqa_attack.fidelities.fidelity import MSSSIM, SSIM, Chebyshev, grey, ssim, ssim_maps
 from iqa_attack.fidelities.distances import build_fr
+from iqa_attack.fidelities.fidelity import MSSSIM, SSIM, Chebyshev, grey, ssim, ssim_maps
 
 
 def pair(size=(48, 57), n=2, noise=0.05, seed=0):

@@ -9,9 +9,9 @@ from scipy.ndimage import correlate
 from scipy.special import gamma
 from scipy.stats import gennorm
 
-from iqa_attack.quality_models import natural_scene_statistics as nss
 from iqa_attack.fidelities.filters import gaussian_filter, gaussian_window
 from iqa_attack.photographs.images import luma
+from iqa_attack.quality_models import natural_scene_statistics as nss
 from iqa_attack.quality_models.natural_scene_statistics import (
     brisque_features,
     fit_aggd,

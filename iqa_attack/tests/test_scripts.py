@@ -20,8 +20,8 @@ from PIL import Image
 
 from common import runs
 from iqa_attack import attack, collect, evaluate, train
-from iqa_attack.photographs.images import read_image
 from iqa_attack.jnd import CsvObserver
+from iqa_attack.photographs.images import read_image
 from iqa_attack.tables import read_cells, summarise, write_tables
 from iqa_attack.tests.conftest import CONFIGS, PAPER, SMALL, attack_config, config, train_config
 
