@@ -25,6 +25,8 @@ def linear_head(features: int) -> nn.Linear:
 class SharedViT(nn.Module):
     """One ViT for all modalities: each is classified alone, the score is the mean over those present."""
 
+    selects = False  # no masks, see FMViT
+
     def __init__(self, modalities: Sequence[str], *, vit: Mapping[str, Any]):
         super().__init__()
         self.modalities = list(modalities)
@@ -32,12 +34,13 @@ class SharedViT(nn.Module):
         self.head = linear_head(self.trunk.embed_dim)
 
     def forward(self, images: Mapping[str, Tensor], paths: Sequence[Sequence[str]] | None = None) -> Any:
-        names = check_images(images, self.modalities)
+        names = check_images(images, self.modalities, self.trunk)
         features = self.trunk(torch.cat([repeated(images[m]) for m in names]))
         logits = dict(zip(names, self.head(features).chunk(len(names)), strict=True))
         return logits if paths is None else [{m: logits[m] for m in names if m in path} for path in paths]
 
     score = staticmethod(FMViT.score)
+    loss = staticmethod(FMViT.loss)
 
 
 class ZeroFilled(nn.Module):
@@ -47,6 +50,8 @@ class ZeroFilled(nn.Module):
     training and test; the published benchmark trains with black and tests with zero, which `train_fill` reproduces.
     dropout: probability per image and modality, except the first, of being filled in during training.
     ValueError for another fill or a probability outside 0..1."""
+
+    selects = False
 
     def __init__(
         self, modalities: Sequence[str], *, vit: Mapping[str, Any], dropout: float = 0.0, fill: str = "zero",
@@ -63,7 +68,7 @@ class ZeroFilled(nn.Module):
         self.dim: int = self.trunks[self.modalities[0]].embed_dim  # pyright: ignore
 
     def forward(self, images: Mapping[str, Tensor], paths: Sequence[Sequence[str]] | None = None) -> Any:
-        check_images(images, self.modalities)
+        check_images(images, self.modalities, self.trunks[self.modalities[0]])
         outputs = [self._fuse({m: x for m, x in images.items() if m in path}) for path in paths or [list(images)]]
         return outputs if paths is not None else outputs[0]
 
@@ -86,6 +91,8 @@ class ZeroFilled(nn.Module):
     @staticmethod
     def score(logits: Logits) -> Tensor:
         return logits["fused"].float().softmax(-1)[:, LIVE]
+
+    loss = staticmethod(FMViT.loss)
 
 
 class ConcatFusion(ZeroFilled):
@@ -128,6 +135,8 @@ class CrossAttentionFusion(ZeroFilled):
 class TwoBranchCMFL(nn.Module):
     """RGB-D with the cross-modal focal loss: a head per branch and a joint one on both class tokens."""
 
+    selects = False
+
     def __init__(self, modalities: Sequence[str], *, vit: Mapping[str, Any]):
         super().__init__()
         if len(modalities) != 2:
@@ -139,7 +148,7 @@ class TwoBranchCMFL(nn.Module):
         self.joint = linear_head(2 * dim)
 
     def forward(self, images: Mapping[str, Tensor], paths: Sequence[Sequence[str]] | None = None) -> Any:
-        names = check_images(images, self.modalities)
+        names = check_images(images, self.modalities, self.trunks[self.modalities[0]])
         features = {m: self.trunks[m](repeated(images[m])) for m in names}
         outputs = []
         for path in paths or [names]:
@@ -154,6 +163,22 @@ class TwoBranchCMFL(nn.Module):
         """Of the joint head where both modalities are there, else of the one that is."""
         head = logits.get("joint", next(iter(logits.values())))
         return head.float().softmax(-1)[:, LIVE]
+
+    def loss(
+        self, logits: Logits, labels: Tensor, *, cmfl: float = 0.5, alpha: float = 1.0, gamma: float = 3.0
+    ) -> Tensor:
+        """(1 - cmfl) CE of the joint head + cmfl (CMFL of one branch + CMFL of the other). ValueError for cmfl outside 0..1, or
+        alpha <= 0 or gamma < 0, or a path without both modalities."""
+        if not 0 <= cmfl <= 1 or alpha <= 0 or gamma < 0:
+            raise ValueError(
+                f"method.loss: cmfl={cmfl}, alpha={alpha}, gamma={gamma}, allowed: 0 <= cmfl <= 1, alpha > 0, gamma >= 0"
+            )
+        if "joint" not in logits:
+            raise ValueError("method.loss.paths: the cross-modal focal loss needs both modalities, paths [cross]")
+        a, b = (logits[m] for m in self.modalities)
+        focal = cross_modal_focal(a, b, labels, alpha=alpha, gamma=gamma)
+        focal = focal + cross_modal_focal(b, a, labels, alpha=alpha, gamma=gamma)
+        return (1 - cmfl) * F.cross_entropy(logits["joint"].float(), labels) + cmfl * focal
 
 
 def cross_modal_focal(

@@ -1,21 +1,25 @@
 """Latency of flexible inference as ratios of one run: one branch, all branches, and a zero-filled fusion model that needs all.
 
-python bench.py [model.vit.name=vit_small_patch16_224] [batch=1] [threads=2]
+python bench.py [vit.name=vit_small_patch16_224] [batch_size=1] [threads=2]
+
+Interleaved rounds, medians with quartiles; weights are random, the time does not depend on them. Each network at its fastest of
+eager and onnxruntime (fp32); ratio = baseline / ours; nothing is asserted.
 """
 
-import json
-import os
-import platform
-import statistics
-import time
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-import hydra
 import torch
-from omegaconf import DictConfig
+from lightning_fabric import Fabric
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
-from common import runs
+from common.metrics.timing import Bench, interleaved
+from common.onnx_export import export_onnx
+from common.scripts import script
 from fm_vit.baselines import ConcatFusion
+from fm_vit.export import Deployed, one_set
 from fm_vit.model import FMViT
 
 MODALITIES = ["rgb", "depth", "ir"]
@@ -23,43 +27,53 @@ MODALITIES = ["rgb", "depth", "ir"]
 
 @torch.inference_mode()
 def bench(cfg: DictConfig) -> list[dict]:
-    """Interleaved rounds after a warm-up; medians. Weights are random: the time does not depend on them."""
-    torch.set_num_threads(cfg.threads)
-    vit = runs.plain(cfg.model.vit)
-    flexible, filled = FMViT(MODALITIES, vit=vit).eval(), ConcatFusion(MODALITIES, vit=vit).eval()
-    size = flexible.branches["rgb"].trunk.patch_embed.img_size[0]  # type: ignore[union-attr]
-    images = {m: torch.randn(cfg.batch, 3, size, size) for m in MODALITIES}
-    alone = {"rgb": images["rgb"]}
-    calls = {
-        "one branch, RGB": lambda: flexible(alone), "three branches": lambda: flexible(images),
-        "zero-filled fusion, RGB": lambda: filled(alone),
-    }  # fmt: skip
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(cfg.rounds + 2):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if round_ >= 2:
-                times[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    machine = {
-        "machine": platform.processor() or platform.machine(),
-        "isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "native"),
+    """Measures, prints, writes cfg.out and returns the rows."""
+    import onnxruntime
+
+    vit = OmegaConf.to_container(cfg.vit, resolve=True)
+    networks = {
+        "one branch, RGB": one_set(FMViT(MODALITIES, vit=vit), ["rgb"]),  # type: ignore[arg-type]
+        "three branches": one_set(FMViT(MODALITIES, vit=vit), MODALITIES),  # type: ignore[arg-type]
+        "zero-filled fusion, RGB": Deployed(ConcatFusion(MODALITIES, vit=vit), ["rgb"]).eval(),
     }
-    rows = []
+    height, width = networks["three branches"].model.branches["rgb"].trunk.patch_embed.img_size
+    options, calls = onnxruntime.SessionOptions(), {}
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, network in networks.items():
+            images = torch.randn(cfg.batch_size, 3 * len(network.names), height, width)
+            calls[f"{name}: eager"] = _call(network, images)
+            file = Path(scratch) / f"{len(calls)}.onnx"
+            with torch.inference_mode(False), torch.no_grad():
+                export_onnx(network, torch.zeros(1, *images.shape[1:]), file, about={})
+            session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+            feed = {"images": images.numpy()}
+            calls[f"{name}: onnxruntime"] = lambda s=session, f=feed: s.run(None, f)
+        times = interleaved(calls, rounds=cfg.rounds)
+    fastest = {n: min(t for k, t in times.items() if k.startswith(f"{n}:")) for n in networks}
+    table = Bench(cfg.out)
     for name in ("one branch, RGB", "three branches"):
-        ratio = median["zero-filled fusion, RGB"] / median[name]
-        rows.append({
-            "name": name, "ours": median[name], "baseline": median["zero-filled fusion, RGB"], "ratio": ratio, "unit": "s",
-            "threads": cfg.threads, "batch": cfg.batch, **machine,
-        })  # fmt: skip
-        print(f"{name:16s} {1000 * median[name]:8.1f} ms   {ratio:.2f}x the speed of zero-filled fusion with RGB given")
-    Path(cfg.out).write_text(json.dumps(rows, indent=1) + "\n")
-    return rows
+        table.add(
+            f"{name} vs zero-filled fusion with RGB given",
+            fastest[name],
+            fastest["zero-filled fusion, RGB"],
+            batch=cfg.batch_size,
+        )
+    table.add(
+        "one branch: onnxruntime vs eager",
+        times["one branch, RGB: onnxruntime"],
+        times["one branch, RGB: eager"],
+        batch=cfg.batch_size,
+    )
+    return table.write()
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="bench")
-def main(cfg: DictConfig) -> None:
+def _call(network: Deployed, images: Tensor) -> Callable[[], object]:
+    return lambda: network(images)
+
+
+@script("bench")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     bench(cfg)
 
 

@@ -1,4 +1,4 @@
-"""Count what follows from the architecture: parameters and MACs of trunks, CMTBs and branches (section 4).
+"""Count what follows from the architecture: parameters and MACs of trunks, CMTBs and branches.
 
 python counts.py        writes runs/default/counts/seed0/result.json, in seconds, without any data or weights
 """
@@ -6,13 +6,12 @@ python counts.py        writes runs/default/counts/seed0/result.json, in seconds
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
-from hydra.core.hydra_config import HydraConfig
+from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
-from common import runs
-from common.metrics.ops import count_macs, count_parameters
+from common.metrics.ops import count_macs, count_parameters, record_counts
+from common.scripts import script
 from fm_vit.cross_modal_block import CrossModalBlock
 from fm_vit.model import FMViT
 
@@ -58,16 +57,9 @@ def count() -> dict[str, float]:
     return found
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="counts")
-def main(cfg: DictConfig) -> None:
-    run = runs.Run.open(Path(HydraConfig.get().runtime.output_dir), cfg, runs.launch(cfg.fabric))
-    if run is None:
-        return
-    with run:
-        found = count()
-        run.finish(found)
-    for name, value in found.items():
-        print(f"{name:28s} {value:>16,}")
+@script("counts")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    record_counts(cfg, fabric, out, count)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""The Cross-Modal Transformer Block (CMTB, section 3.3): MMA, then MFA, then an MLP, all on class tokens; patch tokens pass.
+"""The Cross-Modal Transformer Block (CMTB) of the abstract: MMA, then MFA, then an MLP, all on class tokens; patch tokens pass.
 
 blocks = {"rgb": CrossModalBlock(384, 6), "ir": CrossModalBlock(384, 6)}       one per branch
-out = cross_modal({"rgb": z_rgb, "ir": z_ir}, blocks)                          z (B, 1 + N, D), any subset of the branches
+out, masks = cross_modal({"rgb": z_rgb, "ir": z_ir}, blocks)                   z (B, 1 + N, D), any subset of the branches
+
+That only class tokens change, and that an MLP follows, is our reading after MA-ViT (Liu and Liang, 2022).
 """
 
 from collections.abc import Mapping
@@ -46,26 +48,23 @@ class CrossModalBlock(nn.Module):
 
 
 def cross_modal(
-    tokens: Mapping[str, Tensor], blocks: Mapping[str, CrossModalBlock], kept: dict[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Tokens (B, 1 + N, D) of the modalities present, through the CMTB of each branch; only class tokens change.
+    tokens: Mapping[str, Tensor], blocks: Mapping[str, CrossModalBlock]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(tokens, masks) of the modalities present, through the CMTB of each branch; only class tokens change.
 
-    The mapping's order is the canonical one of the modalities. kept: receives the combined mask U (B, N) of every branch
-    with MMA, for the share of patches that it reads."""
+    tokens: (B, 1 + N, D), in the canonical order of the modalities. masks: the combined mask U (B, N) of every branch with
+    MMA, True for the patches that it reads."""
     maps = {m: block.mma.look(tokens[m]) for m, block in blocks.items() if m in tokens and block.mma is not None}
     masks = {m: select(logits.mean(1), rule=blocks[m].rule, share=blocks[m].share) for m, (logits, _) in maps.items()}
     patches = [z[:, 1:] for z in tokens.values()]
-    out = {}
+    out, used = {}, {}
     for m, z in tokens.items():
         block, c = blocks[m], z[:, 0]
-        if block.mma is not None:
-            assert block.mode is not None
-            mask = combine(masks, m, mode=block.mode)
-            c = c + block.mma.read(*maps[m], mask)
-            if kept is not None:
-                kept[m] = mask
+        if block.mma is not None and block.mode is not None:
+            used[m] = combine(masks, m, mode=block.mode)
+            c = c + block.mma.read(*maps[m], used[m])
         if block.mfa is not None:
             c = c + block.mfa(c, patches)
         c = c + block.mlp(block.norm(c))
         out[m] = torch.cat([c[:, None], z[:, 1:]], dim=1)
-    return out
+    return out, used

@@ -2,34 +2,34 @@
 
 python export.py weights=runs/default/fmvit/seed0/last.ckpt modalities=[rgb] out=rgb.onnx     one branch of three
 python export.py weights=... modalities=[rgb,depth,ir] out=fused.onnx
+
+The file maps images (B, 3 M, H, W), three normalised channels for each of the M sensors in the order that its metadata give, to
+liveness (B,); the metadata also have size, normalisation and the threshold of this set.
 """
 
-import contextlib
-import io
-import logging
 from pathlib import Path
 from typing import Any
 
-import hydra
-import numpy as np
 import torch
+from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from common import runs
-from fm_vit.evaluate import load
-from fm_vit.model import FMViT
+from common.metrics.ops import count_macs, count_parameters
+from common.onnx_export import export_onnx
+from common.scripts import script
+from fm_vit.checkpoint import load
 
 
 class Deployed(nn.Module):
-    """Liveness (B,) from one tensor per modality, in the order of `names`, each (B, 3, H, W) normalised to -1..1."""
+    """Liveness (B,) from (B, 3 M, H, W) normalised to -1..1, three channels for each of the M modalities `names`."""
 
     def __init__(self, model: Any, names: list[str]):
         super().__init__()
         self.model, self.names = model, names
 
-    def forward(self, *images: Tensor) -> Tensor:
-        return self.model.score(self.model(dict(zip(self.names, images, strict=True))))
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.score(self.model(dict(zip(self.names, images.split(3, dim=1), strict=True))))
 
 
 def one_set(model: Any, names: list[str]) -> Deployed:
@@ -37,56 +37,36 @@ def one_set(model: Any, names: list[str]) -> Deployed:
     if not names or (unknown := [m for m in names if m not in model.modalities]):
         raise ValueError(
             f"modalities={names}, allowed: one or more of {', '.join(model.modalities)}"
-            + (f", not {unknown}" if names else "")
+            + (f", not {', '.join(unknown)}" if names else "")
         )
     names = [m for m in model.modalities if m in names]
-    if isinstance(model, FMViT):
+    if hasattr(model, "branches"):
         model.branches = nn.ModuleDict({m: model.branches[m] for m in names})
         model.modalities = names
     return Deployed(model, names).eval()
 
 
-def export(cfg: DictConfig) -> Path:
+def export(cfg: DictConfig, fabric: Fabric) -> Path:
     """Writes cfg.out and returns its path; see configs/export.yaml."""
-    import onnxruntime
-
-    for name in ("onnxscript", "onnx_ir"):  # they tell every node that they remove
-        logging.getLogger(name).setLevel(logging.WARNING)
-    model, trained, _ = load(cfg.weights)
-    deployed, out = one_set(model, list(cfg.modalities)), Path(cfg.out)
-    size, names = trained.data.size, deployed.names
-    example = tuple(torch.zeros(2, 3, size, size) for _ in names)
-    beside = out.with_name(f".{out.name}.tmp.onnx")
-    with contextlib.redirect_stdout(io.StringIO()):  # the exporter reports its progress
-        batch = torch.export.Dim("batch")
-        torch.onnx.export(
-            deployed, example, beside, input_names=names, output_names=["liveness"],
-            dynamic_shapes=(tuple({0: batch} for _ in names),), dynamo=True, external_data=False, verbose=False,
-        )  # fmt: skip
-    session = onnxruntime.InferenceSession(str(beside), providers=["CPUExecutionProvider"])
-    generator, worst = torch.Generator().manual_seed(0), 0.0
-    for n in (1, 5):
-        images = [torch.rand(n, 3, size, size, generator=generator) * 2 - 1 for _ in names]
-        with torch.no_grad():
-            expected = deployed(*images).numpy()
-        (found,) = session.run(None, {m: x.numpy() for m, x in zip(names, images, strict=True)})
-        worst = max(worst, float(np.abs(found - expected).max()))
-    if not worst < cfg.tolerance:
-        beside.unlink()
-        raise ValueError(f"onnxruntime differs from torch by {worst:.2g}, allowed: tolerance={cfg.tolerance:g}")
-    beside.replace(out)
-    parameters = sum(p.numel() for p in deployed.parameters())
-    thresholds = runs.read_json(Path(cfg.weights).expanduser().with_name("thresholds.json")) or {}
+    trained = load(cfg.weights)
+    names = list(trained.about["modalities"] if cfg.modalities is None else cfg.modalities)
+    deployed = one_set(trained.model, names)
+    size, threshold = trained.about["size"], (trained.about["thresholds"] or {}).get("_".join(deployed.names))
+    about = {k: trained.about[k] for k in ("classes", "size", "normalise", "depth_max", "outline_only")}
+    about |= {"modalities": deployed.names, "channels": 3 * len(deployed.names), "threshold": threshold}
+    image = torch.zeros(1, about["channels"], size, size)
+    worst = export_onnx(deployed, image, cfg.out, about=about, tolerance=cfg.tolerance, outputs=["liveness"])
+    macs, parameters = sum(count_macs(deployed, image).values()), count_parameters(deployed)["total"]
     print(
-        f"{out}: {', '.join(names)}, {parameters:,} parameters, largest difference between onnxruntime and torch {worst:.2g}"
+        f"{cfg.out}: {', '.join(deployed.names)}, {parameters:,} parameters, {macs:,} MACs for a sample of {size} x {size}"
     )
-    print(f"threshold of this subset: {thresholds.get('_'.join(names), 'not known')}")
-    return out
+    print(f"largest difference between onnxruntime and torch: {worst:.2g}; threshold of these sensors: {threshold}")
+    return Path(cfg.out)
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="export")
-def main(cfg: DictConfig) -> None:
-    export(cfg)
+@script("export")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    export(cfg, fabric)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Multi-headed Fusion-Attention (MFA, section 3.3): the class token of a branch reads the patch tokens of every modality present.
+"""Multi-headed Fusion-Attention (MFA, abstract): the class token of a branch reads the patch tokens of every modality present.
 
     t^m  = [ LN3(c^m) ; LN2(z_patches^j) for j present, in canonical order ]
     c'^m = c^m + W_o' softmax(LN3(c^m) W_q' (t^m W_k')^T / sqrt(d_h)) (t^m W_v')

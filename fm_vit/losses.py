@@ -1,18 +1,16 @@
-"""The loss of FM-ViT (section 3.5): every branch is supervised alone (single path) and with all others present (cross path).
+"""The loss of FM-ViT: every branch is supervised alone (single path) and with all others present (cross path).
 
     L = L_s + L_c,   L_s = sum over m of BCE(logit^m with S = {m}),   L_c = sum over m of BCE(logit^m with S = all)
 
-With the cross path alone a branch learns to rely on the others, and is useless without them.
+The abstract does not give it; it follows the sibling MA-ViT (single-sequence loss + cross-modal loss). With the cross path alone
+a branch learns to rely on the others, and is useless without them. `pairs` adds the paths of two modalities.
 """
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
-
-from fm_vit.baselines import TwoBranchCMFL, cross_modal_focal
-from fm_vit.model import Logits
 
 PATHS = ("single", "pairs", "cross")
 
@@ -25,11 +23,9 @@ def subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
 def training_paths(modalities: Sequence[str], kinds: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
     """(kind, modalities) of every path of the loss. kinds: some of single, pairs, cross; with one modality they coincide.
     ValueError for no or an unknown kind."""
-    if not kinds or (unknown := set(kinds) - set(PATHS)):
-        raise ValueError(
-            f"loss paths {list(kinds)}, allowed: one or more of {', '.join(PATHS)}"
-            + (f", not {unknown}" if kinds else "")
-        )
+    unknown = [k for k in kinds if k not in PATHS]
+    if not kinds or unknown:
+        raise ValueError(f"method.loss.paths={list(kinds)}, allowed: one or more of {', '.join(PATHS)}")
     sizes = {"single": 1, "pairs": 2, "cross": len(modalities)}
     found = {
         s: kind for kind in PATHS if kind in kinds for s in combinations(modalities, min(sizes[kind], len(modalities)))
@@ -38,34 +34,27 @@ def training_paths(modalities: Sequence[str], kinds: Sequence[str]) -> list[tupl
 
 
 def path_losses(
-    model: object,
-    outputs: Sequence[Logits],
+    model: Any,
+    outputs: Sequence[Mapping[str, Tensor]],
     kinds: Sequence[str],
     labels: Tensor,
     *,
     weights: Mapping[str, float] | None = None,
-    cmfl: float = 0.5,
-    alpha: float = 1.0,
-    gamma: float = 3.0,
+    **options: Any,
 ) -> dict[str, Tensor]:
-    """{"loss_single": ..., "loss_cross": ...}: cross-entropy (that is, BCE), a sum over heads and paths, a mean over images.
+    """{"loss_single": ..., "loss_cross": ...}: `model.loss` of every path, summed over the paths of a kind.
 
-    outputs, kinds: one per path; labels (B,), 1 live. weights: factor per kind, default 1. For `TwoBranchCMFL` the joint
-    head has (1 - cmfl) CE and the branches cmfl times the cross-modal focal loss with alpha, gamma."""
+    outputs, kinds: one per path; labels (B,), 1 live. weights: factor per kind, default 1. options: of `model.loss`."""
+    check_weights(weights or {})
     terms: dict[str, Tensor] = {}
     for logits, kind in zip(outputs, kinds, strict=True):
-        if isinstance(model, TwoBranchCMFL):
-            a, b = (logits[m] for m in model.modalities)
-            focal = cross_modal_focal(a, b, labels, alpha=alpha, gamma=gamma) + cross_modal_focal(
-                b, a, labels, alpha=alpha, gamma=gamma
-            )
-            value = (1 - cmfl) * F.cross_entropy(logits["joint"].float(), labels) + cmfl * focal
-        else:
-            value = sum(
-                (F.cross_entropy(z.float(), labels) for z in logits.values()),
-                start=labels.new_zeros((), dtype=labels.dtype).float(),
-            )
         name = f"loss_{kind}"
-        value = (weights or {}).get(kind, 1.0) * value
+        value = (weights or {}).get(kind, 1.0) * model.loss(logits, labels, **options)
         terms[name] = terms[name] + value if name in terms else value
     return terms
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """ValueError for the weight of an unknown path, or a negative one."""
+    if wrong := {k: w for k, w in weights.items() if k not in PATHS or not w >= 0}:
+        raise ValueError(f"method.loss.weights={wrong}, allowed: numbers >= 0 for {', '.join(PATHS)}")

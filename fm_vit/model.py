@@ -7,14 +7,19 @@
 Every model maps (images, paths) to one dict of named logits per path, a path being the modalities that may see each other.
 """
 
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
+from common.runs import load_checkpoint
 from fm_vit.cross_modal_block import CrossModalBlock, cross_modal
 
 LIVE = 1  # the class index of a live face
@@ -29,29 +34,72 @@ def build_trunk(*, name: str | None = None, pretrained: bool = False, weights: s
     if name is None:
         trunk = VisionTransformer(num_classes=0, **vit)
     else:
-        trunk = timm.create_model(name, pretrained=pretrained, num_classes=0, **vit)
+        trunk = _named(name, pretrained and weights is None, **vit)
     if not isinstance(trunk, VisionTransformer) or trunk.cls_token is None or trunk.num_prefix_tokens != 1:
         raise ValueError(f"{name or 'the trunk'} must be a timm VisionTransformer with one class token and no other")
     (height, width), (ph, pw) = trunk.patch_embed.img_size, trunk.patch_embed.patch_size  # pyright: ignore
     if height % ph or width % pw:
         raise ValueError(f"images of {height} x {width} are no multiple of patches of {ph} x {pw}")
     if weights is not None:
-        from common.runs import load_checkpoint
-
-        state = load_checkpoint(weights)
-        state = state.get("model", state.get("state_dict", state))
-        missing, extra = trunk.load_state_dict(
-            {k: v for k, v in state.items() if not k.startswith("head")}, strict=False
-        )
-        if missing or extra:
-            raise ValueError(
-                f"{weights} does not fit the trunk: missing {list(missing)[:3]}, unexpected {list(extra)[:3]}"
-            )
+        _load(trunk, weights)
     return trunk
 
 
-def check_images(images: Mapping[str, Tensor], modalities: Sequence[str]) -> list[str]:
-    """The modalities present, in canonical order. ValueError for none, an unknown name, or batches that differ."""
+def _named(name: str, pretrained: bool, **options: Any) -> Any:
+    """timm's network; an error that says what to do where its weights cannot be had."""
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name[:8]}*")[:5]) or "none like it"
+        raise ValueError(f"model.vit.name={name!r}: timm has no such network; it has {near}")
+    if not pretrained:
+        return timm.create_model(name, pretrained=False, num_classes=0, **options)
+    try:
+        with _no_retries():
+            return timm.create_model(name, pretrained=True, num_classes=0, **options)
+    except Exception as error:
+        if (
+            not isinstance(error, OSError)
+            and "offline" not in str(error).lower()
+            and "connect" not in str(error).lower()
+        ):
+            raise
+        raise FileNotFoundError(
+            f"cannot get the ImageNet weights of {name} ({type(error).__name__}): give a local file, +model.vit.weights=<file>, "
+            "or model.vit.pretrained=false to start at random"
+        ) from error
+
+
+@contextmanager
+def _no_retries() -> Iterator[None]:
+    """Without a network huggingface_hub waits and tries again for minutes; here it fails at once."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(5)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _load(trunk: Any, weights: str) -> None:
+    """Weights of a file into a trunk; positions of another grid are resized (timm's rule, bicubic), and a line says so."""
+    state = load_checkpoint(weights)
+    state = state.get("model", state.get("state_dict", state))
+    state = {k: v for k, v in state.items() if not k.startswith("head")}
+    own, found = trunk.pos_embed, state.get("pos_embed")
+    if found is not None and found.shape[-1] == own.shape[-1] and found.shape != own.shape:
+        print(f"{weights}: positions of {found.shape[1] - 1} patches are resized to {own.shape[1] - 1}")
+        state["pos_embed"] = resample_abs_pos_embed(found, list(trunk.patch_embed.grid_size), num_prefix_tokens=1)
+    wrong = [k for k, v in state.items() if k in (has := trunk.state_dict()) and v.shape != has[k].shape]
+    missing, extra = trunk.load_state_dict({k: v for k, v in state.items() if k not in wrong}, strict=False)
+    if wrong or missing or extra:
+        raise ValueError(
+            f"{weights} does not fit the trunk: other shapes {wrong[:3]}, missing {list(missing)[:3]}, "
+            f"unexpected {list(extra)[:3]}"
+        )
+
+
+def check_images(images: Mapping[str, Tensor], modalities: Sequence[str], trunk: Any = None) -> list[str]:
+    """The modalities present, in canonical order. ValueError for none, an unknown name, batches that differ, or images that
+    have another size than those of the trunk."""
     if not images:
         raise ValueError(f"no modality given; allowed: any non-empty subset of {', '.join(modalities)}")
     if unknown := sorted(set(images) - set(modalities)):
@@ -60,6 +108,10 @@ def check_images(images: Mapping[str, Tensor], modalities: Sequence[str]) -> lis
     if any(x.shape[0] != first.shape[0] or x.shape[2:] != first.shape[2:] for x in images.values()):
         shapes = {m: tuple(x.shape) for m, x in images.items()}
         raise ValueError(f"batch and image size must be the same in every modality, got {shapes}")
+    if trunk is not None and tuple(first.shape[2:]) != tuple(trunk.patch_embed.img_size):
+        raise ValueError(
+            f"images are {tuple(first.shape[2:])}, the network was made for {tuple(trunk.patch_embed.img_size)}"
+        )
     return [m for m in modalities if m in images]
 
 
@@ -117,13 +169,16 @@ class FMViT(nn.Module):
         self.branches = nn.ModuleDict(
             {m: Branch(t, len(self.after), cmtb or {}) for m, t in zip(self.modalities, trunks, strict=True)}
         )
-        self.kept: dict[str, Tensor] = {}
+        self.selects = bool(self.after) and (cmtb or {}).get("mma", "union") is not None  # whether there are masks
 
-    def forward(self, images: Mapping[str, Tensor], paths: Sequence[Sequence[str]] | None = None) -> Any:
+    def forward(
+        self, images: Mapping[str, Tensor], paths: Sequence[Sequence[str]] | None = None, *, with_masks: bool = False
+    ) -> Any:
         """images: modality -> (B, 1 or 3, H, W). paths: subsets of the modalities given, each with its own cross-modal blocks;
         the trunks are shared up to the first of them. Returns a list of {modality: logits (B, 2)}, one per path; without
-        `paths` the one dict of all modalities given. `self.kept` has the masks of the last path."""
-        names = check_images(images, self.modalities)
+        `paths` the one dict of all modalities given. with_masks: (that, masks), masks being for each path a list of the
+        {modality: patches that MMA reads (B, N) bool} of its CMTBs."""
+        names = check_images(images, self.modalities, self.branches[self.modalities[0]].trunk)
         wanted = [names] if paths is None else [[m for m in self.modalities if m in path] for path in paths]
         for path, found in zip(paths or [names], wanted, strict=True):
             if not found or set(path) - set(names):
@@ -131,18 +186,19 @@ class FMViT(nn.Module):
         branches: dict[str, Any] = {m: self.branches[m] for m in names}
         tokens = {m: branch.tokens(images[m]) for m, branch in branches.items()}
         states = [tokens]  # one, until the paths part
+        masks: Any = [[] for _ in wanted]
         for depth in range(len(branches[names[0]].trunk.blocks)):
             states = [{m: branches[m].trunk.blocks[depth](z) for m, z in state.items()} for state in states]
             if depth + 1 in self.after:
                 states = self._part(states, wanted)
                 blocks = {m: branch.cmtb[self.after.index(depth + 1)] for m, branch in branches.items()}
-                kept: dict[str, Tensor] = {}
-                states = [cross_modal(state, blocks, kept) for state in states]
-                if not torch.compiler.is_compiling():  # an exported graph has no attributes to write
-                    self.kept = kept
+                done = [cross_modal(state, blocks) for state in states]
+                states = [state for state, _ in done]
+                masks = [[*earlier, used] for earlier, (_, used) in zip(masks, done, strict=True)]
         states = self._part(states, wanted)
         outputs = [{m: branches[m].classify(z) for m, z in state.items()} for state in states]
-        return outputs if paths is not None else outputs[0]
+        outputs, masks = (outputs, masks) if paths is not None else (outputs[0], masks[0])
+        return (outputs, masks) if with_masks else outputs
 
     @staticmethod
     def _part(states: list[dict[str, Tensor]], paths: list[list[str]]) -> list[dict[str, Tensor]]:
@@ -154,3 +210,9 @@ class FMViT(nn.Module):
     def score(logits: Logits) -> Tensor:
         """Liveness (B,) in 0..1: the mean over the branches of softmax(logits)[live]."""
         return torch.stack([z.float().softmax(-1)[:, LIVE] for z in logits.values()]).mean(0)
+
+    @staticmethod
+    def loss(logits: Logits, labels: Tensor) -> Tensor:
+        """Cross-entropy of two classes (that is, BCE): the sum over heads of the mean over images. labels: (B,), 1 live."""
+        first, *others = (F.cross_entropy(z.float(), labels) for z in logits.values())
+        return sum(others, start=first)

@@ -1,12 +1,12 @@
-"""Multi-headed Mutual-Attention (MMA, section 3.3): the class token of a branch reads the patches that matter, where "matter"
+"""Multi-headed Mutual-Attention (MMA, abstract): the class token of a branch reads the patches that matter, where "matter"
 may be decided by the other modalities.
 
     map^m = q^m (k^m)^T / sqrt(d_h),   M^m = Gamma_lambda(mean over heads of map^m) in {0, 1}^N
     U^m   = the union (or another combination) of M^j over the modalities j that are present
     c^m   = z_cls^m + W_o softmax(map^m where U^m, else -inf) v^m
 
-The selection is hard: gradients flow through map^m and v^m of branch m only. The paper's text was not readable; this is one
-precise reading of its abstract.
+The selection is hard: gradients flow through map^m and v^m of branch m only. The abstract says no more than that each branch
+mines informative patch tokens; the top-lambda mask Gamma follows the sibling MA-ViT (Liu and Liang, 2022), the union is ours.
 """
 
 import math
@@ -39,8 +39,7 @@ def select(relevance: Tensor, *, rule: str = "top", share: float = 0.5) -> Tenso
     if rule == "max":
         return relevance >= low + share * (high - low)
     chosen = relevance > relevance.mean(1, keepdim=True)
-    flat = ~chosen.any(1)  # all equal
-    chosen[flat, 0] = True
+    chosen[:, 0] |= ~chosen.any(1)  # all equal
     return chosen
 
 

@@ -1,17 +1,75 @@
-"""Presentation attack detection metrics (section 6), from liveness scores in 0..1; accepted as live iff score >= threshold.
+"""Presentation attack detection metrics (ISO/IEC 30107-3), from liveness scores in 0..1; accepted as live iff score >= threshold.
 
 All take numpy arrays: scores (n,), live (n,) bool, and where named species (n,) str, "live" for live ones. Rates are in percent.
+A threshold is always chosen on other data than those that it is used on (`measure`).
     APCER  attacks accepted;  BPCER  live rejected;  ACER  their mean;  HTER  ACER at a threshold fixed on other data
 ISO/IEC 30107-3 takes APCER per species and reports the worst; the literature of this field pools: both are given.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from sklearn.metrics import det_curve, roc_auc_score, roc_curve
 
 OPERATING_POINTS = (1e-2, 1e-3, 1e-4)
+THRESHOLDS = ("eer", "eer_mid", "bpcer1", "half")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Liveness of every sample of a split, by subset of the modalities, with what the metrics need; None: not known."""
+
+    scores: Mapping[str, np.ndarray]  # subset: (n,)
+    live: np.ndarray  # (n,) bool
+    species: Sequence[str] | None = None
+    subject: Sequence[Any] = field(default_factory=list)  # what is resampled together
+    video: Sequence[str] | None = None
+    name: Sequence[str] = field(default_factory=list)
+
+    def videos(self) -> "Scored":
+        """The same of whole videos: the mean score of their frames, before any threshold. ValueError where they are not known."""
+        if self.video is None:
+            raise ValueError(
+                "level=video: the videos of these samples are not known; data.video is the pattern of their names"
+            )
+        first = video_scores(np.zeros(len(self.live)), self.video)[1]
+        scores = {tag: video_scores(values, self.video)[0] for tag, values in self.scores.items()}
+        pick = lambda values: None if values is None else [values[i] for i in first]  # noqa: E731
+        video = pick(self.video)
+        return Scored(scores, self.live[first], pick(self.species), pick(self.subject) or [], video, video or [])
+
+
+def measure(
+    development: Scored, test: Scored, *, threshold: str, points: Sequence[float] = ()
+) -> dict[str, dict[str, float]]:
+    """{subset: {"threshold": ..., `summary` of the test scores}}: every subset has its own threshold, chosen by the rule
+    `threshold` (see `choose_threshold`) on the development scores."""
+    rows = {}
+    for tag, scores in test.scores.items():
+        at = choose_threshold(threshold, development.scores[tag], development.live)
+        rows[tag] = {"threshold": at} | summary(scores, test.live, test.species, at, points=points)
+    return rows
+
+
+def check_threshold(kind: str) -> None:
+    """ValueError for a rule that `choose_threshold` does not have."""
+    if kind not in THRESHOLDS:
+        raise ValueError(f"threshold={kind!r}, allowed: {', '.join(THRESHOLDS)}")
+
+
+def choose_threshold(kind: str, scores: np.ndarray, live: np.ndarray) -> float:
+    """A threshold from development scores. eer: the point of their ROC with the smallest |APCER - BPCER|; eer_mid: halfway from
+    it to the next lower score; bpcer1: the largest that rejects at most 1 % of the live (WMCA); half: 0.5, whatever the scores.
+    ValueError for another name."""
+    check_threshold(kind)
+    if kind == "half":
+        return 0.5
+    if kind == "bpcer1":
+        return bpcer_threshold(scores, live, bpcer=1.0)
+    return eer_threshold(scores, live, between=kind == "eer_mid")[0]
 
 
 def check(scores: np.ndarray, live: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -26,15 +84,20 @@ def check(scores: np.ndarray, live: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return scores, live
 
 
-def apcer_by_species(
-    scores: np.ndarray, species: Sequence[str], threshold: float, wanted: Sequence[str] | None = None
-) -> dict[str, float]:
-    """APCER of every species of attack. wanted: names that must be there; ValueError for one without a sample."""
+def apcer_by_species(scores: np.ndarray, species: Sequence[str], threshold: float) -> dict[str, float]:
+    """APCER of every species of attack."""
     kinds = np.asarray(species)
     names = sorted(set(kinds.tolist()) - {"live"})
-    if absent := sorted(set(wanted or ()) - set(names)):
-        raise ValueError(f"no sample of the attack species {', '.join(absent)}; there are {', '.join(names) or 'none'}")
     return {name: 100 * float((np.asarray(scores)[kinds == name] >= threshold).mean()) for name in names}
+
+
+def check_species(species: Sequence[str] | None, wanted: Sequence[str] | None) -> None:
+    """ValueError for a species of attack that is wanted and has no sample: without one a worst case would pass unseen."""
+    names = sorted(set(species or ()) - {"live"})
+    if absent := sorted(set(wanted or ()) - set(names)):
+        raise ValueError(
+            f"no sample of the attack species {', '.join(absent)}; there are {', '.join(names) or 'none known'}"
+        )
 
 
 def error_rates(scores: np.ndarray, live: np.ndarray, threshold: float) -> dict[str, float]:
@@ -44,18 +107,17 @@ def error_rates(scores: np.ndarray, live: np.ndarray, threshold: float) -> dict[
     return {"apcer": apcer, "bpcer": bpcer, "acer": (apcer + bpcer) / 2}
 
 
-def eer_threshold(scores: np.ndarray, live: np.ndarray) -> tuple[float, float]:
-    """(threshold, equal error rate in percent): the ROC point with the smallest |BPCER - APCER|.
+def eer_threshold(scores: np.ndarray, live: np.ndarray, *, between: bool = False) -> tuple[float, float]:
+    """(threshold, equal error rate in percent): the ROC point with the smallest |BPCER - APCER|, of equal ones that with the
+    largest threshold.
 
-    Of equal ones that with the largest threshold.
-
-    The threshold lies halfway to the next lower score, so that it does not depend on a single sample's rounding."""
+    between: halfway to the next lower score, so that it does not depend on a single sample's rounding."""
     scores, live = check(scores, live)
     fpr, tpr, thresholds = roc_curve(live, scores, drop_intermediate=False)
     best = int(np.abs((1 - tpr) - fpr).argmin())
     below = scores[scores < thresholds[best]]
     at = float(thresholds[best]) if np.isfinite(thresholds[best]) else float(np.nextafter(scores.max(), np.inf))
-    threshold = (at + below.max()) / 2 if len(below) else at
+    threshold = (at + float(below.max())) / 2 if between and len(below) else at
     return threshold, 50 * float(fpr[best] + 1 - tpr[best])
 
 
@@ -119,15 +181,22 @@ def bootstrap(
 
 
 def summary(
-    scores: np.ndarray, live: np.ndarray, species: Sequence[str], threshold: float, *, points: Sequence[float] = ()
+    scores: np.ndarray,
+    live: np.ndarray,
+    species: Sequence[str] | None,
+    threshold: float,
+    *,
+    points: Sequence[float] = (),
 ) -> dict[str, float]:
-    """apcer, apcer_worst, bpcer, acer, acer_worst at a threshold fixed elsewhere (acer is then the HTER); eer and auc of the
-    scores themselves; tpr_<rate> at `points` (false positive rates)."""
+    """apcer, bpcer, acer at a threshold fixed elsewhere (acer is then the HTER), with apcer_worst and acer_worst where species
+    are known; eer_own (at a threshold of these very scores: a property of their ROC, no result) and auc; tpr_<rate> at
+    `points` (false positive rates)."""
     scores, live = check(scores, live)
     found = error_rates(scores, live, threshold)
-    worst = max(apcer_by_species(scores, species, threshold).values())
-    found |= {"apcer_worst": worst, "acer_worst": (worst + found["bpcer"]) / 2}
-    found |= {"eer": eer_threshold(scores, live)[1], "auc": 100 * float(roc_auc_score(live, scores))}
+    if species is not None:
+        worst = max(apcer_by_species(scores, species, threshold).values())
+        found |= {"apcer_worst": worst, "acer_worst": (worst + found["bpcer"]) / 2}
+    found |= {"eer_own": eer_threshold(scores, live)[1], "auc": 100 * float(roc_auc_score(live, scores))}
     return found | {f"tpr_{rate:g}": tpr_at_fpr(scores, live, rate) for rate in points}
 
 

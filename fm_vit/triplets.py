@@ -16,38 +16,42 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from common.data.files import open_image
 from fm_vit.protocols import Frames
 
-
-def unpack(images: Tensor, modalities: Sequence[str]) -> dict[str, Tensor]:
-    """(B, 3 M, H, W) in 0..1 -> {modality: (B, 3, H, W)}, normalised to -1..1."""
-    return dict(zip(modalities, ((images - 0.5) / 0.5).split(3, dim=1), strict=True))
+MEAN = STD = 0.5  # of every channel
 
 
-def read_frame(path: Path, *, depth_max: float | None = None) -> Tensor:
-    """One image as float (3, H, W) in 0..1; grey ones are repeated, 16-bit ones divided by depth_max (then clipped).
+def unpack(images: Tensor, modalities: Sequence[str], *, mean: float = MEAN, std: float = STD) -> dict[str, Tensor]:
+    """(B, 3 M, H, W) in 0..1 -> {modality: (B, 3, H, W)}, normalised (to -1..1)."""
+    return dict(zip(modalities, ((images - mean) / std).split(3, dim=1), strict=True))
 
-    ValueError for an image that cannot be decoded or is black all over, or a 16-bit one without depth_max."""
-    try:
+
+def read_frame(path: Path, *, modality: str = "rgb", depth_max: float | None = None) -> Tensor:
+    """One image as float (3, H, W) in 0..1, upright; grey ones are repeated, depth of more than 8 bits is divided by depth_max
+    (then clipped), other images of more than 8 bits by the range of their type.
+
+    ValueError for an image that cannot be decoded or is black all over, or a 16-bit depth image without depth_max."""
+    deep = modality == "depth" and _is_wide(path)
+    if deep and depth_max is None:
+        raise ValueError(f"{path} has 16 bits: give depth_max, the value that is to become 1")
+    if deep and depth_max is not None:
         with Image.open(path) as image:
-            image.load()
-            wide = image.mode.startswith("I") or image.mode == "F"
-            pixels = (
-                torch.from_numpy(np.asarray(image).astype(np.float32))[None]
-                if wide
-                else pil_to_tensor(image.convert("RGB"))
-            )
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"cannot decode image {path}: {error}") from error
+            values = torch.from_numpy(np.asarray(image).astype(np.float32))[None]
+        pixels = (values / depth_max).clamp(0, 1).expand(3, -1, -1)
+    else:
+        pixels = pil_to_tensor(open_image(path)).float() / 255
     if not pixels.any():
         raise ValueError(f"{path} is black all over: a sensor failed there. List it in data.exclude")
-    if not wide:
-        return pixels.float() / 255
-    if depth_max is None:
-        raise ValueError(
-            f"{path} has 16 bits: give data.depth_max, the value that is to become 1 (its largest is {pixels.max():.0f})"
-        )
-    return (pixels / depth_max).clamp(0, 1).expand(3, -1, -1)
+    return pixels
+
+
+def _is_wide(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            return image.mode.startswith("I") or image.mode == "F"
+    except (OSError, SyntaxError, ValueError):
+        return False  # open_image says what is wrong
 
 
 def geometry(size: int, *, train: bool, rotation: float = 10.0) -> v2.Transform:
@@ -88,7 +92,11 @@ class Triplets(Dataset):
         return len(self.frames)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        images = {m: read_frame(p, depth_max=self.depth_max) for m, p in self.frames.paths[i].items()}
+        return self.pack(self.frames.paths[i]), int(self.frames.live[i])
+
+    def pack(self, paths: Mapping[str, Path]) -> Tensor:
+        """The packed image of one file per modality."""
+        images = {m: read_frame(paths[m], modality=m, depth_max=self.depth_max) for m in self.modalities}
         height, width = images[self.modalities[0]].shape[-2:]
         if any(x.shape[-2:] != (height, width) for x in images.values()):  # one draw fits all only at one size
             images = {m: v2.functional.resize(x, [height, width], antialias=True) for m, x in images.items()}
@@ -98,4 +106,4 @@ class Triplets(Dataset):
             x = moved[m].as_subclass(Tensor)
             x = silhouette(x) if self.outline_only else self.paint[m](x) if self.train else x
             parts.append(x)
-        return torch.cat(parts), int(self.frames.live[i])
+        return torch.cat(parts)

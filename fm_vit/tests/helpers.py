@@ -43,7 +43,8 @@ def write_triplets(root: Path, *, subjects=4, frames=2) -> None:
         for s in range(subjects):
             for label, part in ((1, "real_part"), (0, "fake_part")):
                 for f in range(frames):
-                    names = [f"{split}/{part}/AS_{k}{s:03d}/v/{m}/{f}.png" for m in ("color", "depth", "ir")]
+                    clip = f"{split}/{part}/CLKJ_AS{k}{s:03d}/v"
+                    names = [f"{clip}/{m}/{f}.png" for m in ("color", "depth", "ir")]
                     for i, name in enumerate(names):
                         picture(root / name, 1000 * k + 100 * s + 10 * f + i, mode="RGB" if i == 0 else "L")
                     rows.append(" ".join([*names, str(label)]))
@@ -51,14 +52,30 @@ def write_triplets(root: Path, *, subjects=4, frames=2) -> None:
 
 
 def write_videos(root: Path, *, live_label=0) -> None:
-    """Lists of video folders: "<video>/color label"; the infrared frames of every second video lack one."""
+    """Lists of video folders: "<video>/color label"; the infrared frames of every second video lack one. Names as in CeFA."""
     for k, split in enumerate(("train", "val", "test")):
         rows = []
         for s in range(4):
             live = s % 2 == 0
-            video = f"{split}/P{k}{s}_{0 if live else 2}"
+            video = f"CASIA_CeFA/Ethnicity/AF/AF-{k}{s:02d}/1_{k}{s:02d}_1_1_{1 if live else 4}"
             for i, folder in enumerate(("color", "depth", "ir")):
                 for f in range(3 if folder != "ir" or live else 2):
                     picture(root / video / folder / f"frame_{f:04d}.jpg", 100 * k + 10 * s + f + i)
             rows.append(f"{video}/color {live_label if live else 1 - live_label}")
         (root / f"{split}_list.txt").write_text("\n".join(rows) + "\n")
+
+
+LISTS = "data.lists={train: train_list.txt, validation: val_list.txt, test: test_list.txt}"
+COPY = ["data.expected=null", LISTS, "data.workers=0"]  # another copy than the published one
+
+
+def write_own(root: Path, *, modalities=("rgb", "depth", "ir"), people=3) -> None:
+    """One's own folders: <split>/<live|print|mask>/<modality>/person<k>.png, with what editors leave behind."""
+    for k, split in enumerate(("train", "val", "test")):
+        for c, name in enumerate(("live", "print", "mask")):
+            for i, m in enumerate(modalities):
+                for p in range(people):
+                    file = root / split / name / m / f"person{k}{p}.{'png' if i == 0 else 'jpg'}"
+                    picture(file, 100 * k + 10 * p + c, mode="RGB" if i == 0 else "L")
+            (root / split / name / ".DS_Store").write_bytes(b"x")
+        (root / split / ".ipynb_checkpoints").mkdir()

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from fm_vit.data import build_data
-from fm_vit.protocols import check_subjects, read_list
+from fm_vit.protocols import check_splits, read_list
 from fm_vit.tests.helpers import picture, write_triplets, write_videos
 from fm_vit.triplets import Triplets, geometry, read_frame, silhouette, unpack
 
@@ -25,14 +25,14 @@ def videos(root, split="train", **options):
 
 def test_triplet_rows(tmp_path):
     write_triplets(tmp_path)
-    frames = triplets(tmp_path, subject=r"(AS_\d+)")
-    assert len(frames) == 16 and frames.counts() == {"live": 8, "attack": 8}
+    frames = triplets(tmp_path, subject=r"(CLKJ_AS\d+)", video=r"(.+)/color/")
+    assert frames.counts() == {"frames": 16, "live": 8, "attack": 8, "videos": 8}
     assert (
         frames.paths[0]["ir"].parts[-2:] == ("ir", "0.png")
         and frames.live[0]
-        and frames.species[:3] == ["live", "live", "attack"]
+        and frames.species[:3] == ["live", "live", None]
     )
-    assert set(frames.subject) == {f"AS_0{s:03d}" for s in range(4)} and len(set(frames.video)) == 8
+    assert set(frames.subject) == {f"CLKJ_AS0{s:03d}" for s in range(4)}
     two = triplets(tmp_path, modalities=["ir"])
     assert [*two.paths[0]] == ["ir"]
 
@@ -40,9 +40,9 @@ def test_triplet_rows(tmp_path):
 def test_polarity_is_explicit_and_asserted(tmp_path):
     write_triplets(tmp_path, frames=1)
     rows = (tmp_path / "train_list.txt").read_text().splitlines()
-    (tmp_path / "train_list.txt").write_text("\n".join([*rows, rows[0]]) + "\n")  # one live sample more
-    right = {"live": 5, "attack": 4}
-    assert triplets(tmp_path, expected=right).counts() == right
+    (tmp_path / "train_list.txt").write_text("\n".join(rows[:-1]) + "\n")  # one attack less
+    right = {"live": 4, "attack": 3}
+    assert triplets(tmp_path, expected=right).counts() == right | {"frames": 7}
     with pytest.raises(ValueError, match="check the polarity"):
         triplets(tmp_path, expected=right, live_label=0)
     with pytest.raises(ValueError, match="live_label=2"):
@@ -51,13 +51,18 @@ def test_polarity_is_explicit_and_asserted(tmp_path):
 
 def test_video_lists_join_frames_by_number(tmp_path):
     write_videos(tmp_path)
-    frames = videos(tmp_path, species=r"_(\d)/", subject=r"(P\d\d)")
-    assert frames.counts() == {"live": 6, "attack": 4}  # an attack's third frame has no infrared
+    frames = videos(tmp_path, species=r"_(\d)/", subject=r"(AF-\d+)", species_names={"4": "screen"})
+    assert frames.counts() == {
+        "frames": 10,
+        "live": 6,
+        "attack": 4,
+        "videos": 4,
+    }  # an attack's third frame has no infrared
     assert frames.dropped["frame without its counterpart"] == 2
-    assert set(frames.species) == {"live", "2"} and set(frames.subject) == {"P00", "P01", "P02", "P03"}
+    assert set(frames.species) == {"live", "screen"} and set(frames.subject) == {f"AF-00{s}" for s in range(4)}
     assert all(len({p.stem for p in paths.values()}) == 1 for paths in frames.paths)
-    assert videos(tmp_path, every=3).counts() == {"live": 2, "attack": 2}
-    kept = videos(tmp_path, exclude=["P00_0"])
+    assert videos(tmp_path, every=3).counts() == {"frames": 4, "live": 2, "attack": 2, "videos": 4}
+    kept = videos(tmp_path, exclude=["1_000_1_1_1"])
     assert kept.dropped["excluded"] == 1 and kept.counts()["live"] == 3
 
 
@@ -70,7 +75,7 @@ def test_bad_lists_are_named(tmp_path):
         return triplets(tmp_path)
 
     for text, error, message in (
-        (good.replace(" 1\n", " 3\n", 1), ValueError, "line 1: the last word must be the label 0 or 1, got '3'"),
+        (good.replace(" 1\n", " 3\n", 1), ValueError, r"line 1: label '3', expected 0 \.\. 1"),
         ("a.png 1\n", ValueError, "expected 3 paths"),
         ("", ValueError, "lists no frame"),
         ("x/1.png y/1.png z/1.png 1\n", FileNotFoundError, "no frame .*x/1.png"),
@@ -93,11 +98,14 @@ def test_bad_lists_are_named(tmp_path):
 
 def test_subjects_in_two_splits_are_refused(tmp_path):
     write_triplets(tmp_path, frames=1)
-    splits = {s: triplets(tmp_path, s, subject=r"(AS_\d+)") for s in ("train", "val")}
-    check_subjects(splits)
+    splits = {s: triplets(tmp_path, s, subject=r"(CLKJ_AS\d+)") for s in ("train", "val")}
+    check_splits(splits)
     splits["test"] = splits["train"]
-    with pytest.raises(ValueError, match="4 subjects are in two splits, e.g. AS_0000 in train and test"):
-        check_subjects(splits)
+    with pytest.raises(ValueError, match="4 subjects are in two splits, e.g. CLKJ_AS0000 in train and test"):
+        check_splits(splits)
+    unknown = {s: triplets(tmp_path, "train") for s in ("train", "test")}  # without subjects: the frames themselves
+    with pytest.raises(ValueError, match="8 frames are in two splits"):
+        check_splits(unknown)
 
 
 def test_frames_of_every_kind(tmp_path):
@@ -110,12 +118,14 @@ def test_frames_of_every_kind(tmp_path):
     assert rgb.shape == (3, 30, 26) and 0 < rgb.max() <= 1
     grey = read_frame(tmp_path / "grey.png")
     assert torch.equal(grey[0], grey[2])
-    deep = read_frame(tmp_path / "deep.png", depth_max=4000)
+    deep = read_frame(tmp_path / "deep.png", modality="depth", depth_max=4000)
     raw = np.asarray(Image.open(tmp_path / "deep.png")).astype(np.float32)
     torch.testing.assert_close(deep[1], torch.from_numpy(raw / 4000))
-    for name, message in (("deep", "data.depth_max"), ("black", "black all over"), ("broken", "cannot decode")):
+    infrared = read_frame(tmp_path / "deep.png", modality="ir")  # by the range of its type, as everywhere
+    torch.testing.assert_close(infrared[0], torch.from_numpy(raw / 65535), atol=1 / 255, rtol=0)
+    for name, message in (("deep", "depth_max"), ("black", "black all over"), ("broken", "cannot decode")):
         with pytest.raises(ValueError, match=f"{name}.png.*{message}|{message}.*{name}.png"):
-            read_frame(tmp_path / f"{name}.png")
+            read_frame(tmp_path / f"{name}.png", modality="depth")
 
 
 def test_geometry_is_the_same_in_every_modality_and_colour_is_not(tmp_path):
@@ -160,7 +170,7 @@ def test_generated_data():
     images, labels = data.splits["train"].samples.tensors
     assert images.shape == (20, 6, 24, 24) and images.dtype == torch.uint8 and torch.equal(images[:, 3], images[:, 5])
     assert (labels.numpy() == 1).tolist() == data.splits["train"].live.tolist()
-    subjects = [set(s.subject.tolist()) for s in data.splits.values()]
+    subjects = [set(s.subject) for s in data.splits.values()]
     assert not subjects[0] & subjects[2] and not subjects[1] & subjects[2]
     unseen = build_data(modalities=["rgb"], attacks=["print"], test_attacks=["mask"], **options)
     assert {*unseen.splits["train"].species} == {"live", "print"} and {*unseen.splits["test"].species} == {
@@ -171,16 +181,20 @@ def test_generated_data():
         build_data(modalities=["thermal"], **options)
     with pytest.raises(ValueError, match="data.name='x'"):
         build_data(name="x", seed=0)
+    with pytest.raises(ValueError, match="these faces are generated"):
+        build_data(modalities=["rgb"], root="/data", **options)
 
 
 def test_lists_need_a_validation_split_and_disjoint_subjects(tmp_path):
     write_triplets(tmp_path, frames=1)
     lists = {"train": "train_list.txt", "validation": "val_list.txt", "test": "test_list.txt"}
     options = {"name": "lists", "seed": 0, "root": str(tmp_path), "modalities": NAMES, "size": 16, "live_label": 1}
-    assert len(build_data(lists=lists, subject=r"(AS_\d+)", **options).splits["test"]) == 8
+    options["columns"] = NAMES
+    data = build_data(lists=lists, subject=r"(CLKJ_AS\d+)", **options)
+    assert len(data.splits["test"]) == 8 and data.splits["test"].species is None
     with pytest.raises(ValueError, match="no list for validation"):
         build_data(lists={**lists, "validation": None}, **options)
     with pytest.raises(ValueError, match="two splits"):
-        build_data(lists={**lists, "test": "train_list.txt"}, subject=r"(AS_\d+)", **options)
+        build_data(lists={**lists, "test": "train_list.txt"}, **options)
     with pytest.raises(ValueError, match=r"data\.root is not set"):
         build_data(lists=lists, **{**options, "root": None})

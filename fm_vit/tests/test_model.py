@@ -93,8 +93,9 @@ def test_grey_images_are_repeated_and_bad_input_is_named():
         FMViT(["a", "a"], vit=VIT)
     with pytest.raises(ValueError, match="after blocks"):
         model(after=[3])
-    with pytest.raises(AssertionError):  # timm: the size must be that of the position table
-        net({"ir": torch.zeros(1, 3, 20, 20)})
+    for other in (net, *(k(NAMES, vit=VIT) for k in (SharedViT, ConcatFusion)), TwoBranchCMFL(["rgb", "ir"], vit=VIT)):
+        with pytest.raises(ValueError, match=r"images are \(20, 20\), the network was made for \(16, 16\)"):
+            other({"ir": torch.zeros(1, 3, 20, 20)})
 
 
 def test_any_names_and_one_state_dict_for_every_subset():
@@ -105,7 +106,7 @@ def test_any_names_and_one_state_dict_for_every_subset():
     )
 
 
-def test_counts_are_those_of_the_specification_and_of_the_formulas():
+def test_counts_are_those_of_the_claims_and_of_the_formulas():
     found = counts.count()
     published = {c["metric"]: c for c in load_claims(PAPER) if c["kind"] == "exact"}
     assert published
@@ -201,6 +202,12 @@ def test_cmfl():
     torch.testing.assert_close(terms["loss_cross"], F.cross_entropy(out[1]["joint"], labels))
     with pytest.raises(ValueError, match="two modalities"):
         TwoBranchCMFL(NAMES, vit=VIT)
+    with pytest.raises(ValueError, match="cmfl=1.5"):
+        path_losses(net, out[1:], ["cross"], labels, cmfl=1.5)
+    with pytest.raises(ValueError, match=r"paths \[cross\]"):
+        path_losses(net, out[:1], ["single"], labels)
+    with pytest.raises(TypeError, match="cmfl"):  # of another model it would say nothing
+        path_losses(model(), model()(images(), [NAMES]), ["cross"], labels, cmfl=0.5)
 
 
 def test_losses_are_sums_over_heads_and_means_over_images():
@@ -212,3 +219,54 @@ def test_losses_are_sums_over_heads_and_means_over_images():
     cross = sum(F.cross_entropy(z, labels) for z in net(x).values())
     torch.testing.assert_close(terms["loss_single"], single)
     torch.testing.assert_close(terms["loss_cross"], 0.5 * cross)
+    for wrong in ({"singel": 1.0}, {"cross": -1.0}):
+        with pytest.raises(ValueError, match="method.loss.weights"):
+            path_losses(net, outputs, [kind for kind, _ in paths], labels, weights=wrong)
+
+
+def test_every_position_has_a_block_of_its_own():
+    """With the same CMTB at both positions the second call would use the first one's weights."""
+    net, x = model(after=[1, 2], cmtb={"share": 0.2}), images()
+    before = net(x)["rgb"]
+    for depth in (0, 1):
+        changed = model(after=[1, 2], cmtb={"share": 0.2})
+        with torch.no_grad():
+            for p in changed.branches["rgb"].cmtb[depth].parameters():
+                p.add_(0.3)
+        assert not torch.allclose(changed(x)["rgb"], before, atol=1e-4), f"the block after {depth + 1} is not used"
+    seen = []
+    for branch in net.branches.values():
+        for k, block in enumerate(branch.cmtb):
+            block.mlp.register_forward_hook(lambda *_, k=k: seen.append(k))
+    net(x)
+    assert sorted(seen) == [0, 0, 0, 1, 1, 1]
+
+
+def test_masks_are_returned_by_path_and_position():
+    net, x = model(after=[1, 2], cmtb={"share": 0.25}), images()
+    outputs, masks = net(x, [["rgb"], NAMES], with_masks=True)
+    assert [len(m) for m in masks] == [2, 2] and [*masks[0][0]] == ["rgb"] and [*masks[1][1]] == NAMES
+    assert masks[0][0]["rgb"].shape == (3, 16) and (masks[0][0]["rgb"].sum(1) == 4).all()
+    assert (masks[1][0]["rgb"] >= masks[0][0]["rgb"]).all()  # the union holds the own mask
+    torch.testing.assert_close(outputs[1]["ir"], net(x)["ir"])
+    assert net.selects and not model(after=[]).selects and not model(cmtb={"mma": None}).selects
+    assert "kept" not in vars(net)
+
+
+def test_positions_of_another_grid_are_resized_and_a_line_says_so(tmp_path, capsys):
+    trunk = VisionTransformer(num_classes=0, **{**VIT, "img_size": 24})
+    torch.save(trunk.state_dict(), tmp_path / "large.pth")
+    made = build_trunk(**VIT, weights=str(tmp_path / "large.pth"))
+    assert made.pos_embed.shape == (1, 17, 24) and "36 patches are resized to 16" in capsys.readouterr().out
+    assert torch.equal(made.pos_embed[:, 0], trunk.pos_embed[:, 0])  # the class token's
+
+
+def test_pretrained_weights_that_cannot_be_had_name_the_option(monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("We couldn't connect to the hub")
+
+    monkeypatch.setattr("timm.create_model", offline)
+    with pytest.raises(FileNotFoundError, match=r"\+model.vit.weights=<file>, or model.vit.pretrained=false"):
+        build_trunk(name="vit_small_patch16_224", pretrained=True)
+    with pytest.raises(ValueError, match="timm has no such network"):
+        build_trunk(name="vit_smal_patch16_224")

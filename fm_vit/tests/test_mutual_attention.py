@@ -126,7 +126,8 @@ def test_fusion_attention_is_attention_of_the_class_token_over_all_patches():
 @pytest.mark.parametrize("mfa", [True, False])
 def test_only_class_tokens_change_and_the_order_of_the_dictionary_is_the_callers(mma, mfa):
     z = tokens()
-    out = cross_modal(z, blocks(mma=mma, mfa=mfa))
+    out, masks = cross_modal(z, blocks(mma=mma, mfa=mfa))
+    assert [*masks] == ([*NAMES] if mma else [])
     for m in NAMES:
         assert torch.equal(out[m][:, 1:], z[m][:, 1:]) and not torch.equal(out[m][:, 0], z[m][:, 0])
 
@@ -142,26 +143,26 @@ def test_the_block_is_its_equations():
     c = z["depth"][:, 0] + block.mma.read(*block.mma.look(z["depth"]), union)
     c = c + block.mfa(c, [z[m][:, 1:] for m in NAMES])
     c = c + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm(c))))
-    kept = {}
-    torch.testing.assert_close(cross_modal(z, made, kept)["depth"][:, 0], c)
-    assert all(torch.equal(kept[m], union) for m in NAMES)
+    out, used = cross_modal(z, made)
+    torch.testing.assert_close(out["depth"][:, 0], c)
+    assert all(torch.equal(used[m], union) for m in NAMES)
 
 
 def test_own_mask_without_fusion_is_blind_to_other_modalities():
     z, made = tokens(), blocks(mma="own", mfa=False)
-    before = cross_modal(z, made)["rgb"]
+    before = cross_modal(z, made)[0]["rgb"]
     changed = {**z, "ir": z["ir"] + 1, "depth": z["depth"].flip(1)}
-    assert torch.equal(cross_modal(changed, made)["rgb"], before)
+    assert torch.equal(cross_modal(changed, made)[0]["rgb"], before)
     assert not torch.equal(
-        cross_modal(changed, blocks(mma="union", mfa=False, share=0.2))["rgb"],
-        cross_modal(z, blocks(mma="union", mfa=False, share=0.2))["rgb"],
+        cross_modal(changed, blocks(mma="union", mfa=False, share=0.2))[0]["rgb"],
+        cross_modal(z, blocks(mma="union", mfa=False, share=0.2))[0]["rgb"],
     )
 
 
 def test_zero_init_is_the_identity():
     made = {m: CrossModalBlock(12, 3, zero_init=True) for m in NAMES}
     z = tokens()
-    out = cross_modal(z, made)
+    out, _ = cross_modal(z, made)
     assert all(torch.equal(out[m], z[m]) for m in NAMES)
 
 

@@ -1,4 +1,4 @@
-"""Metrics against the worked example of the specification, limits and invariances."""
+"""Metrics against a worked example, limits and invariances."""
 
 import numpy as np
 import pytest
@@ -6,12 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fm_vit.pad_metrics import (
+    Scored,
     apcer_by_species,
     bootstrap,
     bpcer_threshold,
+    check_species,
+    choose_threshold,
     det_points,
     eer_threshold,
     error_rates,
+    measure,
     summary,
     tpr_at_fpr,
     video_scores,
@@ -32,8 +36,13 @@ def test_the_worked_example():
     assert found["acer"] == pytest.approx(5.8333, abs=1e-4)
     assert found["apcer_worst"] == pytest.approx(20) and found["acer_worst"] == pytest.approx(12.5)
     assert apcer_by_species(scores, species, 0.5) == {"A": 20.0, "B": 0.0}
-    with pytest.raises(ValueError, match="species mask"):
-        apcer_by_species(scores, species, 0.5, wanted=["A", "mask"])
+    check_species(species, ["A"])
+    for known in (species, None):
+        with pytest.raises(ValueError, match="species (A, )?mask"):
+            check_species(known, ["A", "mask"])
+    assert (
+        not {"apcer_worst", "acer_worst"} & summary(scores, live, None, 0.5).keys()
+    )  # nothing is known of a worst species
 
 
 def test_a_score_equal_to_the_threshold_is_accepted():
@@ -44,7 +53,8 @@ def test_perfect_and_constant_scores():
     live = np.array([True] * 5 + [False] * 7)
     perfect = np.where(live, 0.8, 0.3)
     threshold, eer = eer_threshold(perfect, live)
-    assert eer == 0 and 0.3 < threshold < 0.8 and error_rates(perfect, live, threshold)["acer"] == 0
+    assert eer == 0 and threshold == 0.8 and error_rates(perfect, live, threshold)["acer"] == 0
+    assert eer_threshold(perfect, live, between=True)[0] == pytest.approx(0.55)
     assert tpr_at_fpr(perfect, live, 0.2) == 100
     constant = np.full(12, 0.4)
     assert error_rates(constant, live, eer_threshold(constant, live)[0])["acer"] == 50
@@ -119,3 +129,33 @@ def test_det_goes_from_all_accepted_to_all_rejected():
     scores, live, _ = example()
     apcer, bpcer = det_points(scores, live)
     assert (np.diff(apcer) <= 0).all() and (np.diff(bpcer) >= 0).all()
+
+
+def test_thresholds_come_from_the_development_scores_at_a_point_of_their_roc():
+    """Test scores are shifted by .3: a threshold of theirs would have no errors at all."""
+    live = np.array([False, False, True, True, True])
+    dev = Scored({"rgb": np.array([0.1, 0.2, 0.4, 0.5, 0.6])}, live)
+    test = Scored({"rgb": dev.scores["rgb"] - 0.3}, live)
+    row = measure(dev, test, threshold="eer")["rgb"]
+    assert row["threshold"] == 0.4 and row["bpcer"] == 100 and row["apcer"] == 0
+    assert measure(dev, test, threshold="eer_mid")["rgb"]["threshold"] == pytest.approx(0.3)
+    assert measure(dev, test, threshold="bpcer1")["rgb"]["threshold"] == 0.4
+    assert measure(dev, test, threshold="half")["rgb"]["threshold"] == 0.5
+    assert row["eer_own"] == 0 and "eer" not in row  # what test alone would give has another name
+    with pytest.raises(ValueError, match="best"):
+        choose_threshold("best", test.scores["rgb"], live)
+
+
+def test_video_level_thresholds_the_means_with_a_threshold_of_means():
+    """One live video of two frames (.9, .3) and one attack video (.5, .5): by frames no threshold separates them."""
+    scores = {"rgb": np.array([0.9, 0.5, 0.3, 0.5])}
+    live = np.array([True, False, True, False])
+    frames = Scored(scores, live, ["live", "A", "live", "A"], ["s", "t", "s", "t"], ["v", "w", "v", "w"], list("abcd"))
+    video = frames.videos()
+    assert video.live.tolist() == [True, False] and video.scores["rgb"].tolist() == pytest.approx([0.6, 0.5])
+    assert video.subject == ["s", "t"] and video.species == ["live", "A"]
+    assert measure(video, video, threshold="eer")["rgb"]["acer"] == 0
+    assert measure(video, video, threshold="eer")["rgb"]["threshold"] == pytest.approx(0.6)
+    assert measure(frames, frames, threshold="eer")["rgb"]["acer"] > 0
+    with pytest.raises(ValueError, match="videos of these samples are not known"):
+        Scored(scores, live).videos()
