@@ -1,65 +1,61 @@
-"""Time of a DeiT-T forward pass: float, quantised in evaluation; and of a training step.  python bench.py -> bench.json
+"""Times of DeiT-T: a forward pass float and quantised, and a training step; sizes of packed weights. Writes bench.json.
+
+python bench.py threads=1
 
 What this shows is a price: simulated quantisation is slower than float. No low-bit kernel is used, no speed-up is claimed."""
 
-import json
-import statistics
-import time
 from pathlib import Path
 
-import timm
 import torch
+from lightning_fabric import Fabric
+from omegaconf import DictConfig
+from torch import nn
 
-from common.runs import provenance
-from q_vit.model import first_forward
+from common.metrics.timing import Bench, interleaved
+from common.scripts import script
+from q_vit.model import build_float, first_forward
+from q_vit.packing import pack
 from q_vit.quantized_vit import quantize_vit
 
-
-def interleaved(functions: dict, repeats: int) -> dict[str, float]:
-    """Median seconds of every function, called in turns."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for i in range(repeats + 1):
-        for name, f in functions.items():
-            start = time.perf_counter()
-            f()
-            if i:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
+NAME = "deit_tiny_patch16_224"
 
 
-def main() -> None:
+def bench(cfg: DictConfig) -> list[dict]:
+    """Measures, prints, writes cfg.out and returns the rows."""
     torch.manual_seed(0)
-    x = torch.randn(4, 3, 224, 224)
-    real = timm.create_model("deit_tiny_patch16_224").eval()
+    images, real = torch.randn(cfg.batch_size, 3, 224, 224), build_float(NAME, num_classes=1000).eval()
     students = {p: quantize_vit(real, bits=4, preset=p) for p in ("official", "deployable")}
     for student in students.values():
-        first_forward(student, x)
+        first_forward(student, images)
         student.eval()
 
-    def forward(model):
+    def forward(model: nn.Module) -> None:
         with torch.inference_mode():
-            model(x)
+            model(images)
 
-    def step(model):
-        model.train()(x).sum().backward()
+    def step(model: nn.Module) -> None:
+        model.train()(images).sum().backward()
         model.zero_grad(set_to_none=True)
 
-    passes = {"float": lambda: forward(real)} | {p: lambda m=m: forward(m) for p, m in students.items()}
-    seconds = {"evaluation": interleaved(passes, 5)}
-    passes = {"float": lambda: step(real), "official": lambda: step(students["official"])}
-    seconds["training step"] = interleaved(passes, 2)
-    machine = provenance()["machine"]
-    rows = [
-        {
-            "name": f"DeiT-T {what}, 4 bit {name} against float eager", "ours": t, "baseline": own["float"],
-            "ratio": own["float"] / t, "unit": "s", "threads": torch.get_num_threads(), "batch": len(x),
-            "isa": torch.backends.cpu.get_cpu_capability(), "machine": machine["cpu"],
-        }
-        for what, own in seconds.items() for name, t in own.items() if name != "float"
-    ]  # fmt: skip
-    Path("bench.json").write_text(json.dumps(rows, indent=1) + "\n")
-    for row in rows:
-        print(f"{row['name']:60s} {row['ours']:.3f} s, float {row['baseline']:.3f} s, ratio {row['ratio']:.2f}")
+    table = Bench(cfg.out)
+    calls = {"float": lambda: forward(real)} | {p: lambda m=m: forward(m) for p, m in students.items()}
+    times = interleaved(calls, rounds=cfg.rounds, warmup=1)
+    for preset in students:
+        name = f"DeiT-T evaluation, 4 bit {preset} simulated vs float eager"
+        table.add(name, times[preset], times["float"], batch=cfg.batch_size)
+    packed = pack(students["deployable"])
+    size = sum(t.numel() * t.element_size() for part in ("packed", "rest") for t in packed[part].values())
+    calls = {"float": lambda: step(real), "official": lambda: step(students["official"])}
+    times = interleaved(calls, rounds=max(3, cfg.rounds // 2), warmup=1)
+    table.add("DeiT-T training step, 4 bit official vs float", times["official"], times["float"], batch=cfg.batch_size)
+    floats = 4 * sum(p.numel() for p in real.parameters())
+    table.add("DeiT-T file, 4 bit packed with steps vs float32", size / 1e6, floats / 1e6, unit="MB")
+    return table.write()
+
+
+@script("bench")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    bench(cfg)
 
 
 if __name__ == "__main__":

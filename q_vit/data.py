@@ -1,185 +1,252 @@
 """Cued digits (embedded), torchvision's small sets and class folders, in batches that depend on (seed, epoch) alone."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.transforms import InterpolationMode, v2
 
-from common.data.batches import seeded, stream
+from common.data.batches import Plan, SeededBatches, seeded, stream
+from common.data.files import folders, identity, tensor_identity
 from common.data.scenes import cued_digits
-from common.data.vision import KNOWN, image_folder, torchvision_set
+from common.data.vision import KNOWN, data_root, image_folder, set_identity, torchvision_set
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 SETS = ("cued_digits", *KNOWN, "folder")
+AUGMENT = ("deit", "crop", "none")
 
 
-@dataclass(frozen=True)
-class Batches:
-    """Training batches: rank and micro-step take their slice of every global batch; the incomplete last one is dropped."""
+class Canvases:
+    """New cued-digit canvases in every epoch, drawn from (seed, epoch); `epoch` yields (images, labels) of every micro-step."""
 
-    source: "Canvases | Images"
-    seed: int
-    batch_size: int
-    rank: int = 0
-    world: int = 1
-    accumulation: int = 1
+    def __init__(self, plan: Plan, device: torch.device):
+        self.plan, self.device = plan, device
 
-    @property
-    def steps(self) -> int:
-        return self.source.size // self.batch_size
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(
-                f"{self.source.size} training images are fewer than train.batch_size={self.batch_size}: no step"
-            )
-
-    def slices(self) -> Iterator[slice]:
-        """The positions, within an epoch, of each micro-batch of this rank."""
-        part = self.batch_size // (self.world * self.accumulation)
-        for step in range(self.steps):
-            for micro in range(self.accumulation):
-                start = step * self.batch_size + (self.rank * self.accumulation + micro) * part
-                yield slice(start, start + part)
+    def __len__(self) -> int:
+        return len(self.plan)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images (b, C, H, W), labels (b,)) of every micro-step."""
-        return self.source.batches(self.seed, epoch, list(self.slices()))
-
-    def first(self, n: int) -> Tensor:
-        """The first n images of epoch 1 (n, C, H, W), the same on every rank: what the steps are set from."""
-        n = min(n, self.source.size)
-        return next(iter(self.source.batches(self.seed, 1, [slice(0, n)])))[0]
+        data = cued_digits(self.plan.size, split="train", seed=stream(self.plan.seed, epoch))
+        for step, _, part in self.plan.epoch(epoch):
+            mine = slice(step * self.plan.batch_size + part.start, step * self.plan.batch_size + part.stop)
+            yield data.images[mine].to(self.device), data.targets[mine].to(self.device)
 
 
-@dataclass(frozen=True)
-class Canvases:
-    """`size` new cued-digit canvases per epoch, drawn from (seed, epoch)."""
+class Augmented(Dataset):
+    """(transform(image), label) of a set of PIL images; indices: the subset that is used."""
 
-    size: int
+    def __init__(self, dataset: Any, transform: Callable, indices: Sequence[int]):
+        self.dataset, self.transform, self.indices = dataset, transform, indices
 
-    def batches(self, seed: int, epoch: int, slices: list[slice]) -> Iterator[tuple[Tensor, Tensor]]:
-        data = cued_digits(self.size, split="train", seed=stream(seed, epoch))
-        for part in slices:
-            yield data.images[part], data.targets[part]
+    def __len__(self) -> int:
+        return len(self.indices)
 
-
-@dataclass(frozen=True)
-class Images:
-    """A data set of PIL images, shuffled and augmented from (seed, epoch, position). repeats: 3 = repeated augmentation, an
-    epoch then holds a third of the images three times each, augmented differently, in the same batches."""
-
-    dataset: Any
-    transform: Callable
-    workers: int = 0
-    repeats: int = 1
-
-    @property
-    def size(self) -> int:
-        return len(self.dataset)
-
-    def batches(self, seed: int, epoch: int, slices: list[slice]) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(stream(seed, epoch)))
-        order = order[: math.ceil(self.size / self.repeats)].repeat_interleave(self.repeats)[: self.size].tolist()
-        keys = [[(seed, epoch, position, order[position]) for position in range(s.start, s.stop)] for s in slices]
-        yield from DataLoader(
-            _Augmented(self.dataset, self.transform), batch_sampler=keys, num_workers=self.workers,  # type: ignore[arg-type]
-            pin_memory=torch.cuda.is_available(),
-        )  # fmt: skip
-
-
-class _Augmented(Dataset):
-    def __init__(self, dataset: Any, transform: Callable):
-        self.dataset, self.transform = dataset, transform
-
-    def __getitem__(self, key: tuple[int, int, int, int]) -> tuple[Tensor, int]:
-        *position, index = key
-        image, target = self.dataset[index]
-        with seeded(*position):
-            image = self.transform(image)
-        return image, target
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, target = self.dataset[self.indices[index]]
+        return self.transform(image), target
 
 
 @dataclass(frozen=True)
 class Data:
-    """source: training images, see `Batches`; test: (image (C, H, W), label) pairs."""
+    """A data set to train on. test, validation: (image (C, H, W), label) pairs; validation is None where there is none.
 
-    source: Canvases | Images
+    train: images to augment, None for canvases, of which there are `images` in an epoch. look: what the network sees of an
+    image, see `look`. source: what the set is, whatever folder it lies in."""
+
+    images: int
+    train: Augmented | None
     test: Dataset
-    num_classes: (
-        int  # not "classes": with torch.classes in sight, cloudpickle could not send train.py to a sweep's workers
-    )
-    channels: int
+    validation: Dataset | None
+    names: list[str]
+    look: dict[str, Any]
+    source: dict[str, Any]
+    workers: int = 0
+    repeats: int = 1
+
+    def batches(self, plan: Plan, device: torch.device) -> Canvases | SeededBatches:
+        """Training batches on `device`: `epoch(e)` yields (images (b, C, H, W), labels (b,))."""
+        if self.train is None:
+            return Canvases(plan, device)
+        return SeededBatches(self.train, plan, device=device, workers=self.workers)
+
+    def first(self, n: int, seed: int) -> Tensor:
+        """The first n training images of epoch 1 (n, C, H, W), the same on every rank: what the steps are set from."""
+        n = min(n, self.images)
+        if self.train is None:
+            return cued_digits(self.images, split="train", seed=stream(seed, 1)).images[:n]
+        order = torch.randperm(self.images, generator=torch.Generator().manual_seed(stream(seed, 1)))
+        found = []
+        for position, index in enumerate(order.repeat_interleave(self.repeats)[:n].tolist()):
+            with seeded(seed, 1, position):
+                found.append(self.train[index][0])
+        return torch.stack(found)
+
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint says of its data: {"classes": names, channels, size, crop_pct, normalise}."""
+        return {"classes": self.names, **self.look}
 
 
-def build_data(
-    *,
-    name: str,
-    root: str | None = None,
-    workers: int = 0,
-    download: bool = False,
-    train_images: int = 1280,
-    test_images: int = 1500,
-    size: int = 224,
-    crop_pct: float = 0.875,
-    augment: str = "deit",
-    repeats: int = 1,
-) -> Data:
-    """A data set by name.
+def look(name: str, *, size: int = 224, crop_pct: float = 0.875) -> dict[str, Any]:
+    """What a network sees of a test image, as plain data: {channels, size, crop_pct, normalise: {mean, std} of images in 0..1}.
 
-    cued_digits: embedded; train_images new canvases per epoch, test_images fixed ones made of other digits.
-    mnist, fashion_mnist, cifar10, cifar100: `root` in torchvision's layout; folder: root/train/<class>/, root/val/<class>/.
-    size: pixels; augment: deit (crop, flip, RandAugment, jitter, erasing) | crop (padded crop and flip, the CIFAR recipe) | none.
-    crop_pct: evaluation resizes to size / crop_pct (bicubic) before the centre crop; 1 for images that have the size.
-    Raises ValueError for an unknown name or value, FileNotFoundError for missing files."""
-    if name not in SETS:
-        raise ValueError(f"data.name={name!r}, allowed: {', '.join(SETS)}")
-    if not 0 < crop_pct <= 1 or repeats < 1:
-        raise ValueError(f"data.crop_pct={crop_pct}, data.repeats={repeats}, allowed: in (0, 1] and >= 1")
+    crop_pct: the shorter side is resized to size / crop_pct (bicubic) before the centre crop. Canvases are taken as they are."""
     if name == "cued_digits":
-        test = cued_digits(test_images, split="test", seed=0)
-        return Data(Canvases(train_images), TensorDataset(test.images, test.targets), 10, 1)
+        return {"channels": 1, "size": 16, "crop_pct": 1.0, "normalise": {"mean": [0.0], "std": [1.0]}}
     channels = 1 if "mnist" in name else 3
-    train_transform, test_transform = transforms(augment, size=size, crop_pct=crop_pct, channels=channels)
-    if name == "folder":
-        train, test = image_folder(root, "train"), image_folder(root, "val", transform=test_transform)
-        if train.classes != test.classes:
-            different = sorted(set(train.classes) ^ set(test.classes))
-            raise ValueError(f"train/ and val/ under {root} hold different classes: {', '.join(different[:10])}")
-        classes = len(train.classes)
-    else:
-        train = torchvision_set(name, root, train=True, download=download)
-        test = torchvision_set(name, root, train=False, transform=test_transform)
-        classes = KNOWN[name].classes
-    return Data(Images(train, train_transform, workers, repeats), test, classes, channels)
-
-
-def transforms(augment: str, *, size: int, crop_pct: float, channels: int = 3) -> tuple[Callable, Callable]:
-    """(train, test) transforms of a PIL image to a normalised float tensor (channels, size, size)."""
     mean, std = IMAGENET if channels == 3 else ([0.3], [0.3])
-    to_tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
-    bicubic = InterpolationMode.BICUBIC
-    resized = int(size / crop_pct)
-    test = v2.Compose([v2.Resize(resized, bicubic), v2.CenterCrop(size), *to_tensor])
+    return {"channels": channels, "size": size, "crop_pct": crop_pct, "normalise": {"mean": mean, "std": std}}
+
+
+def _to_tensor(channels: int, normalise: Mapping[str, Sequence[float]]) -> list[Callable]:
+    """PIL image -> float (channels, H, W), normalised."""
+    grey = [v2.Grayscale(1)] if channels == 1 else [v2.RGB()]
+    scale = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+    return [*grey, *scale, v2.Normalize(list(normalise["mean"]), list(normalise["std"]))]
+
+
+def test_transform(
+    *, channels: int, size: int, crop_pct: float, normalise: Mapping[str, Sequence[float]]
+) -> Callable[..., Tensor]:
+    """PIL image -> normalised float tensor (channels, size, size), from what `look` says."""
+    first = [v2.Resize(int(size / crop_pct), InterpolationMode.BICUBIC), v2.CenterCrop(size)]
+    return v2.Compose([*first, *_to_tensor(channels, normalise)])  # pyright: ignore[reportReturnType]
+
+
+test_transform.__test__ = False  # type: ignore[attr-defined]
+
+
+def train_transform(
+    augment: str, *, channels: int, size: int, crop_pct: float, normalise: Mapping[str, Sequence[float]]
+) -> Callable[..., Tensor]:
+    """The same at random. augment: deit (crop, flip, RandAugment, jitter, erasing) | crop (padded crop and flip, the CIFAR
+    recipe) | none. ValueError for another."""
+    if augment not in AUGMENT:
+        raise ValueError(f"data.augment={augment!r}, allowed: {', '.join(AUGMENT)}")
+    if augment == "none":
+        return test_transform(channels=channels, size=size, crop_pct=crop_pct, normalise=normalise)
     if augment == "deit":
         if channels != 3:
             raise ValueError("data.augment=deit is for colour images; use crop or none")
-        train = create_transform(
+        return create_transform(
             size, is_training=True, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic",
-            re_prob=0.25, re_mode="pixel", re_count=1, mean=tuple(mean), std=tuple(std),
+            re_prob=0.25, re_mode="pixel", re_count=1, mean=tuple(normalise["mean"]), std=tuple(normalise["std"]),
         )  # fmt: skip
-    elif augment == "crop":
-        flip = [v2.RandomHorizontalFlip()] if channels == 3 else []
-        resize = [v2.Resize([size, size], bicubic)]
-        train = v2.Compose([*resize, v2.RandomCrop(size, padding=size // 8), *flip, *to_tensor])
-    elif augment == "none":
-        train = test
+    flip = [v2.RandomHorizontalFlip()] if channels == 3 else []
+    first = [v2.Resize([size, size], InterpolationMode.BICUBIC), v2.RandomCrop(size, padding=size // 8), *flip]
+    return v2.Compose([*first, *_to_tensor(channels, normalise)])  # pyright: ignore[reportReturnType]
+
+
+def check_data(
+    *, name: str, root: str | None = None, workers: int = 0, download: bool = False, train_images: int = 1280,
+    test_images: int = 1500, validation: int = 0, size: int = 224, crop_pct: float = 0.875,
+    augment: str = "deit", repeats: int = 1,
+) -> None:  # fmt: skip
+    """ValueError for a wrong value of the node `data`, before any file is read. Keywords as `build_data`."""
+    if name not in SETS:
+        raise ValueError(f"data.name={name!r}, allowed: {', '.join(SETS)}")
+    if not 0 < crop_pct <= 1 or repeats < 1 or size < 1:
+        raise ValueError(
+            f"data.crop_pct={crop_pct}, data.repeats={repeats}, data.size={size}, allowed: in (0, 1], >= 1, >= 1"
+        )
+    if validation < 0 or train_images < 1 or test_images < 1:
+        raise ValueError(
+            f"data.validation={validation}, train_images={train_images}, test_images={test_images}: >= 0, >= 1, >= 1"
+        )
+    if name == "cued_digits":
+        if root or download:
+            raise ValueError(
+                f"data.root={root}: cued_digits is embedded; name the set that lies there, e.g. data=folder or data=cifar10"
+            )
     else:
-        raise ValueError(f"data.augment={augment!r}, allowed: deit, crop, none")
-    return train, test  # pyright: ignore[reportReturnType]
+        train_transform(augment, **look(name, size=size, crop_pct=crop_pct))
+
+
+def build_data(
+    *, name: str, root: str | None = None, workers: int = 0, download: bool = False, train_images: int = 1280,
+    test_images: int = 1500, validation: int = 0, size: int = 224, crop_pct: float = 0.875,
+    augment: str = "deit", repeats: int = 1,
+) -> Data:  # fmt: skip
+    """A data set by name.
+
+    cued_digits: embedded; train_images new canvases per epoch, test_images fixed ones made of other digits.
+    mnist, fashion_mnist, cifar10, cifar100: `root` in torchvision's layout. folder: root/train/<class>/, and root/val/<class>/
+    to test on, or root/test/<class>/ to test and root/val/<class>/ to validate on.
+    validation: training images set aside to choose best.ckpt by. size: pixels; augment, crop_pct: see `train_transform`, `look`.
+    repeats: 3 = repeated augmentation, an epoch then holds a third of the images three times each, augmented differently, in
+    the same batches. Raises ValueError for an unknown name or value, FileNotFoundError for missing files."""
+    check_data(**locals())
+    seen = look(name, size=size, crop_pct=crop_pct)
+    if name == "cued_digits":
+        test, held_out = cued_digits(test_images, split="test", seed=0), None
+        if validation:  # new canvases of the training digits
+            own = cued_digits(validation, split="train", seed=stream(0))
+            held_out = TensorDataset(own.images, own.targets)
+        names = [str(c) for c in range(10)]
+        return Data(
+            train_images, None, TensorDataset(test.images, test.targets), held_out, names, seen, identity("cued_digits")
+        )
+    if name == "folder":
+        train = image_folder(root, "train")
+        test, names, source = test_set("folder", root, seen)
+        if names != train.classes:
+            different = sorted(set(names) ^ set(train.classes))
+            raise ValueError(
+                f"train/ and {_test_split(root)}/ under {root} hold different classes: {', '.join(different[:10])}"
+            )
+        held_out = None
+        if _test_split(root) == "test" and (data_root(root) / "val").is_dir():
+            held_out = image_folder(root, "val", transform=test_transform(**seen))
+            if held_out.classes != names:
+                different = sorted(set(names) ^ set(held_out.classes))
+                raise ValueError(f"train/ and val/ under {root} hold different classes: {', '.join(different[:10])}")
+        source = {**set_identity(train, "folder", data_root(root)), "test": source["sha"]}
+    else:
+        train = torchvision_set(name, root, train=True, download=download)
+        test, names, source = test_set(name, root, seen)
+        held_out, source = None, set_identity(train, name)
+    indices = list(range(len(train)))
+    if validation:
+        indices, held_out = _set_aside(train, validation, seen, held_out)
+    augmented = Augmented(train, train_transform(augment, **seen), indices)
+    return Data(len(indices), augmented, test, held_out, names, seen, source, workers, repeats)
+
+
+def _set_aside(train: Any, n: int, seen: Mapping[str, Any], own: Any) -> tuple[list[int], Subset]:
+    """(indices that remain, the n images set aside, drawn once and for all)."""
+    if own is not None:
+        raise ValueError(f"data.validation={n}: this folder has a validation split of its own (val/); leave it at 0")
+    if n >= len(train):
+        raise ValueError(f"data.validation={n}, but there are only {len(train)} training images")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(stream(0))).tolist()
+    plain = Augmented(train, test_transform(**seen), range(len(train)))
+    return sorted(order[n:]), Subset(plain, sorted(order[:n]))
+
+
+def _test_split(root: str | Path | None) -> str:
+    """test where that folder holds class folders (ImageNet's own test/ holds images without labels), else val."""
+    own = data_root(root) / "test"
+    return "test" if own.is_dir() and folders(own) else "val"
+
+
+def test_set(name: str, root: str | Path | None, seen: Mapping[str, Any]) -> tuple[Dataset, list[str], dict[str, Any]]:
+    """(the test images of a set as pairs of a tensor and a label, class names, identity), without its training images.
+
+    seen: of the network, from its checkpoint (`look`). Raises what `build_data` raises."""
+    if name not in SETS[1:]:
+        raise ValueError(f"data.name={name!r}, allowed: {', '.join(SETS[1:])}")
+    transform = test_transform(**{k: seen[k] for k in ("channels", "size", "crop_pct", "normalise")})
+    if name == "folder":
+        found = image_folder(root, _test_split(root), transform=transform)
+        return found, list(found.classes), set_identity(found, name)
+    found = torchvision_set(name, root, train=False, transform=transform)
+    names = [str(c) for c in getattr(found, "classes", range(KNOWN[name].classes))]
+    images, targets = torch.as_tensor(found.data), torch.as_tensor(found.targets)
+    return found, names, tensor_identity(name, images, targets)
+
+
+test_set.__test__ = False  # type: ignore[attr-defined]

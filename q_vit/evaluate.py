@@ -1,75 +1,72 @@
-"""Evaluate a checkpoint of train.py or of the released code: top-1, top-5, and what its q and k look like.
+"""Evaluate a checkpoint of train.py, a packed file or one of the released code: top-1, top-5, and what its q and k look like.
 
 python evaluate.py weights=runs/default/both/seed0/last.ckpt
-python evaluate.py weights=twobits_deit_small.pth bits=2 +data.root=/datasets/imagenet claim=released_deit_s_2 record=true
+python evaluate.py weights=twobits_deit_small.pth bits=2 data.root=/datasets/imagenet claim=released_deit_s_2 record=true
 """
 
-import hashlib
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from lightning_fabric import Fabric
+from omegaconf import DictConfig
+from torch.utils.data import Dataset
 
-from common import runs
-from common.metrics.claims import load_claims
-from q_vit.data import build_data
+from common.loop import Loaded
+from common.metrics.external import check_claim, print_metrics, write_record
+from common.scripts import script
+from q_vit.checkpoint import load
+from q_vit.data import build_data, check_data, test_set
 from q_vit.metrics import accuracy, query_key_statistics
-from q_vit.model import rebuild
-from q_vit.released import is_released, load_released
 from q_vit.train import predict
 
-IMAGENET = {"name": "folder", "size": 224, "crop_pct": 0.875, "workers": 4}
+PAPER = Path(__file__).resolve().parent
 
 
-def load(path: str, *, bits: int | None = None, check_bits: bool = True) -> tuple[nn.Module, dict]:
-    """(network in evaluation mode, keys of `build_data` it was made for) of our own or a released checkpoint.
+def test_images(trained: Loaded, data: Mapping[str, Any]) -> tuple[Dataset, str]:
+    """(test images as the network wants them, name of the set): the one that a checkpoint was trained on, with the keys of
+    `data` that are not null in place of its own; class folders for a released one. ValueError where the classes differ."""
+    options = {"name": "folder", **trained.config.get("data", {}), **{k: v for k, v in data.items() if v is not None}}
+    name = options["name"]
+    if name == "cued_digits":
+        check_data(**options)
+        return build_data(**{**options, "train_images": 1}).test, name
+    test, names, _ = test_set(name, options.get("root"), trained.about)
+    wanted = trained.about["classes"]
+    same = trained.config.get("data", {}).get("name") == name  # the names of another set may mean the same classes
+    if len(names) != len(wanted) or (same and names != wanted):
+        different = sorted(set(names) ^ set(wanted))[:5]
+        raise ValueError(
+            f"the test images of {name} have {len(names)} classes, the model {len(wanted)}; different: {', '.join(different)}"
+        )
+    return test, name
 
-    Raises FileNotFoundError, `runs.RunError` for a broken file, ValueError for another format or bit width."""
-    state = runs.load_checkpoint(path)
-    if is_released(state):
-        if bits is None:
-            raise ValueError(
-                f"{path} is a checkpoint of the released code, whose keys do not say its width: give bits=2, 3 or 4"
-            )
-        return load_released(path, bits=bits, check=check_bits), dict(IMAGENET)
-    model = rebuild(state)
-    trained = state["config"]["method"]["bits"]
-    if bits not in (None, trained):
-        raise ValueError(f"bits={bits} but {path} was trained with {trained} bit; leave bits out")
-    return model, dict(state["config"]["data"])
+
+test_images.__test__ = False  # type: ignore[attr-defined]
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
-def main(cfg: DictConfig) -> None:
-    known = {c["id"] for c in load_claims(Path(__file__).parent) if c["kind"] == "released_weights"}
-    if cfg.claim is not None and cfg.claim not in known:
-        raise ValueError(f"claim={cfg.claim!r}, allowed: {', '.join(sorted(known))}")
-    model, trained_on = load(cfg.weights, bits=cfg.bits, check_bits=cfg.check_bits)
-    options = {**trained_on, **OmegaConf.to_container(cfg.data)}  # type: ignore[dict-item]
-    data = build_data(**options)
-    heads = model.get_classifier()
-    classes = (heads[0] if isinstance(heads, tuple) else heads).out_features
-    if classes != data.num_classes:
-        raise ValueError(f"{cfg.weights} has {classes} classes, {options['name']} has {data.num_classes}")
-    fabric = runs.launch(cfg.fabric)
-    model = fabric.setup_module(model)
-    logits, labels = predict(fabric, model, data.test, batch_size=cfg.batch_size, workers=options.get("workers", 0))
-    images = torch.stack([data.test[i][0] for i in range(min(100, len(data.test)))]).to(fabric.device)
+def evaluate(cfg: DictConfig, fabric: Fabric) -> dict[str, float]:
+    """Prints and returns the metrics of cfg.weights; see configs/evaluate.yaml."""
+    check_claim(PAPER, cfg.claim)
+    trained = load(cfg.weights, bits=cfg.bits, check_bits=cfg.check_bits)
+    test, name = test_images(trained, cfg.data)
+    model = fabric.setup_module(trained.model)
+    logits, labels = predict(fabric, model, test, batch_size=cfg.batch_size, workers=cfg.workers)
+    images = torch.stack([test[i][0] for i in range(min(cfg.statistics_images, len(labels)))]).to(fabric.device)
     metrics = accuracy(logits, labels) | query_key_statistics(model, images)
-    for name, value in metrics.items():
-        print(f"{name:16s} {value:.4f}")
-    print(f"{len(labels)} images")
-    if cfg.record:
-        digest = hashlib.sha256(Path(cfg.weights).expanduser().read_bytes()).hexdigest()
-        record = {"claim": cfg.claim, "value": metrics["top1"], "weights_sha256": digest, "n": len(labels)}
-        record |= {"data": options["name"], "metrics": metrics, **runs.provenance(fabric.device)}
-        target = Path(__file__).parent / f"results/external/{digest[:12]}_{options['name']}.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"recorded in {target}")
+    print_metrics(metrics, len(labels))
+    if cfg.record and fabric.is_global_zero:
+        write_record(
+            cfg.record_to or PAPER / "results/external", weights=cfg.weights, value=metrics["top1"], n=len(labels), data=name,
+            metrics=metrics, claim=cfg.claim, device=fabric.device, bits=trained.about["network"]["bits"],
+        )  # fmt: skip
+    return metrics
+
+
+@script("evaluate")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    evaluate(cfg, fabric)
 
 
 if __name__ == "__main__":

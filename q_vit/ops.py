@@ -1,7 +1,6 @@
-"""Operation counts and storage of the paper's models under named conventions (sections 4.3 and 4.4)."""
+"""Operation counts and storage of the paper's models under named conventions."""
 
 import re
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,10 +13,10 @@ CONVENTIONS = ("lane", "bops64", "bops1024")
 BLOCK_LINEARS = re.compile(r"(^|\.)(qkv|proj|fc1|fc2|reduction)$")
 
 
-def float_model(name: str, classes: int = 1000) -> nn.Module:
-    """A network of the paper on the meta device: shapes without weights."""
+def float_model(name: str, *, size: int = 224) -> nn.Module:
+    """A network of the paper for size x size images on the meta device: shapes without weights."""
     with torch.device("meta"):
-        return build_float(name, num_classes=classes).eval()
+        return build_float(name, num_classes=1000, img_size=size).eval()
 
 
 def edge_names(model: nn.Module) -> set[str]:
@@ -31,7 +30,7 @@ def layers(
 ) -> list[LayerOps]:
     """MACs of one image by module with operand widths. `blocks.i.attn` itself holds the two attention products, whose
     operands have attention_bits (default: bits)."""
-    model = float_model(name)
+    model = float_model(name, size=size)
     edges = edge_names(model)
     found = []
     for module, macs in count_macs(model, torch.empty(1, 3, size, size, device="meta")).items():
@@ -82,12 +81,3 @@ def extra_parameters(model: nn.Module) -> dict[str, int]:
         elif re.search(r"\.[qk]_norm\.", name):
             counts["irm"] += p.numel()
     return counts
-
-
-def quantised_layers(model: nn.Module) -> dict[str, Any]:
-    """How many quantisers a model has: {"weight", "activation"}, and by bits {"8": ...}."""
-    from common.quant.lsq import LSQQuantizer
-
-    found = [m for m in model.modules() if isinstance(m, LSQQuantizer)]
-    by_bits = {b: sum(q.bits == b for q in found) for b in sorted({q.bits for q in found})}
-    return {kind: sum(q.kind == kind for q in found) for kind in ("weight", "activation")} | {"bits": by_bits}

@@ -1,42 +1,60 @@
-"""Classes of image files.  python predict.py runs/default/both/seed0/last.ckpt image.png [...] [--bits 4] [--names root/train]"""
+"""Classify images with a checkpoint of train.py, a packed file or one of the released code; writes a CSV (or JSON).
 
-import argparse
-import sys
+python predict.py weights=runs/default/both/seed0/last.ckpt images=photos/ top=3
+python predict.py weights=fourbits_deit_tiny.pth bits=4 images=cat.jpg
+"""
+
 from pathlib import Path
 
 import torch
+from lightning_fabric import Fabric
+from omegaconf import DictConfig
 
-from common.data.vision import open_image
-from q_vit.data import transforms
-from q_vit.evaluate import load
+from common.data.files import ImageStream, Table, find_images, folders, read_lines
+from common.scripts import script
+from q_vit.checkpoint import load
+from q_vit.data import test_transform
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("weights")
-    parser.add_argument("images", nargs="+")
-    parser.add_argument("--bits", type=int, help="of a released checkpoint")
-    parser.add_argument("--names", type=Path, help="folder with one folder per class, for names instead of numbers")
-    parser.add_argument("--top", type=int, default=3)
-    args = parser.parse_args(argv)
-    model, data = load(args.weights, bits=args.bits)
-    names = sorted(p.name for p in args.names.iterdir() if p.is_dir()) if args.names else None
-    channels = model.patch_embed.proj.in_channels
-    size = model.patch_embed.img_size[0]
-    _, transform = transforms("none", size=size, crop_pct=data.get("crop_pct", 1.0), channels=channels)
-    for path in args.images:
-        image = open_image(path)
-        x = transform(image if channels == 3 else image.convert("L"))
-        with torch.no_grad():
-            p = model(x.unsqueeze(0)).softmax(1)[0]
-        top = p.topk(min(args.top, len(p)))
-        shown = [
-            f"{names[i] if names else i} {v:.3f}"
-            for v, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-        ]
-        print(f"{path}: {'  '.join(shown)}")
-    return 0
+def class_names(given: str | None, own: list[str]) -> list[str]:
+    """The names of a checkpoint, or others: a text file with one a line, or a folder that holds a folder per class.
+
+    ValueError where there are not as many as classes."""
+    if given is None:
+        return own
+    place = Path(given).expanduser()
+    names = [p.name for p in folders(place)] if place.is_dir() else [line for _, line in read_lines(place)]
+    if len(names) != len(own):
+        kind = "class folders" if place.is_dir() else "lines"
+        raise ValueError(f"names={given} holds {len(names)} {kind}, the model has {len(own)} classes")
+    return names
+
+
+@torch.no_grad()
+def classify(cfg: DictConfig, fabric: Fabric) -> Path:
+    """Writes cfg.out and returns its path; see configs/predict.yaml."""
+    model, _, about = load(cfg.weights, bits=cfg.bits, check_bits=cfg.check_bits)
+    names = class_names(cfg.names, about["classes"])
+    if not 1 <= cfg.top <= len(names):
+        raise ValueError(f"top={cfg.top}, allowed: 1..{len(names)}")
+    model = fabric.setup_module(model)
+    transform = test_transform(**{k: about[k] for k in ("channels", "size", "crop_pct", "normalise")})
+    stream = ImageStream(find_images(cfg.images), transform, batch_size=cfg.batch_size, workers=cfg.workers)
+    with Table(cfg.out) as table:
+        for files, images in stream:
+            best = model(images.to(fabric.device)).float().softmax(-1).topk(cfg.top)
+            for path, probabilities, labels in zip(files, best.values.tolist(), best.indices.tolist(), strict=True):
+                for label, p in zip(labels, probabilities, strict=True):
+                    table.write({"path": path, "label": names[label], "probability": f"{p:.6f}"})
+    print(f"{stream.done} images, {about['network']['bits']} bit, top {cfg.top}: {table.out}")
+    stream.finish()
+    return table.out
+
+
+@script("predict")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    classify(cfg, fabric)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -25,6 +25,8 @@ from q_vit.information_rectification import Form, InformationRectification, Stat
 
 Preset = Literal["official", "deployable"]
 Parts = Literal["all", "mlp", "mhsa_weights", "mhsa_acts"]
+PARTS = ("all", "mlp", "mhsa_weights", "mhsa_acts")
+INITS = ("official", "per_group", "max")
 BITS = (2, 3, 4, 5, 6, 7, 8, 32)
 # The rules of the released code, and those of LSQ for steps that factor out of an integer product.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -46,6 +48,7 @@ def quantize_vit(
     irm_stats: Stats = "token",
     symmetric: bool = False,
     init: str | None = None,
+    weight_init: str | None = None,
     zp_init: str | None = None,
     grad_scale: str | None = None,
 ) -> nn.Module:
@@ -56,26 +59,25 @@ def quantize_vit(
     edge_bits: of patch embedding and classifiers. parts: quantise one part only, the rest and the edges stay real:
         mlp (weights and inputs of fc1, fc2), mhsa_weights (weights of qkv, proj), mhsa_acts (q, k, v, attention map).
     gelu_clip: the input of fc2 is clipped to +-this (released code), None for no clip. symmetric: no zero points.
-    init, zp_init, grad_scale: see LSQQuantizer; None takes the preset's.
+    init, zp_init, grad_scale: see LSQQuantizer; None takes the preset's. init counts for activations and, where weight_init is
+        None, for weights as well: weight_init="per_group" with init="official" starts every row of a weight from its own
+        step and activations as released.
+    bits=32 without rectification returns a copy of the float network as it is, bit for bit.
     Calibrate before evaluation: one forward pass in training mode, or `common.quant.lsq.calibrate`.
     Raises ValueError for other values, or a model in which nothing can be quantised."""
     if bits not in BITS or edge_bits not in BITS:
         raise ValueError(f"bits={bits}, edge_bits={edge_bits}, allowed: 2..8, or 32 for no quantisation")
-    for name, value, allowed in (
-        ("preset", preset, tuple(PRESETS)),
-        ("parts", parts, ("all", "mlp", "mhsa_weights", "mhsa_acts")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r}, allowed: {', '.join(allowed)}")
+    if parts not in PARTS:
+        raise ValueError(f"parts={parts!r}, allowed: {', '.join(PARTS)}")
     if gelu_clip is not None and gelu_clip <= 0:
         raise ValueError(f"gelu_clip={gelu_clip}, allowed: > 0 or None")
-    given = {"init": init, "zp_init": zp_init, "grad_scale": grad_scale}
-    rules: dict[str, Any] = PRESETS[preset] | {key: value for key, value in given.items() if value is not None}
-    rules |= {"zero_point": "none" if symmetric else "integer"}
+    rules, rows = _rules(preset, symmetric, weight_init, init=init, zp_init=zp_init, grad_scale=grad_scale)
     model = copy.deepcopy(model)
     attentions: list[Any] = [m for m in model.modules() if isinstance(m, Attention | WindowAttention)]
     if not attentions:
         raise ValueError(f"{type(model).__name__} has no timm Attention or WindowAttention: only ViT, DeiT and Swin")
+    if bits == 32 and not irm:
+        return model
     on = {part: bits < 32 and parts in ("all", part) for part in ("mlp", "mhsa_weights", "mhsa_acts")}
     whole = parts == "all"
     for m in attentions:
@@ -91,20 +93,34 @@ def quantize_vit(
         m.integer = preset == "deployable"  # pyright: ignore
         if on["mhsa_weights"]:
             for layer in (m.qkv, m.proj):
-                _quantize_layer(layer, bits, preset, rules, inputs=whole)
+                _quantize_layer(layer, bits, preset, rules, rows, inputs=whole)
     blocks: list[Any] = list(model.modules())
     for m in blocks:
         if hasattr(m, "fc1") and hasattr(m, "fc2") and on["mlp"]:
-            _quantize_layer(m.fc1, bits, preset, rules)
-            _quantize_layer(m.fc2, bits, preset, rules)
+            _quantize_layer(m.fc1, bits, preset, rules, rows)
+            _quantize_layer(m.fc2, bits, preset, rules, rows)
             if gelu_clip is not None:
                 m.act = nn.Sequential(m.act, nn.Hardtanh(-gelu_clip, gelu_clip))
         if isinstance(m, PatchMerging) and bits < 32 and whole:
-            _quantize_layer(m.reduction, bits, preset, rules)
+            _quantize_layer(m.reduction, bits, preset, rules, rows)
     if bits < 32 and edge_bits < 32 and whole:
         for layer in edge_layers(model):
-            _quantize_layer(layer, edge_bits, preset, rules)
+            _quantize_layer(layer, edge_bits, preset, rules, rows)
     return model
+
+
+def _rules(
+    preset: str, symmetric: bool, weight_init: str | None, **given: str | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(keywords of the quantisers of activations, of weights): the preset's, with those of `given` that are not None."""
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}, allowed: {', '.join(PRESETS)}")
+    for name, value in (("init", given["init"]), ("weight_init", weight_init)):
+        if value not in (None, *INITS):
+            raise ValueError(f"{name}={value!r}, allowed: {', '.join(INITS)}, or null for the preset's")
+    rules: dict[str, Any] = PRESETS[preset] | {key: value for key, value in given.items() if value is not None}
+    rules |= {"zero_point": "none" if symmetric else "integer"}
+    return rules, {"init": weight_init or rules["init"], "grad_scale": rules["grad_scale"]}
 
 
 def edge_layers(model: nn.Module) -> list[nn.Module]:
@@ -124,14 +140,16 @@ def _add_rectification(m: Any, irm: bool, form: Form, stats: Stats) -> None:
             setattr(m, name, nn.Identity())
 
 
-def _quantize_layer(layer: Any, bits: int, preset: str, rules: dict[str, Any], *, inputs: bool = True) -> None:
-    """Give a Linear or Conv2d its quantisers, in place. Its weight keeps its name, so float state dicts still load."""
+def _quantize_layer(
+    layer: Any, bits: int, preset: str, rules: dict[str, Any], rows: dict[str, Any], *, inputs: bool = True
+) -> None:
+    """Give a Linear or Conv2d its quantisers, in place: its input by `rules`, its weight by `rows`. The weight keeps its name,
+    so float state dicts still load."""
     linear = isinstance(layer, nn.Linear)
     features = layer.in_features if linear else layer.in_channels
     outputs = layer.out_features if linear else layer.out_channels
     layer.__class__ = QuantLinear if linear else QuantConv2d
-    weight_rules = {key: rules[key] for key in ("init", "grad_scale")}
-    layer.weight_quantizer = LSQQuantizer(bits, "weight", axis=0, groups=outputs, **weight_rules)
+    layer.weight_quantizer = LSQQuantizer(bits, "weight", axis=0, groups=outputs, **rows)
     layer.input_quantizer = nn.Identity()
     if inputs:
         where = {"axis": -1 if linear else 1, "groups": features} if preset == "official" else {}
@@ -230,7 +248,7 @@ def _product(module: Any, a: Tensor, b: Tensor, qa: nn.Module, qb: nn.Module) ->
 
 
 def _attend(m: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention of x (B, N, C) with quantised operands (section "fully quantised block"): (B, N, H * D) before proj."""
+    """Attention of x (B, N, C) with quantised operands: (B, N, H * D) before proj."""
     b, n, _ = x.shape
     q, k, v = m.qkv(x).reshape(b, n, 3, m.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = m.q_norm(q), m.k_norm(k)

@@ -6,6 +6,7 @@ A released layer holds `alpha`, `init_state` and, for its input, `act.{alpha, ze
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +52,12 @@ def translate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def load_released(path: str | Path, *, bits: int, check: bool = True) -> nn.Module:
-    """The network of a released checkpoint (a state dict, or one under "model"), in evaluation mode.
+def load_released(path: str | Path, *, bits: int, check: bool = True) -> tuple[nn.Module, dict[str, Any]]:
+    """(the network of a released checkpoint in evaluation mode, {"model", "bits", "irm", "quant", "classes"}: how it is built).
 
-    bits: of the file; its keys do not say, so `check` compares with the steps (`check_bits`).
-    Size (T, S, B), heads and classes are read from the shapes. Raises what
-    `runs.load_checkpoint` raises, ValueError for other keys or steps that were never initialised."""
+    path: a state dict, or one under "model". bits: of the file; its keys do not say, so `check` compares with the steps
+    (`check_bits`). Size (T, S, B), heads and classes are read from the shapes. Raises what `runs.load_checkpoint` raises,
+    ValueError for other keys or steps that were never initialised."""
     state = runs.load_checkpoint(path)
     state = state.get("model", state)
     if not is_released(state):
@@ -66,6 +67,7 @@ def load_released(path: str | Path, *, bits: int, check: bool = True) -> nn.Modu
         raise ValueError(f"{path}: width {width}, released models have {', '.join(map(str, SIZES))}")
     distilled = "_distilled" if "dist_token" in state else ""
     name = f"deit_{SIZES[width]}{distilled}_patch16_224"
+    made = {"model": {"name": name}, "bits": bits, "irm": True, "quant": {"preset": "official"}}
     model = quantize_vit(build_float(name, num_classes=classes), bits=bits, irm=True, preset="official")
     ours = translate(state)
     own = model.state_dict()
@@ -77,7 +79,7 @@ def load_released(path: str | Path, *, bits: int, check: bool = True) -> nn.Modu
         raise ValueError(f"{path}: {len(never)} quantisers were never initialised, e.g. {never[0]}")
     if check:
         check_bits(model, bits, path)
-    return model.eval()
+    return model.eval(), {**made, "classes": classes}
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """Backbones and weights by name, the stressed teacher, released checkpoints, the counts, data, metrics and schedule."""
 
 import copy
-import json
 import math
 from pathlib import Path
 
@@ -12,10 +11,11 @@ from PIL import Image
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from common import runs
+from common.data.batches import Plan
 from common.metrics.claims import load_document
-from q_vit.counts import measure
-from q_vit.data import Batches, build_data
+from q_vit.checkpoint import load
+from q_vit.counts import count
+from q_vit.data import build_data
 from q_vit.metrics import accuracy, query_key_statistics
 from q_vit.model import (
     PAPER,
@@ -46,12 +46,12 @@ def mini(seed=0, name="vit_distilled", **kwargs):
 
 @pytest.fixture(scope="module")
 def batch():
-    return next(build_data(name="cued_digits", train_images=64, test_images=8).source.batches(0, 1, [slice(0, 32)]))[0]
+    return build_data(name="cued_digits", train_images=64, test_images=8).first(32, 0)
 
 
 # -------------------------------------------------------------------------------------------------------------- counts
 def test_counts_equal_the_numbers_of_the_claims():
-    found = measure()
+    found = count()
     exact = [c for c in load_document(Path(__file__).parents[1])["claims"] if c["kind"] == "exact"]
     assert len(exact) > 70 and {c["metric"] for c in exact} <= set(found)
     wrong = [c["id"] for c in exact if abs(found[c["metric"]] - c["published"]["value"]) > c["tol"] * (1 + 1e-9)]
@@ -205,7 +205,8 @@ def test_released_checkpoints_load_by_key(released):
     assert translate_key("head_dist.act.zero_point") == "head_dist.input_quantizer.zero_point"
     assert translate_key("blocks.0.attn.norm_k.bias") == "blocks.0.attn.k_norm.bias"
     torch.testing.assert_close(translate(state["model"]), dict(model.state_dict()), rtol=0, atol=0)
-    loaded = load_released(path, bits=4)
+    loaded, _, about = load(path, bits=4)
+    assert about["classes"] == [str(c) for c in range(7)] and about["size"] == 224
     x = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
@@ -234,18 +235,23 @@ def test_released_checkpoints_that_do_not_fit(released, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ data, metrics, schedule
+def epochs(data, size, epoch, **kwargs):
+    plan = Plan(data.images, size, seed=3, repeats=data.repeats, **kwargs)
+    return list(data.batches(plan, torch.device("cpu")).epoch(epoch))
+
+
 def test_batches_depend_on_seed_and_epoch_alone_and_ranks_share_them():
     data = build_data(name="cued_digits", train_images=40, test_images=4)
-    whole = list(Batches(data.source, 3, 16).epoch(2))
+    whole = epochs(data, 16, 2)
     assert len(whole) == 2 and whole[0][0].shape == (16, 1, 16, 16)
-    torch.testing.assert_close(whole[1][0], list(Batches(data.source, 3, 16).epoch(2))[1][0], rtol=0, atol=0)
-    assert not torch.equal(whole[0][0], next(Batches(data.source, 3, 16).epoch(3))[0])
-    parts = [list(Batches(data.source, 3, 16, rank=r, world=2).epoch(2)) for r in (0, 1)]
+    torch.testing.assert_close(whole[1][0], epochs(data, 16, 2)[1][0], rtol=0, atol=0)
+    assert not torch.equal(whole[0][0], epochs(data, 16, 3)[0][0])
+    parts = [epochs(data, 16, 2, rank=r, world=2) for r in (0, 1)]
     for step in (0, 1):
         torch.testing.assert_close(torch.cat([p[step][0] for p in parts]), whole[step][0], rtol=0, atol=0)
-    assert torch.equal(Batches(data.source, 3, 16).first(8), Batches(data.source, 3, 16, rank=1, world=2).first(8))
+    assert torch.equal(data.first(8, 3), epochs(data, 16, 1)[0][0][:8])
     with pytest.raises(ValueError, match=r"fewer than train\.batch_size=64"):
-        Batches(data.source, 3, 64)
+        epochs(data, 64, 1)
 
 
 def folder(root, n=4):
@@ -261,8 +267,9 @@ def folder(root, n=4):
 def test_folders_are_augmented_from_seed_epoch_and_position(tmp_path):
     root = folder(tmp_path)
     data = build_data(name="folder", root=str(root), size=32, augment="deit", repeats=3)
-    assert data.num_classes == 2 and data.channels == 3 and data.test[0][0].shape == (3, 32, 32)
-    a, b = (list(Batches(data.source, 0, 6).epoch(1)) for _ in range(2))
+    assert data.names == ["a", "b"] and data.look["channels"] == 3 and data.test[0][0].shape == (3, 32, 32)
+    a, b = (epochs(data, 6, 1) for _ in range(2))
+    torch.testing.assert_close(data.first(6, 3), a[0][0], rtol=0, atol=0)
     torch.testing.assert_close(a[0][0], b[0][0], rtol=0, atol=0)
     assert a[0][1].view(2, 3).eq(a[0][1].view(2, 3)[:, :1]).all(), "three augmentations of an image stand together"
     assert not torch.equal(a[0][0][0], a[0][0][1])
@@ -315,11 +322,53 @@ def test_schedules():
             lr_at(0, base_lr=1.0, steps=10, epochs=1, **bad)
 
 
-def test_checkpoint_that_is_none_is_refused(tmp_path):
-    from q_vit.model import rebuild
+def test_counts_follow_the_size_of_the_image():
+    """A dead argument once: shapes for another size than 224 could not be built."""
+    own = {x.name: x.macs for x in layers("deit_tiny_patch16_224", 4, size=384)}
+    assert own["patch_embed.proj"] == 576 * 768 * 192 and own["blocks.0.attn"] == 2 * 577 * 577 * 192
+    assert sum(x.macs for x in layers("swin_tiny_patch4_window7_224", 4, size=448)) > 4 * 4.3e9
 
-    (tmp_path / "x.ckpt").write_text(json.dumps({}))
-    with pytest.raises(runs.RunError, match=r"refused|cannot read"):
-        runs.load_checkpoint(tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match="lacks config, data, model"):
-        rebuild({})
+
+def test_weights_start_by_a_rule_of_their_own(batch):
+    """Activations as released (one number for all channels), weights with a step per row."""
+    student = build_student(mini(), batch, irm=False, bits=2, preset="official", init="official", weight_init="per_group")
+    fc1 = student.blocks[0].mlp.fc1
+    torch.testing.assert_close(fc1.weight_quantizer.step, 2 * fc1.weight.abs().mean(1))
+    assert len(fc1.input_quantizer.step.unique()) == 1
+    both = build_student(mini(), batch, irm=False, bits=2, preset="official", init="per_group").blocks[0].mlp.fc1
+    torch.testing.assert_close(both.weight_quantizer.step, fc1.weight_quantizer.step, rtol=0, atol=0)
+    assert len(both.input_quantizer.step.unique()) > 1
+    released = build_student(mini(), batch, irm=False, bits=2, preset="official").blocks[0].mlp.fc1
+    assert len(released.weight_quantizer.step.unique()) == 1
+    with pytest.raises(ValueError, match="weight_init='mean', allowed: official, per_group, max"):
+        build_student(mini(), batch, irm=False, bits=2, weight_init="mean")
+
+
+def test_k_goes_through_k_norm_whose_calibrated_start_keeps_no_offset(batch):
+    teacher = mini()
+    for block in teacher.blocks:
+        nn.init.normal_(block.attn.qkv.bias, std=2.0)
+    student = build_student(teacher, batch, irm=True, bits=8)
+    for block in student.blocks:
+        assert block.attn.k_norm.bias.abs().max() == 0 and block.attn.q_norm.bias.abs().max() > 0
+    taps = Tapped(student.eval(), "pre_quant")
+    with torch.no_grad():
+        before = taps(batch)[1][0]
+        student.blocks[0].attn.k_norm.bias.fill_(5.0)
+        after = taps(batch)[1][0]
+    torch.testing.assert_close(after[1], before[1] + 5)
+    torch.testing.assert_close(after[0], before[0])
+
+
+def test_pretrained_weights_that_cannot_be_fetched_end_at_once_and_name_the_file_option(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("q_vit.model.try_to_load_from_cache", lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"cannot fetch the pretrained weights of deit_tiny.*model\.file="):
+        build_float("deit_tiny_patch16_224", num_classes=3, pretrained=True)
+    own = build_float("deit_tiny_patch16_224", num_classes=1000)
+    torch.save({"model": own.state_dict()}, tmp_path / "deit.pth")
+    loaded = build_float("deit_tiny_patch16_224", num_classes=3, pretrained=True, file=str(tmp_path / "deit.pth"))
+    torch.testing.assert_close(loaded.pos_embed, own.pos_embed, rtol=0, atol=0)
+    assert loaded.head.out_features == 3
+    with pytest.raises(ValueError, match=r"model\.file="):
+        build_float("deit_tiny_patch16_224", num_classes=3, pretrained=True, file=str(tmp_path / "no.pth"))
