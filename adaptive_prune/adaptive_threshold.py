@@ -1,4 +1,4 @@
-"""Learned thresholds and the straight-through mask (section 3.2).
+"""Learned thresholds and the straight-through mask.
 
 m = 1[S > theta] forward,    dm/dS = T s (1 - s) = -dm/dtheta with s = sigmoid(T (S - theta)) backward
 """

@@ -1,8 +1,12 @@
 """Which vision transformers can be pruned, how to build them, and what they cost."""
 
+import os
+import socket
+from collections.abc import Mapping
 from typing import Any
 
 import timm
+from huggingface_hub import try_to_load_from_cache
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
@@ -31,21 +35,57 @@ def build_vit(*, name: str, num_classes: int, pretrained: bool = False, **kwargs
     """A ViT by name: lvvit_s, lvvit_m, `vit` (timm's VisionTransformer from kwargs), or any timm ViT model.
 
     Raises ValueError for an unknown name or a model that is no VisionTransformer."""
+    check_known(name)
+    if pretrained:
+        check_pretrained(name)
     if name in lvvit.SIZES:
-        if pretrained:
-            raise ValueError(f"model.pretrained: {name} is not in timm; give its checkpoint file as start.checkpoint")
-        return lvvit.lvvit(name, num_classes=num_classes, **kwargs)
+        return _whole_patches(lvvit.lvvit(name, num_classes=num_classes, **kwargs), kwargs)
     if name == "vit":
-        return VisionTransformer(num_classes=num_classes, **kwargs)
+        return _whole_patches(VisionTransformer(num_classes=num_classes, **kwargs), kwargs)
+    model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f"model.name={name!r} is a {type(model).__name__}, no timm VisionTransformer")
+    return _whole_patches(model, kwargs)
+
+
+def _whole_patches(vit: Any, kwargs: Mapping[str, Any]) -> VisionTransformer:
+    patch, size = vit.patch_embed.patch_size[0], kwargs.get("img_size")
+    if size is not None and size % patch:
+        raise ValueError(f"images of {size} x {size} cannot be cut into patches of {patch} x {patch}: change data.size")
+    return vit
+
+
+def check_known(name: str) -> None:
+    """ValueError for a model that cannot be built by this name."""
+    if name in lvvit.SIZES or name == "vit":
+        return
     if name not in timm.list_models():
         close = [n for n in timm.list_models("deit*patch16*") if "distilled" not in n]
         raise ValueError(
             f"model.name={name!r}, allowed: vit, {', '.join(lvvit.SIZES)}, or a timm ViT such as {', '.join(close)}"
         )
-    model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f"model.name={name!r} is a {type(model).__name__}, no timm VisionTransformer")
-    return model
+
+
+def check_pretrained(name: str) -> int:
+    """The number of classes of timm's weights for a model. ValueError at once where they cannot be had: for a model that timm has
+    none of, and where neither the cache holds them nor their server can be reached."""
+    check_known(name)
+    cfg = timm.get_pretrained_cfg(name) if name in timm.list_models() else None
+    if cfg is None or not cfg.has_weights:
+        raise ValueError(
+            f"start.pretrained=true: timm has no weights of {name}; give a file of yours, start.checkpoint=<file>"
+        )
+    files = ("model.safetensors", "pytorch_model.bin")
+    here = cfg.hf_hub_id and any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, f), str) for f in files)
+    if not here and not {"HTTPS_PROXY", "https_proxy", "HF_ENDPOINT"} & os.environ.keys():
+        try:
+            socket.create_connection(("huggingface.co", 443), timeout=3).close()
+        except OSError as error:
+            raise ValueError(
+                f"start.pretrained=true: the weights of {name} are not cached and huggingface.co is out of reach ({error}); "
+                "give a local file, start.checkpoint=<file>"
+            ) from error
+    return cfg.num_classes
 
 
 def check_vit(vit: nn.Module) -> None:

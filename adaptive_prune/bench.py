@@ -1,116 +1,107 @@
-"""Images per second of really dropping tokens against the dense timm model, ToMe and EViT at equal MACs.
+"""Time of really dropping tokens against the dense timm model, top-k, EViT and ToMe at equal MACs.
 
-python bench.py [model=deit_small_patch16_224] [budget=0.65] [batches=1,8] [seconds=60]        writes bench.json
+python bench.py [model=deit_small_patch16_224] [budget=0.65] [batches=[1,8,32]]        writes bench.json
 
 Weights are random, so thresholds are score quantiles of the images measured: the counts still vary by image, and the
-budget is met; EViT and ToMe get the cost that AS-ViT really has. Every round runs all models once, in shuffled order; medians
-over rounds. The seconds cover everything, at least three rounds are run. On CUDA in bfloat16 and with `bucketed`, too."""
+budget is met; the baselines get the cost that AS-ViT really has. `unpruned` is the same code with nothing dropped."""
 
-import json
-import math
-import os
-import platform
-import random
-import statistics
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from lightning_fabric import Fabric
+from omegaconf import DictConfig
+from torch import Tensor, nn
 
+from adaptive_prune.backbones import check_known, check_vit
+from adaptive_prune.budget import check_budget
 from adaptive_prune.calibrate import calibrate
 from adaptive_prune.model import PrunedViT, prune
+from common.metrics.timing import Bench, interleaved
+from common.scripts import script
 
-DEFAULTS = {"model": "deit_small_patch16_224", "budget": "0.65", "batches": "", "seconds": "60", "out": "bench.json"}
+WARMUP = 5
 
 
-def measure(models: dict, x: torch.Tensor, end: float) -> dict[str, list[float]]:
-    """{name: seconds per call} of shuffled rounds, at least three, until time.perf_counter() reaches `end`.
-
-    The models must have run on x before."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    order, rounds = list(models), 0
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    while rounds < 3 or time.perf_counter() < end:
-        random.Random(rounds).shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            models[name](x)
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
-        rounds += 1
-    return times
+def dense_model(name: str) -> nn.Module:
+    """A random timm model. Random weights attend almost uniformly: sharpened, so that counts vary between images."""
+    torch.manual_seed(0)
+    dense = timm.create_model(name).eval()
+    check_vit(dense)
+    with torch.no_grad():
+        for block in dense.blocks:  # type: ignore[union-attr]
+            block.attn.qkv.weight.mul_(4)
+    return dense
 
 
 @torch.no_grad()
-def main(args: list[str]) -> None:
-    stop = time.perf_counter()
-    if odd := [a for a in args if "=" not in a]:
-        raise SystemExit(f"{odd} is not of the form option=value")
-    options = dict(a.split("=", 1) for a in args)
-    if unknown := set(options) - set(DEFAULTS):
-        raise SystemExit(f"unknown {sorted(unknown)}; known: {', '.join(DEFAULTS)}")
-    options = DEFAULTS | options
-    stop += float(options["seconds"])
-    cuda = torch.cuda.is_available()
-    batches = [int(b) for b in (options["batches"] or ("1,64,256" if cuda else "1,8")).split(",")]
-    device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
-    torch.manual_seed(0)
-    dense = timm.create_model(options["model"]).eval()
-    for block in dense.blocks:  # random weights attend almost uniformly: sharpen, so that counts vary between images
-        block.attn.qkv.weight.mul_(4)
-    size = dense.patch_embed.img_size[0]
-    rows = []
-    for i, batch in enumerate(batches):
-        share = math.sqrt(batch) / sum(map(math.sqrt, batches[i:]))  # of what is left: large batches need more
-        end = time.perf_counter() + share * (stop - time.perf_counter())
-        x = torch.randn(batch, 3, size, size) * torch.linspace(0.5, 2, batch).view(-1, 1, 1, 1)
-        reference = prune(dense.float().cpu(), budget=float(options["budget"])).eval()
-        reference.to(device)
-        calibrate(reference, [x.to(device)], float(options["budget"]), rounds=1)
-        theta = reference.theta.tolist()
-        dense, x = dense.to(device, dtype), x.to(device, dtype)
-        same = {"thresholds": theta, "budget": float(options["budget"])}
-        models = {"dense": dense} | {
-            name: PrunedViT(dense, inference=name, **same).eval()
-            for name in ("packed", "padded", "batch_topk", *(["bucketed"] if cuda else []))
-        }
-        for model in list(models.values())[1:]:
-            model.theta.data = model.theta.data.to(device)
-        _, info = models["packed"](x, details=True)
-        cost = models["packed"].cost
-        ratio = float(info.macs.double().mean()) / cost.dense
-        models |= {rule: PrunedViT(dense, rule=rule, budget=ratio).eval() for rule in ("evit", "tome")}
-        dense(x)  # this and the passes that report the cost are the warm-up
-        others = {name: m for name, m in models.items() if name != "dense"}
-        macs = {name: float(m(x, details=True)[1].macs.double().mean()) / cost.dense for name, m in others.items()}
-        times = measure(models, x, end)
-        rate = {name: batch / statistics.median(t) for name, t in times.items()}
-        least, most = (info.kept.int().aminmax(dim=0)[m].tolist() for m in (0, 1))
-        print(
-            f"batch {batch}: AS-ViT keeps {least} to {most} tokens per stage, {ratio:.3f} of the MACs, ideal {1 / ratio:.2f}x"
+def rivals(dense: Any, x: Tensor, budget: float) -> tuple[dict[str, nn.Module], dict[str, float]]:
+    """{name: model} and {name: cost relative to dense} on the images x (B, 3, H, W)."""
+    reference = prune(dense, budget=budget).eval().to(x.device)
+    calibrate(reference, [x], budget, rounds=1)
+    layouts = ("packed", "padded", "batch_topk", *(["bucketed"] if x.is_cuda else []))
+    same = {"thresholds": reference.theta.tolist(), "budget": budget}
+    models: dict[str, Any] = {name: PrunedViT(dense, inference=name, **same).eval().to(x.device) for name in layouts}
+    ratio = float(models["packed"](x, details=True)[1].macs.double().mean()) / reference.cost.dense
+    models |= {rule: PrunedViT(dense, rule=rule, budget=ratio).eval() for rule in ("topk", "evit", "tome")}
+    models["unpruned"] = PrunedViT(dense, rule="none").eval()
+    cost = {n: float(m(x, details=True)[1].macs.double().mean()) / reference.cost.dense for n, m in models.items()}
+    return {"dense": dense, **models}, {"dense": 1.0, **cost}
+
+
+def timed(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    """A call that has finished when it returns."""
+
+    def call() -> None:
+        with torch.no_grad():
+            model(x)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+
+    return call
+
+
+def bench(cfg: DictConfig, fabric: Fabric) -> list[dict]:
+    """Measures, prints, writes cfg.out and returns the rows."""
+    if cfg.precision not in ("float32", "bfloat16"):
+        raise ValueError(f"precision={cfg.precision!r}, allowed: float32, bfloat16")
+    if not cfg.batches or min(cfg.batches) < 1:
+        raise ValueError(f"batches={list(cfg.batches)}: batch sizes of at least 1")
+    check_budget(cfg.budget)
+    check_known(cfg.model)
+    table, dtype = Bench(cfg.out), getattr(torch, cfg.precision)
+    for batch in cfg.batches:
+        dense: Any = dense_model(cfg.model).to(fabric.device)
+        size, generator = dense.patch_embed.img_size[0], torch.Generator().manual_seed(0)
+        x = torch.randn(batch, 3, size, size, generator=generator) * torch.linspace(0.5, 2, batch).view(-1, 1, 1, 1)
+        x = x.to(fabric.device)
+        models, cost = rivals(dense, x, cfg.budget)
+        dense.to(dtype)
+        calls = {name: timed(model, x.to(dtype)) for name, model in models.items()}
+        times = interleaved(calls, rounds=cfg.rounds, warmup=WARMUP, seconds=cfg.seconds)
+        for name in models:
+            if name != "dense":
+                table.add(f"{cfg.model} {name} vs dense", times[name], times["dense"], batch=batch, macs=cost[name])
+        for other in ("topk", "evit", "tome"):
+            table.add(f"{cfg.model} packed vs {other}", times["packed"], times[other], batch=batch, macs=cost["packed"])
+        reached, ideal = times["dense"].median / times["packed"].median, 1 / cost["packed"]
+        table.add(
+            f"{cfg.model} packed: speed over dense vs the MAC ratio",
+            ideal,
+            reached,
+            batch=batch,
+            unit="x",
+            macs=cost["packed"],
         )
-        for name, found in rate.items():
-            low, high = (batch / q for q in statistics.quantiles(times[name], n=4)[::-2])
-            print(f"  {name:12s}{found:9.2f} images/s  [{low:.2f}, {high:.2f}]  {found / rate['dense']:.2f}x  "
-                  f"{macs.get(name, 1.0):.3f} MACs  {len(times[name])} rounds")  # fmt: skip
-        pairs = [(n, "dense") for n in rate if n != "dense"] + [("packed", "tome"), ("packed", "evit")]
-        rows += [
-            {"name": f"{options['model']} {a} against {b}", "ours": rate[a], "baseline": rate[b], "ratio": rate[a] / rate[b],
-             "unit": "images/s", "threads": torch.get_num_threads(), "batch": batch,
-             "isa": "cuda" if cuda else torch.backends.cpu.get_cpu_capability(),
-             "machine": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {os.cpu_count()} cores"}
-            for a, b in pairs
-        ]  # fmt: skip
-        share = rate["packed"] / rate["dense"] * ratio
-        print(f"  packed reaches {100 * share:.0f} % of the ideal MAC ratio")
-        rows.append({**rows[-1], "name": f"{options['model']} packed, share of the ideal MAC ratio",
-                     "ours": rate["packed"] / rate["dense"], "baseline": 1 / ratio, "ratio": share, "unit": "x"})  # fmt: skip
-    Path(options["out"]).write_text(json.dumps(rows, indent=1) + "\n")
+    return table.write()
+
+
+@script("bench")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    bench(cfg, fabric)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,4 +1,4 @@
-"""What a number of tokens costs, the budget loss, and the token counts that meet a budget (section 3.4).
+"""What a number of tokens costs, the budget loss, and the token counts that meet a budget.
 
 1 MAC counts 1; only matrix products count (norms, activations, biases, heads do not), as in the paper's GMACs of DeiT.
 """

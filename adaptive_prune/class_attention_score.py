@@ -1,4 +1,4 @@
-"""The score of a token: class attention, weighted by how important each head is for that token (section 3.1).
+"""The score of a token: class attention, weighted by how important each head is for that token.
 
     R[i,h] = ||O[i,h]|| / (sum_h' ||O[i,h']|| + 1e-8),      S[i] = sum_h R[i,h] A[cls,i,h]
 

@@ -1,19 +1,18 @@
 """Parameters and MACs of the architectures of the paper, measured on the models:  python counts.py
 
-The models live on the meta device and two counts of the multiply-accumulates must agree: the formula of section 3.4, and
+The models live on the meta device and two counts of the multiply-accumulates must agree: the formula of `budget.ViTCost`, and
 the operations that torch dispatches in a dense forward pass."""
 
 from pathlib import Path
 
-import hydra
 import torch
-from hydra.core.hydra_config import HydraConfig
+from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
 from adaptive_prune.backbones import build_vit, cost_of
 from adaptive_prune.model import PrunedViT
-from common import runs
-from common.metrics.ops import count_macs, count_parameters
+from common.metrics.ops import count_macs, count_parameters, record_counts
+from common.scripts import script
 
 
 def measure(name: str, locations: list[int], keep_rate: float) -> dict[str, float]:
@@ -39,24 +38,17 @@ def measure(name: str, locations: list[int], keep_rate: float) -> dict[str, floa
     return found
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="counts")
-def main(cfg: DictConfig) -> None:
-    out = Path(HydraConfig.get().runtime.output_dir)
-    try:
-        run = runs.Run.open(out, cfg, runs.launch(cfg.fabric))
-        if run is None:
-            return
-        with run:
-            metrics: dict[str, float] = {}
-            for name, locations in cfg.locations.items():
-                found = measure(str(name), list(locations), cfg.keep_rate)
-                metrics |= {f"{key}_{name}": value for key, value in found.items()}
-                print(
-                    f"{name:24s}" + "  ".join(f"{k} {v:,.6g}" if v < 1e6 else f"{k} {v:,.0f}" for k, v in found.items())
-                )
-            run.finish(metrics)
-    finally:
-        runs.remove_if_empty(out, cfg.run_root)
+def count(cfg: DictConfig) -> dict[str, float]:
+    """`measure` of every architecture of cfg.locations, named <number>_<architecture>."""
+    found: dict[str, float] = {}
+    for name, locations in cfg.locations.items():
+        found |= {f"{key}_{name}": v for key, v in measure(str(name), list(locations), cfg.keep_rate).items()}
+    return found
+
+
+@script("counts")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    record_counts(cfg, fabric, out, lambda: count(cfg))
 
 
 if __name__ == "__main__":

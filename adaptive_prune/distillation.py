@@ -1,4 +1,4 @@
-"""Self-distillation from the dense starting point (section 3.4)."""
+"""Self-distillation from the dense starting point."""
 
 import torch
 import torch.nn.functional as F

@@ -6,19 +6,23 @@ At batch 1 the survivors are a Gather whose length depends on the image (NonZero
 padding to a common length, so a batch is exported as dense attention with a key mask (batch=true): right, not faster.
 """
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import hydra
-import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from adaptive_prune.checkpoint import load
 from adaptive_prune.class_attention_score import class_attention, token_score
-from adaptive_prune.evaluate import load
 from adaptive_prune.model import PrunedViT
 from adaptive_prune.removal import finish_block, heads, run_dense
+from common.onnx_export import difference, export_onnx
+from common.scripts import script
 
 
 class OneImage(nn.Module):
@@ -34,7 +38,7 @@ class OneImage(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         m = self.model
-        x, p, scores = m._embed(images), m.cost.prefix, None
+        x, p, scores = m.embed(images), m.cost.prefix, None
         for i, block in enumerate(m.vit.blocks):
             if i in m.locations:
                 assert scores is not None
@@ -60,8 +64,8 @@ class Masked(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         m, p, valid = self.model, self.model.cost.prefix, None
-        x = m._embed(images)
-        for s, blocks in enumerate(m._stages()):
+        x = m.embed(images)
+        for s, blocks in enumerate(m.stages()):
             score = m.score if s < len(m.locations) else None
             x, scores = run_dense(blocks, x, score=score, valid=valid)
             if scores is not None:
@@ -70,37 +74,68 @@ class Masked(nn.Module):
         return m.vit.forward_head(m.vit.norm(x)[:, :p])
 
 
-def export(model: PrunedViT, example: Tensor, path: str | Path, *, batch: bool = False) -> None:
-    """Write an ONNX file (opset 17). example: images (B, C, H, W), of which one is traced unless `batch`."""
-    wrapped = (Masked if batch else OneImage)(model.eval()).eval()
-    axes = {"images": {0: "batch"}, "logits": {0: "batch"}} if batch else None
-    torch.onnx.export(
-        wrapped, (example if batch else example[:1],), str(path), input_names=["images"], output_names=["logits"],
-        dynamic_axes=axes, opset_version=17, dynamo=False,  # the other exporter handles data-dependent sizes poorly
-    )  # fmt: skip
+def export(
+    model: PrunedViT,
+    image: Tensor,
+    out: str | Path,
+    *,
+    about: Mapping[str, Any],
+    batch: bool = False,
+    tolerance: float = 1e-4,
+) -> float:
+    """Writes an ONNX file with `about` in its metadata (`common.onnx_export.read_about`) and returns the largest difference
+    between onnxruntime and torch. image: an example (1, C, H, W); batch: any number of images at a time, else one.
+
+    ValueError, and no file, above `tolerance`."""
+    if batch:
+        return export_onnx(Masked(model), image, out, about=about, tolerance=tolerance, batches=(1, 4))
+    return _traced(OneImage(model).cpu().eval(), image, Path(out).expanduser(), about, tolerance)
 
 
-def onnx_logits(path: str | Path, images: Tensor, *, batch: bool = False) -> np.ndarray:
-    """Logits (B, classes) by onnxruntime, one image at a time unless `batch`."""
-    import onnxruntime
+def _traced(model: nn.Module, image: Tensor, out: Path, about: Mapping[str, Any], tolerance: float) -> float:
+    """The older exporter: the other one handles data-dependent sizes poorly."""
+    import onnx
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    parts = [images] if batch else images.split(1)
-    return np.concatenate([session.run(None, {"images": part.numpy()})[0] for part in parts])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f".{out.name}.tmp.onnx")
+    try:
+        torch.onnx.export(
+            model,
+            (image,),
+            str(beside),
+            input_names=["images"],
+            output_names=["logits"],
+            opset_version=17,
+            dynamo=False,
+        )
+        proto = onnx.load(beside)
+        onnx.helper.set_model_props(proto, {"about": json.dumps(dict(about))})
+        onnx.save(proto, beside)
+        worst = difference(model, beside, image, (1,) * 6)
+        if not worst < tolerance:
+            raise ValueError(f"onnxruntime differs from torch by {worst:.2g}, allowed: tolerance={tolerance:g}")
+        beside.replace(out)
+    finally:
+        beside.unlink(missing_ok=True)
+    return worst
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="export")
 @torch.no_grad()
-def main(cfg: DictConfig) -> None:
-    model, _ = load(cfg.weights, model=cfg.vit, method=cfg.arm, dataset=cfg.set)
-    size = model.vit.patch_embed.img_size
-    x = torch.randn(4, model.vit.in_chans, *size, generator=torch.Generator().manual_seed(0))
-    expected = model(x).numpy()
-    export(model, x, cfg.out, batch=cfg.batch)
-    gap = float(np.abs(onnx_logits(cfg.out, x, batch=cfg.batch) - expected).max())
-    print(f"{cfg.out}: {Path(cfg.out).stat().st_size / 1e6:.1f} MB, largest difference to torch on 4 images {gap:.2g}")
-    if gap > 1e-3:
-        raise SystemExit("the exported model differs")
+def run(cfg: DictConfig) -> Path:
+    """Writes cfg.out and returns its path; see configs/export.yaml."""
+    model, _, about = load(cfg.weights, vit=cfg.vit, way=cfg.way)
+    out, image = Path(cfg.out).expanduser(), torch.zeros(1, about["channels"], about["size"], about["size"])
+    worst = export(model, image, out, about=about, batch=cfg.batch, tolerance=cfg.tolerance)  # type: ignore[arg-type]
+    how = "any number of images, dropped tokens masked" if cfg.batch else "one image at a time, tokens really dropped"
+    print(
+        f"{out}: {out.stat().st_size / 1e6:.1f} MB, {how}; largest difference between onnxruntime and torch {worst:.2g}"
+    )
+    return out
+
+
+@script("export")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    run(cfg)
 
 
 if __name__ == "__main__":

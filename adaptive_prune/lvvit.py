@@ -1,4 +1,4 @@
-"""LV-ViT-S and -M, which timm does not have, with the parameter names of the published checkpoints (section 4).
+"""LV-ViT-S and -M, which timm does not have, with the parameter names of the published checkpoints.
 
 A timm VisionTransformer with a convolutional stem, residual branches divided by 2, no QKV bias, and an auxiliary head that
 classifies every token. At inference logits = head(class) + 0.5 max over tokens of aux_head(token).

@@ -1,4 +1,4 @@
-"""Attention in which dropped tokens can be looked at by nobody but themselves (section 3.3).
+"""Attention in which dropped tokens can be looked at by nobody but themselves.
 
     P^[i,j] = P[j] + (1 - P[j]) [i = j],     A[i,j] = (e^(a[i,j] - max_i) P^[i,j] + eps/N) / (sum_j ... + eps)
 

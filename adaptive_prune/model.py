@@ -8,7 +8,7 @@ model.eval()(images)                                # really drops tokens, per i
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,32 +23,16 @@ from adaptive_prune.adaptive_threshold import (
     threshold_mask,
 )
 from adaptive_prune.backbones import check_vit, cost_of
+from adaptive_prune.baselines import Details, counted_pass, merging_pass
 from adaptive_prune.budget import Form, budget_loss, check_budget, keep_counts
 from adaptive_prune.class_attention_score import Score, class_attention, token_score
 from adaptive_prune.masked_attention import RowMax, masked_softmax
-from adaptive_prune.removal import Packed, finish_block, heads, run_blocks, run_dense, upload
-from adaptive_prune.tome import merge, merge_counts, tome_cost
-from adaptive_prune.topk import keep_top
+from adaptive_prune.removal import Packed, finish_block, heads, run_blocks, upload
+from adaptive_prune.tome import merge_counts
 
 RULES = ("none", "threshold", "topk", "evit", "tome")
 INFERENCE = ("packed", "padded", "bucketed", "batch_topk", "masked")
 Inference = Literal["packed", "padded", "bucketed", "batch_topk", "masked"]
-
-
-class Details(NamedTuple):
-    """What a forward pass did. S stages, n patch tokens.
-
-    macs: (B,) per image, differentiable in training; kept: (B, S) patch tokens per stage; masks: (B, S, n) bool, which
-    (None for ToMe, whose tokens are mixtures; a fused token of EViT counts in `kept` but has no place in the mask);
-    scores: (B, S, n) that decided, 0 where a token was gone already (masked passes only);
-    tokens: (B, n, C) logits of LV-ViT's auxiliary head and alive: (B, n) (masked passes only)."""
-
-    macs: Tensor
-    kept: Tensor
-    masks: Tensor | None = None
-    scores: Tensor | None = None
-    tokens: Tensor | None = None
-    alive: Tensor | None = None
 
 
 class PrunedViT(nn.Module):
@@ -150,27 +134,38 @@ class PrunedViT(nn.Module):
                 f"resize them, or build the model with timm.create_model(..., img_size={images.shape[-1]}), which "
                 "interpolates the embedding of the weights it loads"
             )
-        if self.rule == "tome":
-            logits, info = self._tome(images)
+        if len(images) == 0:
+            logits, info = self._nothing(images)
+        elif self.rule == "tome":
+            logits, info = merging_pass(self, images)
         elif self.rule in ("topk", "evit", "none"):
-            logits, info = self._top(images, details)
+            logits, info = counted_pass(self, images, details)
         elif self.training or self.inference == "masked":
             logits, info = self._masked(images)
         else:
             logits, info = self._remove(images, details)
         return (logits, info) if details else logits
 
-    def _embed(self, images: Tensor) -> Tensor:
+    def _nothing(self, images: Tensor) -> tuple[Tensor, Details]:
+        """An empty batch: logits (0, classes)."""
+        stages, n = len(self.locations), self.cost.patches
+        empty = images.new_zeros(0, dtype=torch.float32)
+        masks = empty.new_zeros(0, stages, n, dtype=torch.bool)
+        return images.new_zeros(0, self.vit.num_classes), Details(empty, empty.new_zeros(0, stages), masks)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Tokens (B, prefix + n, d) with their positions, before the first block."""
         vit = self.vit
         return vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
 
-    def _stages(self) -> list[Any]:
+    def stages(self) -> list[Any]:
+        """The blocks between the locations."""
         bounds = [0, *self.locations, self.cost.depth]
         return [self.vit.blocks[a:b] for a, b in pairwise(bounds)]
 
     def _masked(self, images: Tensor) -> tuple[Tensor, Details]:
-        """Section 3.3: every token stays, dropped ones are hidden from the others. Differentiable in theta."""
-        x, p = self._embed(images), self.cost.prefix
+        """Every token stays, dropped ones are hidden from the others. Differentiable in theta."""
+        x, p = self.embed(images), self.cost.prefix
         b = len(x)
         alive = torch.ones(b, self.cost.patches, device=x.device)
         policy, row, found, scores = None, None, [], []
@@ -204,16 +199,16 @@ class PrunedViT(nn.Module):
         macs = self.cost.staged(kept.unbind(1), self.locations) + torch.zeros_like(alive[:, 0])
         tokens = self.vit.aux_head(x[:, p:]) if hasattr(self.vit, "aux_head") else None
         at = alive.detach().bool().nonzero() if not self.training and tokens is not None else None
-        logits = self._read_out(x[:, :p], *((x[at[:, 0], at[:, 1] + p], at[:, 0]) if at is not None else (None, None)))
+        logits = self.read_out(x[:, :p], *((x[at[:, 0], at[:, 1] + p], at[:, 0]) if at is not None else (None, None)))
         stacked = torch.stack(scores, 1).detach() if scores else None
         return logits, Details(macs, kept.detach(), masks.detach().bool(), stacked, tokens, alive.detach())
 
     def _remove(self, images: Tensor, details: bool) -> tuple[Tensor, Details]:
-        """Section 3.5: dropped tokens leave the tensor. One device synchronisation per threshold."""
-        tokens = Packed.of(self._embed(images))
+        """Dropped tokens leave the tensor. One device synchronisation per threshold."""
+        tokens = Packed.of(self.embed(images))
         layout: Any = "packed" if self.inference == "batch_topk" else self.inference
         lengths, masks = [], []
-        for s, blocks in enumerate(self._stages()):
+        for s, blocks in enumerate(self.stages()):
             last = s == len(self.locations)
             x, scores = run_blocks(blocks, tokens, layout=layout, score=None if last else self.score)
             tokens.x = x
@@ -234,9 +229,9 @@ class PrunedViT(nn.Module):
         if hasattr(self.vit, "aux_head"):
             tokens.x = x
             patch = tokens.keep(tokens.origin >= self.cost.prefix, [n - self.cost.prefix for n in tokens.lengths])
-            logits = self._read_out(prefix, patch.x, patch.image)
+            logits = self.read_out(prefix, patch.x, patch.image)
         else:
-            logits = self._read_out(prefix, None, None)
+            logits = self.read_out(prefix, None, None)
         kept = upload([n for stage in lengths for n in stage], x.device).reshape(len(lengths), len(images)).T
         kept = kept - self.cost.prefix
         macs = self.cost.staged(kept.double().unbind(1), self.locations)
@@ -259,65 +254,7 @@ class PrunedViT(nn.Module):
         mask[tokens.image, tokens.origin] = True
         return mask[:, self.cost.prefix :]
 
-    def _top(self, images: Tensor, details: bool) -> tuple[Tensor, Details]:
-        """The same number of tokens for every image: a dense batch throughout, in training too. Rules none, topk, evit."""
-        x, p = self._embed(images), self.cost.prefix
-        b, n = len(x), self.cost.patches
-        origin = torch.arange(n + p, device=x.device).expand(b, -1)
-        kept, masks = [], []
-        for s, blocks in enumerate(self._stages()):
-            last = s == len(self.locations)
-            x, scores = run_dense(blocks, x, score=None if last else self.score)
-            if last:
-                break
-            assert scores is not None and self.keep is not None
-            fused = x.shape[1]
-            # EViT's fused token of an earlier stage competes like any other token.
-            x, index = keep_top(x, scores.detach(), min(self.keep[s], fused - p), prefix=p, fuse=self.rule == "evit")
-            kept.append(x.shape[1] - p)
-            if details:
-                origin = origin.gather(1, index)
-                if self.rule == "evit" and x.shape[1] > index.shape[1]:
-                    origin = torch.cat([origin, origin.new_full((b, 1), n + p)], 1)  # a place of its own, cut off below
-                mask = torch.zeros(b, n + p + 1, dtype=torch.bool, device=x.device).scatter_(1, origin, True)
-                masks.append(mask[:, p : n + p])
-        x = self.vit.norm(x)
-        tokens = x[:, p:].flatten(0, 1), torch.arange(b, device=x.device).repeat_interleave(x.shape[1] - p)
-        logits = self._read_out(
-            x[:, :p], *(tokens if not self.training and hasattr(self.vit, "aux_head") else (None, None))
-        )
-        macs = x.new_full((b,), self.cost.staged(kept, self.locations), dtype=torch.float32)
-        all_kept = torch.tensor(kept, device=x.device, dtype=torch.float32).expand(b, -1)
-        return logits, Details(macs, all_kept, torch.stack(masks, 1) if masks else None)
-
-    def _tome(self, images: Tensor) -> tuple[Tensor, Details]:
-        """Token merging inside every block, with proportional attention: log size is added to the keys' logits."""
-        x, p = self._embed(images), self.cost.prefix
-        size = x.new_ones(x.shape[:2])
-        assert self.keep is not None
-        entering, merged = [], []
-        for block, r in zip(self.vit.blocks, self.keep, strict=True):
-            entering.append(x.shape[1] - p)
-            attn: Any = block.attn
-            q, k, v = (t.transpose(1, 2) for t in heads(attn, block.norm1(x)))
-            bias = size.log()[:, None, None, :].to(q.dtype)
-            context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=attn.scale).transpose(1, 2)
-            x = x + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(attn.norm(context.flatten(2))))))
-            before = x.shape[1]
-            x, size = merge(x, size, k.mean(1), r, prefix=p)
-            merged.append(before - x.shape[1])
-            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-        x = self.vit.norm(x)
-        b = len(x)
-        tokens = x[:, p:].flatten(0, 1), torch.arange(b, device=x.device).repeat_interleave(x.shape[1] - p)
-        logits = self._read_out(
-            x[:, :p], *(tokens if not self.training and hasattr(self.vit, "aux_head") else (None, None))
-        )
-        kept = torch.tensor([entering[i] for i in self.locations], device=x.device, dtype=torch.float32)
-        macs = x.new_full((b,), tome_cost(self.cost, merged), dtype=torch.float32)
-        return logits, Details(macs, kept.expand(b, -1))
-
-    def _read_out(self, prefix: Tensor, tokens: Tensor | None, image: Tensor | None) -> Tensor:
+    def read_out(self, prefix: Tensor, tokens: Tensor | None, image: Tensor | None) -> Tensor:
         """Logits from normed prefix tokens (B, P, d); LV-ViT adds its surviving tokens (T, d) in evaluation."""
         if tokens is None or image is None:
             return self.vit.forward_head(prefix)

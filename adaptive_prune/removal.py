@@ -1,9 +1,9 @@
-"""Really dropping tokens, a different number per image, at any batch size (sections 3.5 and 3.6).
+"""Really dropping tokens, a different number per image, at any batch size.
 
 The tokens of a batch lie one image after the other in one matrix (T, d). Norms, projections and MLPs run on it once, with
 no waste; only attention must know where an image ends. How it learns that is the layout:
 
-packed    attention per image: a loop on CPU, a variable-length kernel on CUDA in half precision
+packed    attention per image: a loop on CPU, a variable-length kernel on CUDA in half precision (see `ragged_kernel`)
 padded    (B, longest, d) with a key mask: simple, exports, as slow as the fullest image of the batch
 bucketed  images sorted by length, padded within groups of similar length; regrouped only where tokens are dropped
 
@@ -144,9 +144,10 @@ def run_dense(
 
 def _run_packed(blocks: Sequence[Any], tokens: Packed, score: Score | None) -> tuple[Tensor, Tensor | None]:
     x, s, first = tokens.x, None, tokens.first()
+    ends = image_ends(tokens.lengths, x.device) if x.is_cuda else None  # once for all blocks
     for i, block in enumerate(blocks):
         q, k, v = heads(block.attn, block.norm1(x))
-        context = ragged_attention(q, k, v, tokens.lengths, scale=block.attn.scale)
+        context = ragged_attention(q, k, v, tokens.lengths, scale=block.attn.scale, ends=ends)
         if score and i == len(blocks) - 1:
             with torch.autocast(x.device.type, enabled=False):
                 row = class_attention_packed(q[first], k, tokens.image, scale=block.attn.scale)
@@ -155,23 +156,50 @@ def _run_packed(blocks: Sequence[Any], tokens: Packed, score: Score | None) -> t
     return x, s
 
 
-def ragged_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], *, scale: float) -> Tensor:
+def ragged_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], *, scale: float, ends: Tensor | None = None
+) -> Tensor:
     """Attention within each image of a packed batch. q, k, v: (T, H, d_h); lengths: tokens per image -> (T, H, d_h).
 
-    CPU: a loop over images (the fastest there). CUDA in half precision: the variable-length flash kernel; in float32,
-    which that kernel does not have, a key mask on padded Q, K, V."""
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+    How, says `ragged_kernel`. ends: 0 and where each image ends, int32 on the device, for the variable-length kernel."""
+    kernel = ragged_kernel(q.device, q.dtype)
+    if kernel == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
-        ends = upload([0, *lengths], q.device).cumsum(0).int()
-        out = varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths), scale=scale)
-        return cast(Tensor, out)
-    if q.is_cuda:
+        ends = image_ends(lengths, q.device) if ends is None else ends
+        return cast(Tensor, varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths), scale=scale))
+    if kernel == "padded":
         return padded_attention(q, k, v, lengths, scale=scale)
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
     out = [F.scaled_dot_product_attention(*part, scale=scale) for part in parts]
     return torch.cat(out, 2)[0].transpose(0, 1)
+
+
+def image_ends(lengths: list[int], device: torch.device) -> Tensor:
+    """(B + 1,) int32: 0 and where each image ends."""
+    return upload([0, *lengths], device).cumsum(0).int()
+
+
+def ragged_kernel(device: torch.device, dtype: torch.dtype) -> Literal["loop", "varlen", "padded"]:
+    """loop: one image after the other, the fastest on a CPU. varlen: the variable-length flash kernel, for half precision on
+    cards of compute capability 8.0 or more where torch has it. padded: float32, and every other card (the paper's has 7.5)."""
+    if device.type != "cuda":
+        return "loop"
+    half = dtype in (torch.float16, torch.bfloat16)
+    return "varlen" if half and _has_varlen() and _capability(device) >= (8, 0) else "padded"
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _has_varlen() -> bool:
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], *, scale: float) -> Tensor:

@@ -7,15 +7,15 @@ from torch import Tensor
 from adaptive_prune.budget import ViTCost, bisect, check_budget
 
 
-def merge(x: Tensor, size: Tensor, keys: Tensor, r: int, *, prefix: int = 1) -> tuple[Tensor, Tensor]:
+def merge(x: Tensor, size: Tensor | None, keys: Tensor, r: int, *, prefix: int = 1) -> tuple[Tensor, Tensor | None]:
     """Bipartite soft matching: patch tokens are split into even and odd ones, every even one looks for the odd one with the
     most similar key, and the r most similar pairs are averaged with their sizes as weights.
 
-    x: (B, N, d); size: (B, N) how many patches a token stands for; keys: (B, N, d_h), the mean over heads. Returns x and
-    size with min(r, number of even - odd pairs) fewer tokens: prefix, unmerged even, odd. The order does not matter to
-    attention."""
-    b, n, d = x.shape
-    r = min(r, (n - prefix) // 2)
+    x: (B, N, d); size: (B, N) how many patches a token stands for, None: one each; keys: (B, N, d_h), the mean over heads.
+    Returns x and size with min(r, number of even - odd pairs) fewer tokens: prefix, unmerged even, odd. The order does not
+    matter to attention."""
+    d = x.shape[-1]
+    r = min(r, (x.shape[1] - prefix) // 2)
     if r <= 0:
         return x, size
     metric = F.normalize(keys[:, prefix:], dim=-1)
@@ -23,13 +23,16 @@ def merge(x: Tensor, size: Tensor, keys: Tensor, r: int, *, prefix: int = 1) -> 
     order = score.argsort(dim=1, descending=True, stable=True)
     source, stay = order[:, :r], order[:, r:].sort(1).values
     target = partner.gather(1, source)
-    weighted = torch.cat([x * size[..., None], size[..., None]], -1)  # sums of tokens and of sizes move together
-    head, even, odd = weighted[:, :prefix], weighted[:, prefix::2], weighted[:, prefix + 1 :: 2]
-    wide = (-1, -1, d + 1)
-    moved = even.gather(1, source[..., None].expand(*wide))
-    odd = odd.scatter_add(1, target[..., None].expand(*wide), moved)
-    out = torch.cat([head, even.gather(1, stay[..., None].expand(*wide)), odd], 1)
-    return out[..., :d] / out[..., d:], out[..., d]
+    size = x.new_ones(x.shape[:2]) if size is None else size
+
+    def merged(t: Tensor, at: Tensor, to: Tensor, rest: Tensor) -> Tensor:
+        """Sums of what goes together; t: (B, N, ...), the others (B, n, ...) indices along its second dimension."""
+        even, odd = t[:, prefix::2], t[:, prefix + 1 :: 2]
+        return torch.cat([t[:, :prefix], even.gather(1, rest), odd.scatter_add(1, to, even.gather(1, at))], 1)
+
+    sizes = merged(size, source, target, stay)
+    wide = [i[..., None].expand(-1, -1, d) for i in (source, target, stay)]
+    return merged(x * size[..., None], *wide) / sizes[..., None], sizes
 
 
 def tome_cost(cost: ViTCost, merged: list[int]) -> int:

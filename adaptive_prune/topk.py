@@ -11,20 +11,20 @@ def keep_top(x: Tensor, scores: Tensor, k: int, *, prefix: int = 1, fuse: bool =
     """The prefix tokens and the k best patch tokens, in their order. x: (B, N, d), scores: (B, N) (the prefix part is not
     read) -> (tokens (B, prefix + k [+ 1], d), index (B, prefix + k) into N).
 
-    fuse: the dropped tokens are averaged with their scores as weights into one extra token at the end; with nothing to
-    drop there is none. ValueError unless 0 <= k <= N - prefix."""
+    fuse: the dropped tokens, times their scores, are summed into one extra token at the end, as in EViT's released code (the
+    scores are the attention that the class token pays them; gradients flow through them); with nothing to drop there is none.
+    ValueError unless 0 <= k <= N - prefix."""
     n = x.shape[1]
     if not 0 <= k <= n - prefix:
         raise ValueError(f"keep {k} of {n - prefix} patch tokens: the number must be in 0..{n - prefix}")
-    order = scores[:, prefix:].argsort(dim=1, descending=True, stable=True) + prefix
+    order = scores[:, prefix:].detach().argsort(dim=1, descending=True, stable=True) + prefix
     best = order[:, :k].sort(1).values
     index = torch.cat([torch.arange(prefix, device=x.device).expand(len(x), -1), best], 1)
     kept = take(x, index)
     if fuse and k < n - prefix:
         rest = order[:, k:]
         weight = scores.gather(1, rest)[..., None].to(x.dtype)
-        fused = (take(x, rest) * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1e-8)
-        kept = torch.cat([kept, fused], 1)
+        kept = torch.cat([kept, (take(x, rest) * weight).sum(1, keepdim=True)], 1)
     return kept, index
 
 
