@@ -17,14 +17,19 @@ ALL ?=
 DRY ?=
 CELL ?=
 WEIGHTS ?=
+RESULT ?=
 ARGS ?=
 JOBS ?= 2
+# A value in double quotes for the shell, whatever is in it.
+q = "$(subst `,\`,$(subst $$,\$$,$(subst ",\",$(subst \,\\,$1))))"
 # One torch thread per worker.
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 
+# A notebook's backend is for the notebook; figures here go to files.
+unexport MPLBACKEND
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint format reproduce bench faults clean
-.PHONY: $(foreach t,test reproduce record verify evaluate bench,$(addprefix $(t)-,$(PAPERS)))
+.PHONY: $(foreach t,test reproduce record verify evaluate compare bench,$(addprefix $(t)-,$(PAPERS)))
 
 help:
 	@echo "make setup               the environment in $(VENV) (every target below does it first, once)"
@@ -35,6 +40,7 @@ help:
 	@echo "                         SCALE=paper: GPUS=8 PER_RUN=8|1, DRY=1 prints the commands, ALL=1 or ONLY= starts them"
 	@echo "make record-<paper>      copy the evidence of SCALE to <paper>/results/ and renew the README tables"
 	@echo "make verify-<paper>      run one recorded cell again and compare [CELL=<arm>/seed<k>]"
+	@echo "make compare-<paper>     RESULT=<run directory>: your numbers beside the record and the published ones"
 	@echo "make evaluate-<paper>    WEIGHTS=<checkpoint> DATA=<folder>: the paper's metrics [ARGS='key=value ...']"
 	@echo "make bench               speed ratios of every paper;  make bench-<paper> of one"
 	@echo "make faults              kill, truncate and fill the disk under training runs (minutes, not in CI)"
@@ -82,11 +88,11 @@ started = @test -f $*/train.py || { echo "error: $* is not started yet; papers h
 
 $(addprefix test-,$(PAPERS)): test-%: $(STAMP)
 	$(started)
-	$(PYTEST) $*/tests $(ARGS)
+	PAPER=$* $(PYTEST) $*/tests ci/test_loop.py $(ARGS)
 
 $(addprefix reproduce-,$(PAPERS)): reproduce-%: $(STAMP)
 	$(started)
-	@$(PY) -m common.reproduce run $* --scale $(SCALE) --data "$(DATA)" --gpus $(GPUS) --per-run $(PER_RUN) --only "$(ONLY)" $(if $(ALL),--all) $(if $(DRY),--dry)
+	@$(PY) -m common.reproduce run $* --scale $(SCALE) --data $(call q,$(DATA)) --gpus $(GPUS) --per-run $(PER_RUN) --only "$(ONLY)" $(if $(ALL),--all) $(if $(DRY),--dry)
 
 $(addprefix record-,$(PAPERS)): record-%: $(STAMP)
 	$(started)
@@ -94,16 +100,20 @@ $(addprefix record-,$(PAPERS)): record-%: $(STAMP)
 
 $(addprefix verify-,$(PAPERS)): verify-%: $(STAMP)
 	$(started)
-	@$(PY) -m common.reproduce verify $* --scale $(SCALE) --data "$(DATA)" --cell "$(CELL)"
+	@$(PY) -m common.reproduce verify $* --scale $(SCALE) --data $(call q,$(DATA)) --cell $(call q,$(CELL))
 
 $(addprefix evaluate-,$(PAPERS)): evaluate-%: $(STAMP)
 	$(started)
-	@test -n "$(WEIGHTS)" || { echo "error: make $@ WEIGHTS=<checkpoint> [DATA=<folder>]" >&2; exit 1; }
-	@cd $* && $(abspath $(PY)) evaluate.py 'weights="$(abspath $(WEIGHTS))"' $(if $(DATA),'data.root="$(abspath $(DATA))"') $(ARGS)
+	@test -n $(call q,$(WEIGHTS)) || { echo "error: make $@ WEIGHTS=<checkpoint> [DATA=<folder>]" >&2; exit 1; }
+	@$(PY) -m common.reproduce evaluate $* --weights $(call q,$(WEIGHTS)) --data $(call q,$(DATA)) --args $(call q,$(ARGS))
+
+$(addprefix compare-,$(PAPERS)): compare-%: $(STAMP)
+	$(started)
+	@$(PY) -m common.reproduce compare $* $(call q,$(RESULT))
 
 $(addprefix bench-,$(PAPERS)): bench-%: $(STAMP)
 	$(started)
-	@cd $* && $(abspath $(PY)) bench.py $(ARGS)
+	@$(PY) -m common.reproduce bench $* --args $(call q,$(ARGS))
 
 # --------------------------------------------------------------------------------------------------------- all papers
 reproduce: $(addprefix reproduce-,$(STARTED))

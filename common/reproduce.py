@@ -1,4 +1,4 @@
-"""Run, record and verify the evidence of one paper:  python -m common.reproduce {run,record,verify} <paper> [--scale mini]
+"""Run, record, verify and compare the evidence of one paper:  python -m common.reproduce {run,...} <paper> [--scale mini]
 
 A scale is a folder of Hydra sweeps `<paper>/configs/reproduce/<scale>/<nn>_<script>[_<what>].yaml`. `run` carries them out in
 name order, skips finished cells and ends with the report; a sweep whose runs read those of earlier ones names them under
@@ -16,10 +16,12 @@ import queue
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.metrics import report
-from common.metrics.claims import load_claims
+from common.metrics import report, tables
+from common.metrics.claims import load_claims, load_document
 from common.runs import RunError, fingerprint, git_commit, hash_files, read_json
 from common.scripts import one_line, override
 
@@ -84,30 +86,34 @@ def stages(paper: Path, scale: str) -> list[Path]:
 
 def cells(paper: Path, scale: str, extra: tuple[str, ...] = ()) -> list[Cell]:
     """Every cell of a scale, composed as Hydra will compose it. extra: overrides that all cells get (data.root=...)."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(paper / "configs"), version_base="1.3"):
+        return [cell for file in stages(paper, scale) for cell in _cells_of(paper, scale, file, extra)]
+
+
+def _cells_of(paper: Path, scale: str, file: Path, extra: tuple[str, ...]) -> list[Cell]:
+    script = _script(file)
+    config = script if (paper / f"configs/{script}.yaml").exists() else "config"
+    sweep = (f"+reproduce/{scale}={file.stem}",)
+    params = _compose(config, (*sweep, *extra)).hydra.sweeper.params or {}
     found = []
-    for file in stages(paper, scale):
-        script = _script(file)
-        config = script if (paper / f"configs/{script}.yaml").exists() else "config"
-        sweep = (f"+reproduce/{scale}={file.stem}",)
-        params = _compose(paper, config, (*sweep, *extra)).hydra.sweeper.params or {}
-        choices = [_choices(f"{key}={value}") for key, value in params.items()]
-        for overrides in itertools.product(*choices):
-            cfg = _compose(paper, config, (*sweep, *extra, *overrides))
-            task = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])  # type: ignore[arg-type]
-            subdir = Path(cfg.hydra.sweep.subdir)
-            found.append(
-                Cell(
-                    stage=file.stem,
-                    script=script,
-                    overrides=overrides,
-                    dir=paper / cfg.hydra.sweep.dir / subdir,
-                    arm=subdir.parent.as_posix(),  # see common.scripts.run_name
-                    seed=task.seed,
-                    sha=fingerprint(task),
-                    gpu_hours=OmegaConf.select(task, "estimate.gpu_hours"),
-                    after=tuple(OmegaConf.select(task, "after", default=())),
-                )
+    for overrides in itertools.product(*(_choices(f"{key}={value}") for key, value in params.items())):
+        cfg = _compose(config, (*sweep, *extra, *overrides))
+        task = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])  # type: ignore[arg-type]
+        subdir = Path(cfg.hydra.sweep.subdir)
+        found.append(
+            Cell(
+                stage=file.stem,
+                script=script,
+                overrides=overrides,
+                dir=paper / cfg.hydra.sweep.dir / subdir,
+                arm=subdir.parent.as_posix(),  # see common.scripts.run_name
+                seed=task.seed,
+                sha=fingerprint(task),
+                gpu_hours=OmegaConf.select(task, "estimate.gpu_hours"),
+                after=tuple(OmegaConf.select(task, "after", default=())),
             )
+        )
     return found
 
 
@@ -123,11 +129,9 @@ def _choices(override: str) -> list[str]:
     return [f"{key}={value}" for value in parsed.sweep_string_iterator()]
 
 
-def _compose(paper: Path, config: str, overrides: tuple[str, ...]) -> DictConfig:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(config_dir=str(paper / "configs"), version_base="1.3"):
-        cfg = compose(config, overrides=list(overrides), return_hydra_config=True)
-        HydraConfig.instance().set_config(cfg)
+def _compose(config: str, overrides: tuple[str, ...]) -> DictConfig:
+    cfg = compose(config, overrides=list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
     return cfg
 
 
@@ -364,12 +368,46 @@ def verify(paper: Path, scale: str, name: str | None = None, extra: tuple[str, .
     return equal
 
 
+def call_script(paper: Path, script: str, *, weights: str = "", data: str = "", args: Sequence[str] = ()) -> int:
+    """`python <script>.py` in the folder of a paper, with paths as they are given from here. Returns its exit status."""
+    extra = [override(k, Path(v).expanduser().absolute()) for k, v in (("weights", weights), ("data.root", data)) if v]
+    return _call([sys.executable, f"{script}.py", *extra, *args], cwd=paper)
+
+
+def compare(paper: Path, result: Path) -> None:
+    """Prints an own result.json beside the record of its arm and the published numbers of the same metrics."""
+    own = read_json(result / "result.json" if result.is_dir() else result)
+    if not isinstance(own, dict) or "metrics" not in own:
+        raise RunError(f"{result}: no result.json of a finished run")
+    arm = (result if result.is_dir() else result.parent).absolute().parent
+    recorded: dict[str, list[float]] = {}
+    for file in sorted((paper / "results").glob("*/provenance.json")):
+        for cell in read_json(file)["cells"]:
+            name = cell["cell"].rsplit("/seed", 1)[0]
+            if file.parent.name == own["scale"] and arm.as_posix().endswith(f"/{name}"):
+                for metric, value in cell["metrics"].items():
+                    recorded.setdefault(metric, []).append(value)
+    document = load_document(paper)
+    print(f"{'metric':32s}{'here':>14s}{'recorded: mean +/- std (n)':>34s}   published")
+    for metric, value in own["metrics"].items():
+        values = recorded.get(metric, [])
+        std = statistics.stdev(values) if len(values) > 1 else None
+        shown = tables.summary({"mean": sum(values) / len(values) if values else None, "std": std, "n": len(values)})
+        said = [f"{r['setting']}: {tables.published_text(r)}" for r in document["published"] if r["metric"] == metric]
+        print(f"{metric:32s}{tables.number(value):>14s}{shown:>34s}   {'; '.join(said[:3])}")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m common.reproduce", description="Run, record and verify the evidence of one paper."
     )
-    parser.add_argument("action", choices=["run", "record", "verify"])
+    parser.add_argument("action", choices=["run", "record", "verify", "compare", "evaluate", "bench"])
     parser.add_argument("paper")
+    parser.add_argument(
+        "result", nargs="?", type=Path, help="compare: a result.json, or the run directory that holds it"
+    )
+    parser.add_argument("--weights", default="", help="evaluate: the checkpoint")
+    parser.add_argument("--args", default="", help="evaluate, bench: further key=value, as a shell would split them")
     parser.add_argument("--scale", default="mini")
     parser.add_argument("--root", type=Path, default=ROOT, help="the repository (tests use another)")
     parser.add_argument("--data", default="", help="data.root of every cell")
@@ -387,6 +425,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not (paper / "configs").is_dir():
             raise RunError(f"{args.paper}: no such paper here, or not started yet")
+        if args.action in ("evaluate", "bench"):
+            more = shlex.split(args.args)
+            return call_script(paper, args.action, weights=args.weights, data=args.data, args=more)
+        if args.action == "compare":
+            if args.result is None:
+                raise RunError("compare needs a result: python -m common.reproduce compare <paper> <run directory>")
+            compare(paper, args.result)
+            return 0
         if args.action == "record":
             record(paper, args.scale)
             return 0

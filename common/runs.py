@@ -359,7 +359,9 @@ def provenance(device: torch.device | None = None) -> dict[str, Any]:
 def git_commit(root: Path | None = None) -> str | None:
     """The current commit, with "+" appended when tracked files differ from it; None outside a git checkout."""
     where = root or Path(__file__).parent
+    ours = [] if root else [Path(__file__).name]  # an installed copy may lie in somebody else's repository
     try:
+        subprocess.run(["git", "ls-files", "--error-unmatch", *ours], cwd=where, capture_output=True, check=True)
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=True)
         dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=where, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
