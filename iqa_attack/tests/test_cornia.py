@@ -80,7 +80,7 @@ def files(folder, words=3, seed=0):
     data = {
         "codebook.mat": {"codebook0": rng.normal(size=(49, words))},
         "white.mat": {"M": rng.normal(size=(1, 49)), "P": np.eye(49)},
-        "scale.mat": {"soft_scale_param": np.stack([np.zeros(2 * words), 1 + rng.random(2 * words)])},
+        "scale.mat": {"soft_scale_param": np.stack([0.5 + rng.random(2 * words), rng.normal(size=2 * words)], axis=1)},
         "svr.mat": {"SVs": rng.normal(size=(4, 2 * words)), "sv_coef": rng.normal(size=(4, 1)), "rho": 0.7},
     }
     for name, content in data.items():
@@ -97,10 +97,31 @@ def test_the_authors_files(tmp_path, images):
         p = normalise(model.extract(images, draw).double()).numpy()
         z = (p - d["M"]) @ book
         code = np.concatenate([np.maximum(z, 0).max(1), np.maximum(-z, 0).max(1)], axis=1)
-        scaled = 2 * (code - d["soft_scale_param"][0]) / (d["soft_scale_param"][1] - d["soft_scale_param"][0]) - 1
+        slope, offset = d["soft_scale_param"].T
+        scaled = np.stack([[s * c + o for s, c, o in zip(slope, row, offset, strict=True)] for row in code])
         dmos = scaled @ d["SVs"].T @ d["sv_coef"][:, 0] - d["rho"]
         expected.append(114.4147 - dmos)
     np.testing.assert_allclose(model(images), np.mean(expected, 0), rtol=1e-4)
+
+
+def test_a_score_of_the_authors_files_by_hand(tmp_path):
+    """One word, one image without contrast but for its first pixel: the affine map, the regression and the flip in numbers."""
+    word = np.zeros(49)
+    word[0] = 2.0  # of length 1 after normalisation
+    scipy.io.savemat(tmp_path / "a.mat", {"codebook0": word[:, None], "M": np.zeros((1, 49)), "P": np.eye(49)})
+    scipy.io.savemat(tmp_path / "b.mat", {"soft_scale_param": np.array([[3.0, -1.0], [5.0, 7.0]])})
+    scipy.io.savemat(tmp_path / "c.mat", {"SVs": np.array([[1.0, 10.0]]), "sv_coef": np.array([[2.0]]), "rho": 4.0})
+    x = torch.zeros(1, 3, 8, 8)
+    x[:, :, 0, 0] = (
+        49 / 255
+    )  # a pixel of one of the four patches, of luma 49 * (0.2989 + 0.587 + 0.114); the others are flat
+    pixel = 49 * 0.9999
+    mean = pixel / 49
+    deviation = (((pixel - mean) ** 2 + 48 * mean**2) / 48 + 10) ** 0.5
+    positive = (pixel - mean) / deviation  # the word is the first pixel; nothing answers to its opposite
+    dmos = 2 * ((3 * positive - 1) * 1 + (5 * 0 + 7) * 10) - 4
+    found = float(load_cornia(tmp_path, patches="all", draws=1).double()(x.double()))
+    assert found == pytest.approx(114.4147 - dmos, rel=1e-5)
 
 
 def test_bad_files_and_options(tmp_path):

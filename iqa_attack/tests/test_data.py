@@ -8,8 +8,9 @@ import scipy.io
 import torch
 from PIL import Image
 
+from common.data.files import find_images
 from iqa_attack.photographs.data import TrainingCrops, build_data, score_all
-from iqa_attack.photographs.images import find_images, from_bytes, read_image, to_bytes, write_png
+from iqa_attack.photographs.images import from_bytes, read_image, to_bytes, write_png
 from iqa_attack.photographs.iqa_sets import LIVE_TYPES, detect_set, read_set
 from iqa_attack.photographs.photos import LEVELS, TYPES, distort, full_reference, graded_photos, places, pseudo_mos
 
@@ -61,8 +62,9 @@ def test_bad_files_are_named(tmp_path):
         read_image(save(tmp_path / "big.png"), max_pixels=1000)
     with pytest.raises(FileNotFoundError, match="no image"):
         read_image(tmp_path / "none.png")
-    with pytest.raises(FileNotFoundError, match=r"no image in .*expected \.png"):
-        find_images(tmp_path.parent / "missing" if False else (tmp_path / "empty").mkdir() or tmp_path / "empty")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no image in .*looked for \.jpg"):
+        find_images(tmp_path / "empty")
 
 
 def test_distortions_grow_with_their_level(photos):
@@ -193,7 +195,8 @@ def test_live_layout_and_the_twelve_test_images(tmp_path):
     )
     listed = ["/".join(data.images[i].parts[-2:]) for i in (3, 600)]
     sets = build_data(kind="sets", seed=0, root=str(tmp_path), names=["live"], listed=listed)
-    assert [n.split("/")[-2:] for n in sets["attack"].names] == [n.split("/") for n in listed]
+    assert ["/".join(p.parts[-2:]) for p in sets["attack"].images] == listed
+    assert len(set(sets["test"].names) | set(sets["train"].names)) == len(data), "img2.bmp is in five folders"
     assert not set(sets["train"].group.tolist()) & set(sets["test"].group.tolist())
     assert set(sets["attack"].group.tolist()) <= set(sets["test"].group.tolist())
 
@@ -208,13 +211,13 @@ def test_missing_and_broken_sets_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"kadid: 1 of 2 images are missing, e.g. .*I02_01_01.png"):
         read_set("kadid", tmp_path)
     table(tmp_path / "dmos.csv", ["dist_img", "score"], [["I01_01_01.png", 2]])
-    with pytest.raises(ValueError, match="line 2: no column ref_img, dmos, var"):
+    with pytest.raises(ValueError, match="line 1: no column ref_img, dmos, var"):
         read_set("kadid", tmp_path)
     with pytest.raises(ValueError, match="no image quality set 'live2'"):
         read_set("live2", tmp_path)
     with pytest.raises(ValueError, match="data.root is not set"):
         read_set("auto", None)
-    with pytest.raises(ValueError, match=r"data.kind='foto', allowed: photos, sets, folder"):
+    with pytest.raises(ValueError, match=r"data.kind='foto', allowed: photos, photo_folder, sets, folder"):
         build_data(kind="foto", seed=0)
 
 

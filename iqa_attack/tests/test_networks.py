@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from iqa_attack.export import export_onnx
+from common.onnx_export import export_onnx
+from iqa_attack.checkpoint import load, state
+from iqa_attack.quality_models.calibration import Calibration, Scored
 from iqa_attack.quality_models.ma19 import GDN, Annotators, Ma19, probability_better, spatial_pyramid
 from iqa_attack.quality_models.models import (
     CallableMetric,
-    Scored,
     load_official,
-    load_trained,
     pack,
     pyiqa_metric,
     unpack,
@@ -188,7 +188,7 @@ def test_official_checkpoints(tmp_path):
     x = torch.rand(2, 3, 32, 32, generator=generator())
     ma19, state = official_ma19()
     torch.save({"state_dict": state, "epoch": 7, "test_srcc": {"LIVE": np.float64(0.9188)}}, tmp_path / "ma19.pt")
-    loaded = load_official("ma19", tmp_path / "ma19.pt", width=4)
+    loaded = load_official("ma19", tmp_path / "ma19.pt", width=4, floor=-1)
     torch.testing.assert_close(loaded.model(x), ma19(x))
     torch.testing.assert_close(loaded(x), 10 * torch.sigmoid((ma19(x) - 2.6943240) / 0.9155527))
     unique = Unique(backbone="resnet34").eval()
@@ -196,14 +196,11 @@ def test_official_checkpoints(tmp_path):
     state |= {"module.backbone.fc.weight": torch.zeros(1000, 512), "module.backbone.fc.bias": torch.zeros(1000)}
     torch.save(state, tmp_path / "UNIQUE.pt")
     with torch.no_grad():
-        torch.testing.assert_close(load_official("unique", tmp_path / "UNIQUE.pt").model(x), unique(x))
+        torch.testing.assert_close(load_official("unique", tmp_path / "UNIQUE.pt", floor=-1).model(x), unique(x))
     with pytest.raises(ValueError, match="holds no weights of ma19"):
         load_official("ma19", tmp_path / "UNIQUE.pt")
     with pytest.raises(ValueError, match=r"holds no weights of ma19: .*expected \(48, 3, 3, 3\)"):
         load_official("ma19", tmp_path / "ma19.pt")
-    with pytest.raises(ValueError, match="niqe has no published logistic"):
-        np.savez(tmp_path / "n.npz", mu_pris_param=np.zeros(36), cov_pris_param=np.eye(36))
-        load_official("niqe", tmp_path / "n.npz")
     with pytest.raises(ValueError, match="no quality model 'niq'"):
         load_official("niq", tmp_path / "n.npz")
 
@@ -221,19 +218,22 @@ def test_a_checkpoint_with_code_in_it_is_not_executed(tmp_path):
 
 def test_packed_models_come_back(brisque, cornia, images, tmp_path):
     for kind, model in (("brisque", brisque), ("cornia", cornia), ("unique", Unique(backbone="small").eval())):
-        scored = Scored(model, 1.5, 2.5)
+        scored = Scored(model, Calibration(1.5, 2.5, 0.9, 4, "given"))
         packed = pack(kind, scored)
-        torch.save({"trained": {kind: packed}, "complete": True}, tmp_path / "c.ckpt")
-        again = load_trained(tmp_path / "c.ckpt")[kind]
+        torch.save(state({kind: packed}, config={"networks": {}}, complete=True), tmp_path / "c.ckpt")
+        loaded = load(tmp_path / "c.ckpt")
+        again = loaded.model[kind]
+        assert loaded.about["models"] == [kind] and loaded.about["calibration"][kind]["srcc"] == 0.9
+        assert again.model.options() == model.options() and again.calibration == scored.calibration
         with torch.no_grad():
             torch.testing.assert_close(again(images), scored(images), rtol=0, atol=0)
         assert not any(p.requires_grad for p in unpack(packed).parameters())
-    torch.save({"trained": {}, "complete": False}, tmp_path / "half.ckpt")
+    torch.save(state({}, config={"networks": {}}), tmp_path / "half.ckpt")
     with pytest.raises(ValueError, match="unfinished"):
-        load_trained(tmp_path / "half.ckpt")
+        load(tmp_path / "half.ckpt")
     torch.save({"model": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="is no checkpoint of iqa_attack/train.py"):
-        load_trained(tmp_path / "other.ckpt")
+        load(tmp_path / "other.ckpt")
 
 
 def test_any_callable_and_pyiqa_missing(monkeypatch):
@@ -241,7 +241,7 @@ def test_any_callable_and_pyiqa_missing(monkeypatch):
     torch.testing.assert_close(metric(torch.full((2, 3, 4, 4), 0.25)), torch.tensor([-0.25, -0.25]))
     monkeypatch.setitem(__import__("sys").modules, "pyiqa", None)
     with pytest.raises(
-        ImportError, match=r"pyiqa:musiq needs the package pyiqa .*pip install 'vision-reproductions\[iqa\]'"
+        ValueError, match=r"pyiqa:musiq needs the package pyiqa .*pip install 'vision-reproductions\[iqa\]'"
     ):
         pyiqa_metric("musiq")
 
@@ -264,5 +264,8 @@ def test_pyiqa_metrics_are_turned(monkeypatch):
 def test_onnx(tmp_path):
     pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    worst = export_onnx(Scored(Ma19(width=4).eval(), 0.0, 1.0), tmp_path / "m.onnx", size=48, tolerance=1e-3)
+    model = Scored(Ma19(width=4).eval(), Calibration(0.0, 1.0, 1.0, 0, "given"))
+    worst = export_onnx(
+        model, torch.rand(1, 3, 48, 48), tmp_path / "m.onnx", about={}, tolerance=1e-3, outputs=("scores",)
+    )
     assert worst < 1e-3 and (tmp_path / "m.onnx").stat().st_size > 1000

@@ -19,9 +19,10 @@ from hydra.errors import MissingConfigException
 from PIL import Image
 
 from common import runs
-from iqa_attack import attack, collect, evaluate, train
+from iqa_attack import attack, evaluate, train
 from iqa_attack.jnd import CsvObserver
 from iqa_attack.photographs.images import read_image
+from iqa_attack.study import session
 from iqa_attack.tables import read_cells, summarise, write_tables
 from iqa_attack.tests.conftest import CONFIGS, PAPER, SMALL, attack_config, config, train_config
 
@@ -76,10 +77,10 @@ def test_resumed_training_equals_uninterrupted_bit_for_bit(stop, fabric, tmp_pat
         train.fit(cfg, fabric, tmp_path / "parts")
     monkeypatch.setattr(runs.Run, "log", log)
     train.fit(cfg, fabric, tmp_path / "parts")
-    whole, parts = (runs.load_checkpoint(tmp_path / n / "last.ckpt")["trained"] for n in ("whole", "parts"))
+    whole, parts = (runs.load_checkpoint(tmp_path / n / "last.ckpt")["model"] for n in ("whole", "parts"))
     for name, model in whole.items():
         torch.testing.assert_close(parts[name]["state"], model["state"], rtol=0, atol=0)
-        assert parts[name]["logistic"] == model["logistic"]
+        assert parts[name]["calibration"] == model["calibration"]
     assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
     assert result(tmp_path / "whole")["metrics"] == result(tmp_path / "parts")["metrics"]
 
@@ -95,7 +96,7 @@ def test_two_ranks_train_together(tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     done = script(*torchrun, *args)
     assert done.returncode == 0, done.stderr
-    assert "2 devices x 8" in done.stdout and result(tmp_path / "two")["status"] == "finished"
+    assert "2 devices x 1 micro-steps x 8" in done.stdout and result(tmp_path / "two")["status"] == "finished"
 
 
 def test_a_killed_training_goes_on_from_inside_its_folder(tmp_path):
@@ -113,7 +114,7 @@ def test_a_killed_training_goes_on_from_inside_its_folder(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert checkpoint is not None, "no checkpoint within two minutes"
-    reached = runs.load_checkpoint(checkpoint)["current"]["epoch"]
+    reached = runs.load_checkpoint(checkpoint)["epoch"]
     again = script("train.py", *args)
     assert again.returncode == 0 and f"epochs {reached + 1}..40" in again.stdout, again.stdout + again.stderr
 
@@ -198,9 +199,9 @@ def test_an_attack_leaves_images_pictures_scores(attacked):
 
 
 def test_scores_after_are_those_of_the_saved_file(attacked, trained_root):
-    from iqa_attack.quality_models.models import load_trained
+    from iqa_attack.checkpoint import load
 
-    model = load_trained(trained_root / "default/all/seed0/last.ckpt")["brisque"]
+    model = load(trained_root / "default/all/seed0/last.ckpt").model["brisque"]
     for row in csv.DictReader((attacked / "counterexamples.csv").open()):
         with torch.no_grad():
             s = float(model(read_image(attacked / f"counterexamples/{row['image']}.png")[None]))
@@ -275,7 +276,7 @@ def test_every_arm_of_the_attack_runs(arm, trained_root, fabric, tmp_path):
 
 
 def test_bisection_and_presets_run(trained_root, fabric, tmp_path):
-    options = ["fr=ssim", "strengths=[1000]", "nr=unique"]
+    options = ["fr=ssim", "strengths=[1000]", "nr=unique", "calibration_floor=-1"]
     attack.fit(
         attack_config(f"run_root={trained_root}", *options, "bisect=2", "preset=paper", "pictures=0"),
         fabric,
@@ -339,8 +340,8 @@ def test_a_persons_own_folder(trained_root, fabric, tmp_path):
         (["preset=best"], "preset='best'", ValueError),
         (["strengths=[-1]"], "numbers >= 0", ValueError),
         (["seed=7"], "run `python train.py method=all seed=7` first", FileNotFoundError),
-        (["+recipe.step=3"], "step", TypeError),
-        (["pyiqa=[musiq]"], "needs the package pyiqa", ImportError),
+        (["+recipe.step=3"], "recipe has no key step", ValueError),
+        (["pyiqa=[musiq]"], "needs the package pyiqa", ValueError),
     ],
 )
 def test_attack_errors_name_the_key(overrides, error, kind, trained_root, fabric, tmp_path, monkeypatch):
@@ -350,12 +351,16 @@ def test_attack_errors_name_the_key(overrides, error, kind, trained_root, fabric
 
 
 def test_a_model_without_gradient_stops_the_attack(trained_root, fabric, tmp_path, monkeypatch):
-    from iqa_attack.quality_models.models import CallableMetric, Scored
+    from iqa_attack.quality_models.calibration import Calibration, Scored
+    from iqa_attack.quality_models.models import CallableMetric, Models
 
     blind = {
-        "blind": Scored(CallableMetric(lambda x: (x * 255).round().mean((1, 2, 3)), higher_is_better=True), 100.0, 50.0)
+        "blind": Scored(
+            CallableMetric(lambda x: (x * 255).round().mean((1, 2, 3)), higher_is_better=True),
+            Calibration(100.0, 50.0, 1.0, 0, "given"),
+        )
     }
-    monkeypatch.setattr(attack, "load_models", lambda cfg: blind)
+    monkeypatch.setattr(attack, "load_models", lambda cfg: Models(blind))
     with pytest.raises(ValueError, match="gradient of blind is zero.*not robustness"):
         attack.fit(attack_config("nr=blind", "strengths=[2]"), fabric, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -363,18 +368,20 @@ def test_a_model_without_gradient_stops_the_attack(trained_root, fabric, tmp_pat
     assert result(tmp_path / "run")["metrics"]["change_intra"] > 0
 
 
-def test_evaluate_a_checkpoint_a_set_and_a_folder(trained_root, tmp_path, capsys):
-    from iqa_attack.tests.test_brisque_niqe import regression, write
+def test_evaluate_a_checkpoint_a_set_and_a_folder(trained_root, brisque, fabric, tmp_path):
     from iqa_attack.tests.test_data import save
 
+    def evaluated(*overrides):
+        return evaluate.evaluate(config("evaluate", f"out={tmp_path / 'scores.csv'}", *overrides), fabric)
+
     weights = trained_root / "default/all/seed0/last.ckpt"
-    out = f"out={tmp_path / 'scores.csv'}"
-    metrics = evaluate.evaluate(
-        config("evaluate", f"weights={weights}", out, "record=true", f"record_to={tmp_path / 'rec'}")
-    )
+    metrics = evaluated(f"weights={weights}", "record=true", f"record_to={tmp_path / 'rec'}")
     trained = result(weights.parent)["metrics"]
     for name in ("brisque", "unique"):
         assert metrics[f"srcc_{name}"] == pytest.approx(trained[f"srcc_test_{name}"], abs=1e-9)
+        assert metrics[f"rmse_{name}"] == pytest.approx(trained[f"rmse_test_{name}"], abs=1e-6), (
+            "the logistic of training"
+        )
     record = json.loads(next((tmp_path / "rec").glob("*.json")).read_text())
     assert len(record["weights_sha256"]) == 64 and record["n"] > 0
     rng = np.random.default_rng(1)
@@ -382,30 +389,31 @@ def test_evaluate_a_checkpoint_a_set_and_a_folder(trained_root, tmp_path, capsys
         save(tmp_path / f"set/{i}.png", (64, 48))
     with (tmp_path / "set/labels.csv").open("w") as f:
         f.write("path,mos\n" + "".join(f"{i}.png,{rng.random()}\n" for i in range(4)))
-    path = write(regression(), tmp_path, "npz")
-    metrics = evaluate.evaluate(
-        config("evaluate", f"weights={path}", "kind=brisque", f"data.root={tmp_path / 'set'}", out, "refit=true")
-    )
-    assert -1 <= metrics["srcc_brisque"] <= 1
+    b, folder = tmp_path / "svr.npz", f"data.root={tmp_path / 'set'}"
+    np.savez(
+        b, support_vectors=brisque.vectors, alpha=brisque.coefficients, rho=brisque.rho, gamma=brisque.gamma,
+        feature_range=np.stack([brisque.low, brisque.high]),
+    )  # fmt: skip
+    one = [f"weights={b}", "kind=brisque", "higher_is_better=true"]
+    assert -1 <= evaluated(*one, folder, "refit=true")["srcc_brisque"] <= 1
+    with pytest.raises(ValueError, match=r"SRCC -0\.\d+ on 140 images.*its sign is wrong: higher_is_better"):
+        evaluated(*one[:2], folder)
     (tmp_path / "set/labels.csv").unlink()
-    assert (
-        evaluate.evaluate(config("evaluate", f"weights={path}", "kind=brisque", f"data.root={tmp_path / 'set'}", out))
-        == {}
-    )
+    assert evaluated(*one, folder) == {}
     rows = list(csv.DictReader((tmp_path / "scores.csv").open()))
-    assert len(rows) == 4 and rows[0]["mos"] == "nan"
+    assert len(rows) == 4 and rows[0]["mos"] == "nan" and rows[0]["raw_brisque"] != rows[0]["brisque"]
     with pytest.raises(ValueError, match="data.root is not set"):
-        evaluate.evaluate(config("evaluate", f"weights={path}", "kind=brisque", out))
+        evaluated(*one)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the study
 def test_the_study_serves_collects_and_selects(attacked, trained_root, fabric, tmp_path):
     answers = tmp_path / "answers.csv"
-    study = collect.Study(attacked, subject="anna", file=answers, training=2)
+    study = session.Study(attacked, subject="anna", file=answers, training=2)
     assert len(study.trials) == 8
-    other = collect.Study(attacked, subject="ben", file=answers)
+    other = session.Study(attacked, subject="ben", file=answers)
     assert other.trials != study.trials and sorted(map(str, other.trials)) == sorted(map(str, study.trials))
-    server = collect.serve(study, 0)
+    server = session.serve(study, 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     base = f"http://127.0.0.1:{server.server_port}"
     try:
@@ -428,8 +436,8 @@ def test_the_study_serves_collects_and_selects(attacked, trained_root, fabric, t
     finally:
         server.shutdown()
         server.server_close()
-    assert collect.Study(attacked, subject="anna", file=answers).trials == [], "an answered study has nothing left"
-    assert len(collect.Study(attacked, subject="ben", file=answers).trials) == 8
+    assert session.Study(attacked, subject="anna", file=answers).trials == [], "an answered study has nothing left"
+    assert len(session.Study(attacked, subject="ben", file=answers).trials) == 8
     assert CsvObserver(file=answers).trials.total() == 8
     cfg = attack_config(
         f"run_root={trained_root}",
@@ -441,9 +449,9 @@ def test_the_study_serves_collects_and_selects(attacked, trained_root, fabric, t
     attack.fit(cfg, fabric, tmp_path / "judged")
     assert {r["candidate"] for r in runs.load_checkpoint(tmp_path / "judged/last.ckpt")["rows"]} == {0}
     with pytest.raises(FileNotFoundError, match="save_candidates=true first"):
-        collect.Study(trained_root / "default/brisque_ssim_perceptual/seed0", subject="anna", file=answers)
+        session.Study(trained_root / "default/brisque_ssim_perceptual/seed0", subject="anna", file=answers)
     with pytest.raises(ValueError, match="subject='a b'"):
-        collect.Study(attacked, subject="a b", file=answers)
+        session.Study(attacked, subject="a b", file=answers)
 
 
 def test_configs_of_all_entries_parse():
