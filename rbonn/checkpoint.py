@@ -78,7 +78,7 @@ def imagenet_names(classes: int) -> list[str]:
     """'n01440764 tench' and so on for the thousand classes of ImageNet; for another number of classes their indices."""
     if classes != 1000:
         return [str(c) for c in range(classes)]
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
     info = ImageNetInfo()
     return [f"{info.index_to_label_name(c)} {info.index_to_description(c).split(',')[0]}" for c in range(classes)]

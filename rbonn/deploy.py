@@ -16,13 +16,16 @@ FORMAT = "rbonn-packed-2"
 
 
 @torch.no_grad()
-def fold_scale_(norm: nn.BatchNorm2d, scale: Tensor) -> None:
-    """Make norm(z) what norm(scale * z) was, in evaluation: gamma' = gamma s, mean' = mean / s; var, eps, beta stay.
+def fold_scale_(norm: nn.BatchNorm2d, scale: Tensor, bias: Tensor | None = None) -> None:
+    """Make norm(z) what norm(scale * z + bias) was, in evaluation: gamma' = gamma s, mean' = (mean - bias) / s; var, eps, beta
+    stay.
 
-    scale: (C,), >= 0. A channel with s = 0 is dead: it becomes the constant that it was, without a division."""
+    scale: (C,), >= 0; bias: (C,) or None. A channel with s = 0 is dead: the constant that it was, without a division."""
     mean, var, gamma, beta = norm.running_mean, norm.running_var, norm.weight, norm.bias
     if mean is None or var is None:
         raise ValueError("a norm without running statistics cannot take a scale")
+    if bias is not None:
+        mean.sub_(bias)
     dead = scale == 0
     beta.copy_(torch.where(dead, beta - gamma * mean / (var + norm.eps).sqrt(), beta))
     gamma.mul_(scale)
@@ -45,14 +48,20 @@ def deploy_(network: nn.Module) -> nn.Module:
             raise ValueError(
                 f"{int((signs == 0).sum())} weights are exactly 0 and sign(0) = 0 here: load with sign(0) = 1"
             )
-        plain = nn.Conv2d(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
-            bias=False, padding_mode=conv.padding_mode,
-        )  # fmt: skip
+        geometry: Any = (
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+        )
+        plain = nn.Conv2d(*geometry, bias=False, padding_mode=conv.padding_mode)
         plain.weight.copy_(signs)
         plain.weight.requires_grad_(False)
         setattr(parent, name, plain.to(signs.device))
-        fold_scale_(norm, scale)
+        fold_scale_(norm, scale, conv.bias)
     if left := binary_layers(network):
         raise ValueError(f"no batch norm to take the scale of {', '.join(left)}")
     return network.eval()

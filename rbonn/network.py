@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torchvision.models.detection import FasterRCNN
 
 from rbonn.detection import faster_rcnn
 from rbonn.layers import make_conv, make_sign
@@ -24,6 +25,6 @@ def build_network(*, model: Mapping, method: Mapping, sign_zero: int, classes: i
     return build_model(num_classes=classes, in_channels=channels, **builders(method, sign_zero=sign_zero), **model)
 
 
-def build_detector(*, detector: Mapping, method: Mapping, sign_zero: int, classes: int) -> nn.Module:
+def build_detector(*, detector: Mapping, method: Mapping, sign_zero: int, classes: int) -> FasterRCNN:
     """The detector of one arm: `detector` and `method` are config nodes. ValueError or TypeError names a wrong key or value."""
     return faster_rcnn(num_classes=classes, **builders(method, sign_zero=sign_zero), **detector)

@@ -40,7 +40,7 @@ class RBConv2d(BinaryConv2d):
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: Any, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
-        groups: int = 1, bias: bool = False, padding_mode: str = "zeros", *, recurrent: str = "drelu_official",
+        groups: int = 1, bias: bool = False, padding_mode: Any = "zeros", *, recurrent: str = "drelu_official",
         lam: float = 1e-4, tau: float = 0.6, u_init: float = 0.2, const: float = 0.02, zero: int = 1,
         scale_grad: str = "released",
     ):  # fmt: skip

@@ -3,8 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
+
+from common import runs
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SHORT = ["train.epochs=2", "train.save_every=1", "train.batch_size=32", "data.train=192", "model.layers=[1,1]"]
@@ -43,3 +47,18 @@ def write_class_folders(root, *, classes=("apple", "pear"), train=4, val=2):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 pixels = rng.integers(0, 80, (40, 36, 3)) + 160 * c / max(1, len(classes) - 1)
                 Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+def interrupted(fit, cfg, fabric, out, *, forget=()):
+    """A training that is killed after its first checkpoint. forget: entries of the checkpoint whose tensors are set to 0."""
+    save = runs.Run.save_checkpoint
+
+    def killed(self, state, *args):
+        nothing = {name: {k: torch.zeros_like(v) for k, v in state[name].items()} for name in forget}
+        save(self, {**state, **nothing}, *args)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.Run, "save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fit(cfg, fabric, out)

@@ -99,6 +99,28 @@ def test_zero_weights_without_a_bit_are_refused():
         deploy_(network)
 
 
+def test_a_binarised_network_of_ones_own_is_deployed_bias_included():
+    from rbonn.binarize import binarize_
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.Flatten(),
+        nn.Linear(128, 2),
+    )
+    binarize_(model, recurrent="none", lam=0.0)
+    nn.init.normal_(model[3][1].bias)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = model.eval()(x)
+        torch.testing.assert_close(deploy_(model)(x), expected, rtol=1e-4, atol=1e-4)
+    assert binary_names(model) == ["3.1"] and model[3][1].bias is None
+
+
 def test_a_binary_layer_without_a_norm_is_named():
     from rbonn.layers import make_conv
 

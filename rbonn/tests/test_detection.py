@@ -16,7 +16,7 @@ from rbonn.detection import faster_rcnn, freeze_norms
 from rbonn.layers import make_conv, make_sign
 from rbonn.recurrent import RBConv2d
 from rbonn.stages import load_backbone
-from rbonn.tests.layouts import DETECTOR, composed
+from rbonn.tests.layouts import DETECTOR, composed, interrupted
 
 BUILDERS = {"conv": make_conv(weights="bilinear", recurrent="drelu_fixed"), "sign": make_sign(activations="binary")}
 TINY = {
@@ -69,24 +69,16 @@ def trained(fabric, tmp_path_factory):
     return out
 
 
-def test_short_training_reports_and_resumes_bit_for_bit(fabric, trained, tmp_path, monkeypatch):
+def test_short_training_reports_and_resumes_bit_for_bit(fabric, trained, tmp_path):
     metrics = json.loads((trained / "result.json").read_text())["metrics"]
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert 0 <= metrics["AP"] <= metrics["AP50"] <= 1 and len(rows) == 2 and rows[1]["active_share"] > 0
     assert metrics["active_share"] > 0 and rows[0]["loss"] == pytest.approx(
         sum(v for k, v in rows[0].items() if k.startswith("loss_")), rel=1e-5
     )
-    save = runs.Run.save_checkpoint
-
-    def killed(self, *args):
-        save(self, *args)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(runs.Run, "save_checkpoint", killed)
-    with pytest.raises(KeyboardInterrupt):
-        fit(composed("detect", *DETECTOR), fabric, tmp_path)
-    monkeypatch.setattr(runs.Run, "save_checkpoint", save)
-    fit(composed("detect", *DETECTOR), fabric, tmp_path)
+    cfg = composed("detect", *DETECTOR)
+    interrupted(fit, cfg, fabric, tmp_path)
+    fit(cfg, fabric, tmp_path)
     whole, parts = (runs.load_checkpoint(p / "last.ckpt") for p in (trained, tmp_path))
     torch.testing.assert_close(parts["model"], whole["model"], rtol=0, atol=0)
     assert json.loads((tmp_path / "result.json").read_text())["metrics"] == metrics
