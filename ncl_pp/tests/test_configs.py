@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from common import reproduce
+from common import reproduce, scripts
 from common.metrics.claims import load_claims
 from ncl_pp.tests.layouts import CONFIGS, write_cifar, write_lists
 from ncl_pp.train import fit
@@ -66,7 +66,7 @@ def test_list_sets_preflight(name, fabric, tmp_path, capsys):
 
 
 def test_published_budgets_and_schedules():
-    """Section 5: hard budget, experts and copies, batch, epochs and learning rate as released."""
+    """Hard budget, experts and copies, batch, epochs and learning rate as released."""
     expected = {
         "cifar10_lt": (0.3, 64, 400, 0.1, "resnet32"), "cifar100_lt": (0.3, 64, 400, 0.1, "resnet32"),
         "imagenet_lt": (0.3, 256, 200, 0.2, "resnet50"), "imagenet_lt_resnext50": (0.3, 256, 200, 0.2, "resnext50_32x4d"),
@@ -95,7 +95,7 @@ def arm_name(file, chosen):
     if "_counts" in file.stem:
         return "counts"
     others = sorted(f"{k}={v}" for k, v in chosen.items() if k not in ("method", "seed"))
-    return "/".join([chosen["method"], *([",".join(others)] if others else [])])
+    return scripts.arm_name("/".join([chosen["method"], *([",".join(others)] if others else [])]))
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -1,4 +1,4 @@
-"""The exact numbers of sections 4, 6.1 and 6.2, and that claims.yaml compares with them."""
+"""The exact numbers of networks and sets, and that claims.yaml compares with them."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def test_ends_of_the_profiles_and_the_class_with_exactly_20_images():
 
 
 def test_groups_of_places_by_both_rules():
-    """131/163/71 and 132/156/77 classes: the two rules differ for counts of exactly 100, 20 and 100 (section 6.2)."""
+    """131/163/71 and 132/156/77 classes: the two rules differ for counts of exactly 100, 20 and 100."""
     counts = [101] * 131 + [100] * 1 + [50] * 156 + [20] * 6 + [19] * 71
     sizes = {c: tuple(int(m.sum()) for m in class_groups(counts, c).values()) for c in ("oltr", "official")}
     assert sizes == {"oltr": (131, 163, 71), "official": (132, 156, 77)}

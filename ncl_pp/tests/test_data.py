@@ -9,9 +9,9 @@ from PIL import Image
 
 from common.data.batches import Plan, eval_batches
 from common.data.longtail import long_tail_counts, save_indices
-from ncl_pp.data import build_data, inference_transform
+from ncl_pp.data import build_data
 from ncl_pp.tests.layouts import write_cifar, write_class_folders, write_image, write_lists, write_mnist
-from ncl_pp.transforms import AffineNoise, CropFlipCutout, Cutout, moco_transform, train_transform
+from ncl_pp.transforms import AffineNoise, CropFlipCutout, Cutout, inference_transform, moco_transform, train_transform
 
 CPU = torch.device("cpu")
 
@@ -190,7 +190,7 @@ def test_moco_view_crops_and_places_uses_its_own_recipe_twice():
     assert "scale=(0.2, 1.0)" in repr(moco_transform("cifar", size=32))
 
 
-# ------------------------------------------------------------------------------------------ section 6: counts, layouts
+# ----------------------------------------------------------------------------------------------------- counts, layouts
 def test_cifar_exported_as_class_folders_is_read_too(tmp_path):
     names = [f"class{c}" for c in range(10)]
     write_class_folders(tmp_path, {"train": 4, "test": 1}, names, size=32)
@@ -199,9 +199,7 @@ def test_cifar_exported_as_class_folders_is_read_too(tmp_path):
     assert data.images is not None and data.images.dtype == torch.uint8 and len(data.images) == sum(data.counts)
     x, y = data.test[3]
     with Image.open(tmp_path / "test/class3/0.png") as image:
-        torch.testing.assert_close(
-            x, inference_transform({"name": "cifar10_lt", "augment": "cifar_gpu", "size": 32}, 3)(image)
-        )
+        torch.testing.assert_close(x, inference_transform(channels=3, **data.look)(image))
     assert y == 3
     with pytest.raises(ValueError, match="10 class folders, cifar100 has 100"):
         build_data(name="cifar100_lt", root=str(tmp_path), seed=0)

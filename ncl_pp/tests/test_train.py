@@ -38,7 +38,7 @@ def test_every_arm_trains_and_reports(method, fabric, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["epoch"] for r in rows] == [1, 2] and rows[0]["lr"] == pytest.approx(0.1)
     state = runs.load_checkpoint(tmp_path / "last.ckpt")
-    assert state["epoch"] == 2 and len(state["indices"]) == sum(state["counts"])
+    assert state["epoch"] == 2 and len(state["indices"]) == sum(state["about"]["counts"])
 
 
 def test_loss_falls_and_equal_seeds_give_equal_numbers(fabric, tmp_path):
