@@ -38,8 +38,8 @@ def check_options(
 
 def layer_weight(weight: float, *, layers: int, of: int | None) -> float:
     """lambda for a network of `layers` decoder layers. of: the layers of the network that lambda was found for (6 in the paper),
-    None to take it as it is. The detection loss is a sum over decoder layers and L_DRD a mean: one lambda weighs 6 / layers times as
-    much in a smaller network."""
+    None to take it as it is. The detection loss is a sum over decoder layers and L_DRD a mean: one lambda weighs 6 / layers times
+    as much in a smaller network."""
     return weight if of is None else weight * layers / of
 
 

@@ -55,7 +55,8 @@ def rates(cfg, step, steps):
 
 
 # With the focal loss every term is a sum over the number of targets of the whole batch. The weighted mean of DETR's
-# cross-entropy, the mean of L_DRD and LSQ's gradient scale are means over what a device computes at once, as in the published codes.
+# cross-entropy, the mean of L_DRD and LSQ's gradient scale are means over what a device computes at once, as in the published
+# codes.
 ACCUMULATES = ["method=teacher", "model.kind=smca"]
 CLIPS = (["train.clip_norm=0.05"], 0.05)
 TEACHER = []
