@@ -331,7 +331,9 @@ def test_counts_follow_the_size_of_the_image():
 
 def test_weights_start_by_a_rule_of_their_own(batch):
     """Activations as released (one number for all channels), weights with a step per row."""
-    student = build_student(mini(), batch, irm=False, bits=2, preset="official", init="official", weight_init="per_group")
+    student = build_student(
+        mini(), batch, irm=False, bits=2, preset="official", init="official", weight_init="per_group"
+    )
     fc1 = student.blocks[0].mlp.fc1
     torch.testing.assert_close(fc1.weight_quantizer.step, 2 * fc1.weight.abs().mean(1))
     assert len(fc1.input_quantizer.step.unique()) == 1

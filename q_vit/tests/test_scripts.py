@@ -82,7 +82,9 @@ def test_names_of_a_user_are_counted_and_hidden_folders_are_none(fabric, checkpo
         (tmp_path / "two" / c).mkdir(parents=True)
     for c in [*"abcdefghij", ".git", "__MACOSX"]:
         (tmp_path / "ten" / c).mkdir(parents=True)
-    (tmp_path / "names.txt").write_bytes("\ufeffzéro\r\none\r\n\r\n".encode() + b"\n".join(b"x%d" % i for i in range(8)))
+    (tmp_path / "names.txt").write_bytes(
+        "\ufeffzéro\r\none\r\n\r\n".encode() + b"\n".join(b"x%d" % i for i in range(8))
+    )
     assert class_names(str(tmp_path / "ten"), ["0"] * 10) == list("abcdefghij")
     assert class_names(str(tmp_path / "names.txt"), ["0"] * 10)[:2] == ["zéro", "one"]
     common = [f"weights={checkpoint}", f"images={tmp_path / 'a.png'}", f"out={tmp_path / 'o.json'}"]
@@ -94,11 +96,18 @@ def test_names_of_a_user_are_counted_and_hidden_folders_are_none(fabric, checkpo
 
 
 def test_evaluate_finds_the_accuracy_of_the_run_and_writes_a_record(fabric, checkpoint, tmp_path):
-    found = evaluate(config(f"weights={checkpoint}", "batch_size=7", "record=true", f"record_to={tmp_path}", name="evaluate"), fabric)
+    found = evaluate(
+        config(f"weights={checkpoint}", "batch_size=7", "record=true", f"record_to={tmp_path}", name="evaluate"), fabric
+    )
     assert found["top1"] == result(checkpoint.parent)["metrics"]["top1"]
     (file,) = tmp_path.glob("*.json")
     record = json.loads(file.read_text())
-    assert record["n"] == 40 and record["bits"] == 4 and record["data"] == "cued_digits" and record["value"] == found["top1"]
+    assert (
+        record["n"] == 40
+        and record["bits"] == 4
+        and record["data"] == "cued_digits"
+        and record["value"] == found["top1"]
+    )
 
 
 @pytest.mark.parametrize(

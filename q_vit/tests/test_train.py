@@ -1,64 +1,33 @@
-"""The scripts as people run them: every arm, resume, two ranks, errors, and what they leave behind."""
+"""The train script as people run it: every arm, teachers, resume, two ranks, errors, and what they leave behind."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import cloudpickle
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
-from PIL import Image
 
 from common import runs
-from q_vit import evaluate, train
+from q_vit import arms, checkpoint, teacher, train
 from q_vit.data import build_data
 from q_vit.model import build_float
+from q_vit.tests.conftest import CONFIGS, SHORT, class_folders, config, folder_arm, result
 from q_vit.train import fit
 
 PAPER = Path(__file__).resolve().parents[1]
-CONFIGS = PAPER / "configs"
 ARMS = sorted(p.stem for p in (CONFIGS / "method").glob("*.yaml"))
-SHORT = [
-    "train.epochs=2", "train.batch_size=16", "train.calibration_images=16", "data.train_images=32", "data.test_images=40",
-    "model.depth=1", "model.embed_dim=24", "model.num_heads=2",
-]  # fmt: skip
-
-
-def config(*overrides, name="config"):
-    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
-        return compose(name, overrides=[*SHORT, "arm=test", *overrides])
-
-
-@pytest.fixture(scope="module")
-def fabric():
-    return runs.launch({"accelerator": "cpu", "devices": 1})
-
-
-@pytest.fixture(scope="module")
-def root(fabric, tmp_path_factory):
-    """A run folder that holds the small teacher of the arms, where `teacher.weights=auto` finds it at scale mini."""
-    root = tmp_path_factory.mktemp("runs")
-    fit(config("method=fp", "arm=fp", "scale=mini"), fabric, root / "mini/fp/seed0")
-    return root
-
-
-def arm(root, *overrides):
-    return config(f"run_root={root}", "scale=mini", *overrides)
-
-
-def result(folder):
-    return json.loads((folder / "result.json").read_text())
 
 
 @pytest.mark.parametrize("method", ARMS)
-def test_every_arm_trains_and_reports(method, fabric, root, tmp_path):
+def test_every_arm_trains_and_reports(method, fabric, arm, tmp_path):
     epochs = [] if method == "ptq" else ["train.epochs=1"]
-    cfg = arm(root, f"method={method}", *epochs)
+    cfg = arm(f"method={method}", *epochs)
     if method == "ptq":
         cfg.train.epochs = 0
     fit(cfg, fabric, tmp_path)
@@ -70,7 +39,8 @@ def test_every_arm_trains_and_reports(method, fabric, root, tmp_path):
     )
     uses_dgd = "dgd" in method or "both" in method
     assert all(("dgd" in row) == uses_dgd and {"ce", "kd", "lr"} <= row.keys() for row in rows)
-    model, _ = evaluate.load(str(tmp_path / "last.ckpt"))
+    model, _, about = checkpoint.load(tmp_path / "last.ckpt")
+    assert about["network"]["bits"] == cfg.method.bits
     assert model(torch.zeros(1, 1, 16, 16)).shape == (1, 10)
 
 
@@ -83,21 +53,21 @@ def test_every_arm_trains_and_reports(method, fabric, root, tmp_path):
         ["method.bits=32"],
     ],
 )  # fmt: skip
-def test_every_switch_runs(overrides, fabric, root, tmp_path):
-    fit(arm(root, "train.epochs=1", *overrides), fabric, tmp_path)
+def test_every_switch_runs(overrides, fabric, arm, tmp_path):
+    fit(arm("train.epochs=1", *overrides), fabric, tmp_path)
     assert result(tmp_path)["status"] == "finished"
 
 
-def test_loss_falls_and_equal_seeds_give_equal_numbers(fabric, root, tmp_path):
+def test_loss_falls_and_equal_seeds_give_equal_numbers(fabric, arm, tmp_path):
     for name in ("a", "b"):
-        fit(arm(root, "train.epochs=6", "data.train_images=64"), fabric, tmp_path / name)
+        fit(arm("train.epochs=6", "data.train_images=64"), fabric, tmp_path / name)
     rows = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["ce"] + rows[-1]["kd"] < rows[0]["ce"] + rows[0]["kd"] and rows[-1]["dgd"] < rows[0]["dgd"]
     assert (tmp_path / "a/metrics.jsonl").read_text() == (tmp_path / "b/metrics.jsonl").read_text()
 
 
-def test_resumed_equals_uninterrupted_bit_for_bit(fabric, root, tmp_path, monkeypatch):
-    cfg = arm(root, "train.epochs=3")
+def test_resumed_equals_uninterrupted_bit_for_bit(fabric, arm, tmp_path, monkeypatch):
+    cfg = arm("train.epochs=3")
     fit(cfg, fabric, tmp_path / "whole")
     log = runs.Run.log
 
@@ -117,96 +87,220 @@ def test_resumed_equals_uninterrupted_bit_for_bit(fabric, root, tmp_path, monkey
     assert result(tmp_path / "whole")["metrics"] == result(tmp_path / "parts")["metrics"]
 
 
-def test_accumulation_equals_the_whole_batch(fabric, root, tmp_path):
-    base = ["train.epochs=1", "method.quant.grad_scale=none", "optim.name=sgd", "optim.lr=0.05"]
-    fit(arm(root, *base), fabric, tmp_path / "one")
-    fit(arm(root, *base, "train.accumulation=2"), fabric, tmp_path / "two")
-    a, b = (runs.load_checkpoint(tmp_path / n / "last.ckpt")["model"] for n in ("one", "two"))
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
 def script(*args, launcher=(), file="train.py"):
     command = [sys.executable, *launcher, file, *args]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=PAPER, env=environment, capture_output=True, text=True)
 
 
-def test_two_ranks_have_equal_steps_and_equal_one_process(fabric, root, tmp_path):
-    cfg = arm(root, "train.epochs=1", "method.quant.grad_scale=none", "arm=both")
-    fit(cfg, fabric, tmp_path / "one")
+def test_two_ranks_equal_one_process(fabric, root, arm, tmp_path):
+    own = ["train.epochs=1", "method.quant.grad_scale=none", "data.test_images=41"]
+    fit(arm(*own, "arm=both"), fabric, tmp_path / "one")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = [
-        *SHORT,
-        "train.epochs=1",
-        "scale=mini",
-        f"run_root={root}",
-        "method.quant.grad_scale=none",
-        "fabric.accelerator=cpu",
-    ]
-    two = script(*arguments, f"hydra.run.dir={tmp_path / 'two'}", launcher=torchrun)
+    given = [*SHORT, *own, "scale=mini", f"run_root={root}", "fabric.accelerator=cpu"]
+    two = script(*given, f"hydra.run.dir={tmp_path / 'two'}", launcher=torchrun)
     assert two.returncode == 0, two.stderr
-    assert "2 devices x 1 micro-steps x 8" in two.stdout
+    assert "2 devices x 1 micro-steps x 8" in two.stdout and "notice" not in two.stdout
     a, b = (runs.load_checkpoint(tmp_path / n / "last.ckpt")["model"] for n in ("one", "two"))
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    assert result(tmp_path / "one")["metrics"]["top1"] == pytest.approx(
-        result(tmp_path / "two")["metrics"]["top1"], abs=2.6
+    one, two = (result(tmp_path / n)["metrics"] for n in ("one", "two"))
+    assert two["loss_ce"] == pytest.approx(one["loss_ce"], rel=1e-4) and two["loss_dgd"] == pytest.approx(
+        one["loss_dgd"], rel=1e-3
+    )
+    assert two["top1"] == pytest.approx(one["top1"], abs=2.5)
+
+
+def test_numbers_that_depend_on_the_split_are_announced():
+    assert arms.notices(config(), 1) == []
+    assert "method.quant.grad_scale=per_group" in arms.notices(config("train.accumulation=2"), 1)[0]
+    assert arms.notices(config("method.quant.preset=deployable"), 2) == []
+    assert "irm_stats" in arms.notices(config("method.quant.irm_form=paper", "method.quant.irm_stats=tensor"), 2)[1]
+
+
+# ------------------------------------------------------------------------------------------------------------- teachers
+def trained(cfg, fabric, monkeypatch):
+    """The configuration and directory of what `find` would train for `cfg`."""
+    called = []
+    teacher.find(cfg, fabric, lambda own, _, out: called.append((own, out)))
+    return called[0] if called else None
+
+
+def test_a_teacher_takes_its_own_configuration_never_the_students(fabric, tmp_path, monkeypatch):
+    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
+        fp = compose("config", overrides=["method=fp", "arm=fp", f"run_root={tmp_path}", "seed=3"])
+        student = [
+            "arm=x", f"run_root={tmp_path}", "teacher.seed=3", "method=ptq", "method.quant.parts=mlp", "optim.lr=1e-3",
+            "train.accumulation=2", "evaluate.batch_size=7", "train.epochs=1", "schedule.kind=cosine", "force=true",
+            "data.train_images=64", "dgd_weight=3",
+        ]  # fmt: skip
+        cfg = compose("config", overrides=student)
+    own, out = trained(cfg, fabric, monkeypatch)
+    assert runs.differing_keys(runs.plain(own), runs.plain(fp)) == [] and out == tmp_path / "default/fp/seed3"
+    assert own.force is False
+    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
+        forced, _ = trained(compose("config", overrides=[*student, "teacher.force=true"]), fabric, monkeypatch)
+    assert forced.force is True
+
+
+def test_other_teachers_have_directories_of_their_own_and_are_found_again(fabric, tmp_path, monkeypatch):
+    plain, deep, half = (
+        trained(config(f"run_root={tmp_path}", *o), fabric, monkeypatch)
+        for o in ([], ["model.depth=2"], ["fabric.precision=bf16-mixed"])
+    )  # fmt: skip
+    places = [out for _, out in (plain, deep, half)]  # the short configuration is itself not the default
+    assert len(set(places)) == 3 and all(p.parent.name.startswith("for-") and p.name == "seed0" for p in places)
+    mine = tmp_path / "default/fp/model.depth-2/seed0"  # as `train.py method=fp model.depth=2` would call it
+    mine.mkdir(parents=True)
+    (mine / "result.json").write_text(json.dumps({"config_sha256": runs.fingerprint(deep[0])}))
+    assert trained(config(f"run_root={tmp_path}", "model.depth=2"), fabric, monkeypatch)[1] == mine
+    own, _ = trained(config(f"run_root={tmp_path}", "+teacher.settings.train.batch_size=8"), fabric, monkeypatch)
+    assert own.train.batch_size == 8 and own.train.epochs == 12
+
+
+def test_a_preflight_trains_no_teacher_and_says_so(fabric, tmp_path, capsys):
+    fit(config(f"run_root={tmp_path}", "preflight=true"), fabric, tmp_path / "run")
+    assert "the teacher is a network of its shape, not trained" in capsys.readouterr().out and not list(
+        tmp_path.iterdir()
     )
 
 
-def test_the_default_trains_its_teacher_first(fabric, tmp_path, monkeypatch):
+def test_the_student_starts_from_the_teacher_and_is_taught_by_it(fabric, root, arm, monkeypatch):
+    """Its weights, stress included; the teacher that teaches is the one that was loaded, in evaluation mode."""
+    cfg = arm("method=stressed_irm", "train.epochs=1")
+    data = build_data(**cfg.data)
+    student, taught, _ = arms.build(cfg, data, root / "mini/fp/seed0/last.ckpt")
+    float_weights = runs.load_checkpoint(root / "mini/fp/seed0/last.ckpt")["model"]
+    own = student.state_dict()
+    for name, value in taught.state_dict().items():
+        torch.testing.assert_close(own[name], value, rtol=0, atol=0)
+        if "qkv" not in name:
+            torch.testing.assert_close(value, float_weights[name], rtol=0, atol=0)
+    qkv = "blocks.0.attn.qkv.weight"
+    assert not torch.equal(own[qkv], float_weights[qkv]) and torch.equal(own[qkv][48:], float_weights[qkv][48:])
+    torch.testing.assert_close(own[qkv][:12], float_weights[qkv][:12] / 3)
+    assert not taught.training and not any(p.requires_grad for p in taught.parameters())
+    other = arms.build(arm("method.start=random"), data, root / "mini/fp/seed0/last.ckpt").student.state_dict()
+    assert not torch.equal(other[qkv], float_weights[qkv])
+
+
+def test_the_weight_and_the_tap_of_dgd_reach_the_loss(fabric, root, arm):
+    cfg = arm("method=both", "method.dgd.weight=0.5")
+    data = build_data(**cfg.data)
+    student, taught, _ = arms.build(cfg, data, root / "mini/fp/seed0/last.ckpt")
+    images, labels = data.first(8, 0), torch.arange(8)
+
+    def term(weight, tap):
+        method = OmegaConf.merge(cfg.method, {"dgd": {"weight": weight, "student_tap": tap}})
+        tapped = train.Tapped(copy.deepcopy(student).train(), tap)
+        return train.losses(fabric, tapped, train.Tapped(taught, "raw"), images, labels, method=method, prefix=(2, 2))
+
+    once, twice = term(0.5, "pre_quant"), term(1.0, "pre_quant")
+    assert twice["dgd"].item() == pytest.approx(2 * once["dgd"].item()) and once["dgd"] > 0
+    assert term(0.5, "post_quant")["dgd"].item() != once["dgd"].item() and "dgd" not in term(0.0, "pre_quant")
+    hard = taught(images).argmax(-1)
+    own = copy.deepcopy(student).train()(images)[1]
+    assert once["kd"].item() == pytest.approx(0.5 * torch.nn.functional.cross_entropy(own, hard).item(), rel=1e-5)
+
+
+def test_percentile_calibration_sets_the_steps(root, arm):
+    data = build_data(**arm().data)
+    a, b = (
+        arms.build(arm("method=ptq", f"method.percentile={p}"), data, root / "mini/fp/seed0/last.ckpt").student
+        for p in (99.9, 80)
+    )
+    name = "blocks.0.mlp.fc1.input_quantizer.step"
+    assert (b.state_dict()[name] < a.state_dict()[name]).float().mean() > 0.9
+
+
+def test_steps_are_projected_after_every_optimizer_step(fabric, arm, tmp_path, monkeypatch):
     called = []
-    monkeypatch.setattr(train, "fit", lambda cfg, _, out: called.append((cfg, out)))
-    path = train.find_teacher(config(f"run_root={tmp_path}", "teacher.seed=3"), fabric)
-    ((cfg, out),) = called
-    assert (cfg.arm, cfg.seed, cfg.method.bits, out) == ("fp", 3, 32, tmp_path / "default/fp/seed3")
-    assert path == out / "last.ckpt"
+    project = train.keep_steps_positive
+    monkeypatch.setattr(train, "keep_steps_positive", lambda model: (called.append(1), project(model)))
+    fit(arm("train.epochs=1", "optim.lr=5.0"), fabric, tmp_path)
+    steps = [v for k, v in runs.load_checkpoint(tmp_path / "last.ckpt")["model"].items() if k.endswith(".step")]
+    assert len(called) == 2 and min(float(s.min()) for s in steps) >= 1e-5 * (1 - 1e-6)
 
 
-def test_the_scripts_run_from_inside_the_folder(root, tmp_path):
-    run = script(*SHORT, "train.epochs=1", "scale=mini", f"run_root={root}", f"hydra.run.dir={tmp_path}")
-    assert run.returncode == 0, run.stderr
-    again = script(f"weights={tmp_path / 'last.ckpt'}", "batch_size=20", file="evaluate.py")
-    assert again.returncode == 0 and "40 images" in again.stdout, again.stderr
-    assert f"top1             {result(tmp_path)['metrics']['top1']:.4f}" in again.stdout
-
-
-def test_the_teacher_that_the_default_trains_is_the_arm_fp():
+def test_a_teacher_of_other_classes_or_another_normalisation_is_refused(fabric, root, tmp_path):
+    data = class_folders(tmp_path / "data")
+    own = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2, "mlp_ratio": 2.0}
+    model = build_float("vit_distilled", num_classes=3, **own)
+    seen = build_data(name="folder", root=str(data), size=16, augment="none").look
+    for key, value in (("classes", ["a", "b", "c"]), ("normalise", {"mean": [0.5] * 3, "std": [0.5] * 3})):
+        about = {"classes": ["blue", "green", "red"], **seen, key: value}
+        torch.save({"model": model.state_dict(), "about": about}, tmp_path / "t.ckpt")
+        with pytest.raises(ValueError, match=f"was trained with other {key}"):
+            fit(folder_arm(data, f"teacher.weights={tmp_path / 't.ckpt'}"), fabric, tmp_path / "run")
+    pretrained = ["model=deit", "~model.depth", "teacher.weights=null"]
     with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
-        student = compose("config", overrides=["arm=both"])
-        fp = compose("config", overrides=["method=fp", "arm=fp"])
-    own = OmegaConf.load(CONFIGS / "method/fp.yaml")
-    derived = OmegaConf.merge(student, own, {"arm": "fp", "seed": student.teacher.seed})
-    assert runs.differing_keys(runs.plain(derived), runs.plain(fp)) == []
+        cfg = compose("config", overrides=[
+            "arm=t", "data=folder", f"data.root={data}", "data.workers=0", "data.augment=none", *pretrained[::2],
+            "train.batch_size=12",
+        ])  # fmt: skip
+    with pytest.raises(ValueError, match="has 1000 classes, the data has 3"):
+        fit(cfg, fabric, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
-def images(root, size=16):
-    for split in ("train", "val"):
-        for c, name in enumerate(("red", "green", "blue")):
-            for i in range(4):
-                path = root / split / name / f"{i}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.new("RGB", (size, size), tuple(60 * i + 50 if k == c else 20 for k in range(3))).save(path)
-    return root
+def test_best_is_chosen_on_images_set_aside_never_on_the_test_set(fabric, arm, tmp_path, monkeypatch):
+    seen = []
+    accuracies = iter([50.0, 70.0, 60.0, 1.0])
+
+    def fake(fabric, model, dataset, **_):
+        seen.append(len(dataset))
+        return torch.zeros(len(dataset), 10), torch.zeros(len(dataset), dtype=torch.long)
+
+    monkeypatch.setattr(train, "predict", fake)
+    monkeypatch.setattr(train, "accuracy", lambda *_: {"top1": next(accuracies)})
+    fit(arm("train.epochs=3", "train.eval_every=1", "data.validation=24"), fabric, tmp_path)
+    assert seen == [24, 24, 24, 40]
+    best = runs.load_checkpoint(tmp_path / "best.ckpt")
+    assert best["epoch"] == 2 and best["best"] == 70 and runs.load_checkpoint(tmp_path / "last.ckpt")["best"] == 70
+    assert [json.loads(line)["val_top1"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        50,
+        70,
+        60,
+    ]
+    assert "loss_val_top1" not in result(tmp_path)["metrics"]
+    with pytest.raises(ValueError, match=r"no validation split.*data\.validation"):
+        fit(arm("train.eval_every=1"), fabric, tmp_path / "none")
+
+
+def test_validation_images_are_no_training_images(tmp_path):
+    root = class_folders(tmp_path / "a", n=6)
+    data = build_data(name="folder", root=str(root), size=16, augment="none", validation=5)
+    assert data.images == 13 and len(data.validation) == 5
+    assert not set(data.validation.indices) & set(data.train.indices)
+    own = class_folders(tmp_path / "b", splits=("train", "val", "test"), n=2)
+    data = build_data(name="folder", root=str(own), size=16, augment="none")
+    assert (
+        len(data.validation) == 6 and "/test/" in data.test.samples[0][0] and "/val/" in data.validation.samples[0][0]
+    )
+    (root / "test").mkdir()  # ImageNet's own: images without labels
+    (root / "test/0001.JPEG").write_bytes(b"")
+    assert "/val/" in build_data(name="folder", root=str(root), size=16, augment="none").test.samples[0][0]
+
+
+def test_a_run_on_other_images_is_neither_skipped_nor_resumed(fabric, tmp_path):
+    for name, n in (("a", 8), ("b", 9)):
+        class_folders(tmp_path / name, n=n)
+    cfg = [folder_arm(tmp_path / n, "method=fp", "train.batch_size=8") for n in "ab"]
+    fit(cfg[0], fabric, tmp_path / "run")
+    os.rename(tmp_path / "a", tmp_path / "moved")  # where it lies does not matter
+    fit(folder_arm(tmp_path / "moved", "method=fp", "train.batch_size=8"), fabric, tmp_path / "run")
+    with pytest.raises(runs.RunError, match="on other data"):
+        fit(cfg[1], fabric, tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_class_folders_a_plain_teacher_and_swin(name, fabric, tmp_path):
     """A class folder; for "vit" a distilled student of a plain teacher (tokens differ by one), for "swin" one head."""
-    data = [
-        "data=folder",
-        f"data.root={images(tmp_path / 'data')}",
-        "data.size=16",
-        "data.workers=0",
-        "data.augment=none",
-    ]
-    short = ["train.epochs=1", "train.batch_size=12", "train.calibration_images=12"]
-    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
-        cfg = compose("config", overrides=["arm=test", "method=both", *data, *short])
+    cfg = folder_arm(class_folders(tmp_path / "data"), "method=both")
     OmegaConf.set_struct(cfg, False)
     if name == "vit":
         own = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2, "mlp_ratio": 2.0}
-        teacher, cfg.teacher.model = build_float("vit", num_classes=3, **own), {"name": "vit"}
-        cfg.model = {"name": "vit_distilled", "pretrained": False, **own}
+        other, cfg.teacher.model = build_float("vit", num_classes=3, **own), {"name": "vit"}
+        cfg.model, cfg.method.start = {"name": "vit_distilled", "pretrained": False, **own}, "random"
     else:
         own = {
             "img_size": 16,
@@ -216,9 +310,9 @@ def test_class_folders_a_plain_teacher_and_swin(name, fabric, tmp_path):
             "num_heads": [2, 2],
             "window_size": 4,
         }
-        teacher = build_float("swin_tiny_patch4_window7_224", num_classes=3, **own)
+        other = build_float("swin_tiny_patch4_window7_224", num_classes=3, **own)
         cfg.model = {"name": "swin_tiny_patch4_window7_224", "pretrained": False, **own}
-    torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.ckpt")
+    torch.save({"model": other.state_dict()}, tmp_path / "teacher.ckpt")
     cfg.teacher.weights = str(tmp_path / "teacher.ckpt")
     fit(cfg, fabric, tmp_path / "run")
     found = result(tmp_path / "run")
@@ -238,76 +332,94 @@ def test_a_misspelt_arm_lists_the_choices():
         ("+schedule.warm=3", "warm"), ("+optim.lrr=3", "lrr"),
     ],
 )  # fmt: skip
-def test_a_misspelt_key_fails_with_its_name(override, error, fabric, root, tmp_path):
+def test_a_misspelt_key_fails_with_its_name(override, error, fabric, arm, tmp_path):
     with pytest.raises(TypeError, match=error):
-        fit(arm(root, override), fabric, tmp_path / "run")
-    assert not (tmp_path / "run/last.ckpt").exists()
+        fit(arm(override), fabric, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("overrides", "error"),
     [
         (["method.bits=1"], r"bits=1, .*2\.\.8, or 32"),
-        (["method.bits=12"], "bits=12"),
-        (["method.distill=soft"], "distill=soft"),
+        (["method.bits=33"], "bits=33"),
+        (["method.distill=soft"], "distill=soft, allowed: hard, none"),
+        (["method.start=foo"], "start=foo, allowed: teacher, random"),
+        (["method.irm_init=zero"], "irm_init=zero, allowed: calibrated, unit"),
+        (["method.percentile=10"], "percentile=10"),
         (["method.dgd.student_tap=logits"], "student_tap='logits', allowed"),
-        (["method.irm_init=zero"], "irm_init='zero'"),
+        (["method.dgd.norm=l1"], "norm='l1'"),
+        (["method.dgd.weight=-1"], r"dgd\.weight=-1"),
+        (["method.quant.init=mean"], "init='mean'"),
+        (["method.quant.zp_init=mean"], "zp_init='mean'"),
+        (["method.quant.parts=q"], "parts='q'"),
         (["schedule.kind=linear"], "kind='linear', allowed: cosine, onecycle"),
+        (["optim.name=adamww"], "optim.name=adamww"),
         (["train.accumulation=3"], r"batch_size=16.*multiple of"),
         (["train.batch_size=4096"], r"fewer than train\.batch_size=4096"),
         (["teacher.weights=null"], "the teacher would be random"),
+        (["+teacher.model.depth=2"], "method.start=teacher, but teacher.model"),
+        (["+teacher.model.depth=2", "method.start=random"], "1 attention layers, the teacher 2"),
+        (["method=stressed_irm", "teacher.stress.scale=0"], "scale=0"),
         (["model.depth=2"], "does not fit the model"),
+        (["model.num_heads=5"], "model: .*divisible"),
+        (["model.img_size=32"], r"images of 32 x 32, the data set gives 16: set model\.img_size=16"),
+        (["data.root=/nowhere"], "cued_digits is embedded"),
+        (["data.validation=-1"], "validation=-1"),
     ],
 )
-def test_a_wrong_value_names_what_is_allowed_and_writes_nothing(overrides, error, fabric, root, tmp_path):
+def test_a_wrong_value_names_what_is_allowed_and_writes_nothing(overrides, error, fabric, arm, tmp_path, monkeypatch):
+    if "depth=2" not in overrides[0] or len(overrides) > 1:  # before a teacher would be trained
+        monkeypatch.setattr(train.teachers, "find", lambda *_: pytest.fail("a teacher was looked for"))
+    if overrides == ["model.depth=2"]:
+        monkeypatch.undo()
     with pytest.raises(ValueError, match=error):
-        fit(arm(root, *overrides), fabric, tmp_path / "run")
+        fit(arm(*overrides), fabric, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_teacher_with_other_tokens_is_refused(fabric, root, tmp_path):
-    teacher = build_float(
-        "vit_distilled", num_classes=10, in_channels=1, img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=2
-    )
-    torch.save({"model": teacher.state_dict()}, tmp_path / "t.ckpt")
-    cfg = arm(
-        root, f"teacher.weights={tmp_path / 't.ckpt'}", "+teacher.model.patch_size=8", "+teacher.model.mlp_ratio=4.0"
-    )
-    with pytest.raises(ValueError, match=r"student \(16, 2, 18, 12\), teacher \(16, 2, 6, 12\)"):
-        fit(cfg, fabric, tmp_path / "run")
+@pytest.mark.parametrize(
+    ("overrides", "error"),
+    [
+        (["train.epochs=ten"], "train.epochs=ten"), (["optim.lr=abc"], "optim.lr=abc"), (["method.irm=yes2"], "method.irm"),
+        (["force=maybe"], "force=maybe"), (["optim.weight_decay=-1"], "optim.weight_decay=-1"), (["seed=-1"], "seed=-1"),
+        (["evaluate.batch_size=0"], "evaluate.batch_size=0"), (["evaluate.statistics_images=0"], "statistics_images=0"),
+        (["data.workers=-1"], "data.workers=-1"), (["method=bot"], "allowed: .*both"), (["methd=both"], "methd"),
+        (["train.save_every=0"], "train.save_every=0"), (["teacher.weights=/no/such.ckpt"], "no teacher at /no/such.ckpt"),
+        (["data=folder", "data.root=/no/such"], "/no/such"), (["model=deit", "data=folder", "data.root=/no"], "/no"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_is_one_clear_line_and_leaves_nothing(overrides, error, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["train.py", f"run_root={tmp_path / 'runs'}", *overrides])
+    monkeypatch.setattr(train.teachers, "find", lambda *_: pytest.fail("a teacher was looked for"))
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    said = capfd.readouterr().err.strip().splitlines()
+    assert stop.value.code == 1 and len(said) == 1 and said[0].startswith("error: ") and error.split(".*")[0] in said[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_teacher_with_other_tokens_is_refused(fabric, arm, tmp_path):
+    torch.save({}, tmp_path / "t.ckpt")
+    own = [f"teacher.weights={tmp_path / 't.ckpt'}", "+teacher.model.patch_size=8", "method.start=random"]
+    with pytest.raises(ValueError, match=r"student \(2, 2, 18, 12\), teacher \(2, 2, 6, 12\)"):
+        fit(arm(*own), fabric, tmp_path / "run")
 
 
 def test_a_missing_teacher_says_how_to_train_it(fabric, tmp_path):
     with pytest.raises(FileNotFoundError, match="python train.py method=fp scale=mini seed=0"):
-        fit(arm(tmp_path / "empty"), fabric, tmp_path / "run")
+        fit(config(f"run_root={tmp_path / 'empty'}", "scale=mini"), fabric, tmp_path / "run")
 
 
-def test_nan_loss_stops_the_run_and_names_the_term(fabric, root, tmp_path):
+def test_nan_loss_stops_the_run_and_names_the_term(fabric, arm, tmp_path):
     with pytest.raises((FloatingPointError, ValueError), match=r"step \d+: .*(ce|norm|dgd)=(nan|inf)|unusable steps"):
-        fit(arm(root, "optim.lr=1e18", "train.epochs=5"), fabric, tmp_path)
+        fit(arm("optim.lr=1e18", "train.epochs=5"), fabric, tmp_path)
     assert result(tmp_path)["status"] == "failed"
 
 
-def test_preflight_writes_nothing(fabric, root, tmp_path, capsys):
-    fit(arm(root, "preflight=true"), fabric, tmp_path / "run")
+def test_preflight_writes_nothing(fabric, arm, tmp_path, capsys):
+    fit(arm("preflight=true"), fabric, tmp_path / "run")
     assert "preflight: data found" in capsys.readouterr().out and not (tmp_path / "run").exists()
-
-
-def test_evaluate_refuses_another_width_and_another_format(fabric, root, tmp_path):
-    fit(arm(root, "train.epochs=1", "method.bits=3"), fabric, tmp_path)
-    with pytest.raises(ValueError, match="trained with 3 bit"):
-        evaluate.load(str(tmp_path / "last.ckpt"), bits=4)
-    torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="no checkpoint of q_vit"):
-        evaluate.load(str(tmp_path / "other.ckpt"))
-
-
-def test_a_sweep_can_send_the_script_to_its_workers():
-    cloudpickle.register_pickle_by_value(train)  # as the launcher sees it: train.py is __main__ there
-    try:
-        assert cloudpickle.dumps(train.main)
-    finally:
-        cloudpickle.unregister_pickle_by_value(train)
 
 
 def test_every_config_composes_and_builds():
@@ -316,7 +428,7 @@ def test_every_config_composes_and_builds():
             cfg = compose("config", overrides=[f"experiment={file.stem}", "arm=test", "data.root=/x"])
             cfg = OmegaConf.to_container(cfg, resolve=True)
             with torch.device("meta"):
-                build_float(**{**cfg["model"], "pretrained": False}, num_classes=10)
+                build_float(**{**cfg["model"], "pretrained": False, "file": None}, num_classes=10)
             with pytest.raises(FileNotFoundError, match="/x"):
                 build_data(**cfg["data"])
         for sweep in (CONFIGS / "reproduce").rglob("*.yaml"):
