@@ -1,4 +1,4 @@
-"""Adaptive fusion of task-specific parameters, and the step toward them (sections 3.1 and 3.3; Reptile's outer step).
+"""Adaptive fusion of task-specific parameters, and the step toward them (Reptile's outer step).
 
     phi_f = sum_k w_k phi_k,   w_k = u_k / sum_j u_j,   u_k = d_k^2 + 0.85,   d_k = |phi_k - phi_b|_1     per tensor
     phi  <- alpha phi_f + (1 - alpha) phi_b,   alpha = exp(-beta t / K)
@@ -51,7 +51,7 @@ def fusion_weights(distances: Tensor, *, constant: float = 0.85) -> Tensor:
 
 
 class OnlineFusion:
-    """The weighted mean of section 3.3 while the tasks come by: one running mean per tensor, whatever their number.
+    """The weighted mean while the tasks come by: one running mean per tensor, whatever their number.
 
     mean <- mean + u_k / (u_1 + ... + u_k) (phi_k - mean). With one task this is phi_1 bit for bit.
     base: the tensors phi_b that distances refer to. ValueError for bad options.

@@ -1,4 +1,4 @@
-"""The background attack: one-step adversarial noise where the network's spatial attention is low (section 3.2).
+"""The background attack: one-step adversarial noise where the network's spatial attention is low.
 
 w = 1 - a^2                                                  a: attention map in (0, 1)
 delta_0 ~ U(-eps_c, eps_c),   g = grad_delta CE(z(x + delta_0), y)

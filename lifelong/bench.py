@@ -1,32 +1,21 @@
-"""Cost of ARI's parts on this machine: writes bench.json. Nothing here is asserted anywhere.
+"""Cost of ARI's parts on this machine: writes bench.json. Interleaved rounds, medians with quartiles; nothing is asserted.
 
-python bench.py
+python bench.py threads=1
 """
 
-import json
-import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from lightning_fabric import Fabric
+from omegaconf import DictConfig
 from torch import Tensor
 
-from common import runs
+from common.metrics.timing import Bench, Timing, interleaved
+from common.scripts import script
 from lifelong.adaptive_fusion import OnlineFusion, fusion_weights
 from lifelong.meta_update import MetaOptions, meta_step
-from lifelong.model import build_model
-
-
-def seconds(function: Callable[[], object], repeats: int = 5) -> float:
-    """The fastest of some calls after one to warm up."""
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+from lifelong.model import Gated, build_model
 
 
 def stored_fusion(base: list[Tensor], tasks: list[list[Tensor]]) -> list[Tensor]:
@@ -38,27 +27,8 @@ def stored_fusion(base: list[Tensor], tasks: list[list[Tensor]]) -> list[Tensor]
     return out
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    rows = []
-
-    def row(name: str, ours: float, baseline: float, unit: str, batch: int) -> None:
-        about = {"threads": torch.get_num_threads(), "batch": batch, "isa": torch.backends.cpu.get_cpu_capability()}
-        machine = runs.provenance()["machine"]["cpu"] or platform.machine()
-        rows.append(
-            {
-                "name": name,
-                "ours": ours,
-                "baseline": baseline,
-                "ratio": baseline / ours,
-                "unit": unit,
-                **about,
-                "machine": machine,
-            }
-        )
-        print(f"{name:60s} {ours:.4g} against {baseline:.4g} {unit}, ratio {baseline / ours:.2f}")
-
-    model = build_model(name="rps_net", num_classes=100)
+def fusion_times(model: Gated, rounds: int) -> dict[str, Timing]:
+    """{online, stored}: fusion of ten task states. ValueError if the two disagree."""
     base = [p.detach() for p in model.parameters()]
     tasks = [[b + 0.01 * torch.randn_like(b) for b in base] for _ in range(10)]
 
@@ -68,32 +38,49 @@ def main() -> None:
             fusion.add(states)
         return fusion.result(1.0)
 
-    row(
-        "fusion of 10 tasks, rps_net: online, stored states",
-        seconds(online),
-        seconds(lambda: stored_fusion(base, tasks)),
-        "s",
-        0,
-    )
+    for a, b in zip(online(), stored_fusion(base, tasks), strict=True):
+        if not torch.allclose(a, b, rtol=1e-4, atol=1e-5):
+            raise ValueError("the two formulations of the fusion disagree")
+    return interleaved({"online": online, "stored": lambda: stored_fusion(base, tasks)}, rounds=rounds, warmup=1)
 
-    x, y = torch.rand(32, 3, 32, 32), torch.arange(32) % 20
-    groups = [slice(0, 10), slice(10, 20)]
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
 
-    def step(**options) -> float:
+def step_times(model: Gated, batch: int, rounds: int) -> dict[str, Timing]:
+    """A batch of two tasks under each arm, and one plain step of SGD on it."""
+    x, y = torch.rand(batch, 3, 32, 32), torch.arange(batch) % 20
+    groups, optimizer = [slice(0, 10), slice(10, 20)], torch.optim.SGD(model.parameters(), lr=1e-4)
+
+    def arm(**options) -> Callable[[], object]:
         chosen = MetaOptions(**options)
-        return seconds(lambda: meta_step(model, [optimizer], x, y, groups, alpha=0.9, options=chosen), repeats=2)
+        return lambda: meta_step(model, [optimizer], x, y, groups, alpha=0.9, options=chosen)
 
     def plain() -> None:
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
 
-    ari, clean = step(), step(attack=None)
-    row("a batch of 2 tasks, rps_net: ARI, fusion without attack", ari, clean, "s", 32)
-    row("a batch of 2 tasks, rps_net: ARI, second clean step", ari, step(attack=None, steps=2), "s", 32)
-    row("a batch, rps_net: ARI with 2 tasks, one plain SGD step", ari, seconds(plain, 2), "s", 32)
-    (Path(__file__).parent / "bench.json").write_text(json.dumps(rows, indent=1) + "\n")
+    calls = {"ari": arm(), "clean": arm(attack=None), "second": arm(attack=None, steps=2), "plain": plain}
+    return interleaved(calls, rounds=rounds, warmup=1)
+
+
+def bench(cfg: DictConfig) -> list[dict]:
+    """Measures, prints, writes cfg.out and returns the rows."""
+    torch.manual_seed(0)
+    table, model = Bench(cfg.out), build_model(name="rps_net", num_classes=100)
+    times = fusion_times(model, cfg.rounds)
+    table.add("fusion of 10 tasks, rps_net: online vs stored states", times["online"], times["stored"], batch=0)
+    times = step_times(model, cfg.batch_size, cfg.rounds)
+    for name, words in (
+        ("clean", "fusion without attack"),
+        ("second", "second clean step"),
+        ("plain", "one plain SGD step"),
+    ):
+        table.add(f"a batch of 2 tasks, rps_net: ARI vs {words}", times["ari"], times[name], batch=cfg.batch_size)
+    return table.write()
+
+
+@script("bench")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    bench(cfg)
 
 
 if __name__ == "__main__":

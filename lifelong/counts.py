@@ -5,13 +5,12 @@ python counts.py
 
 from pathlib import Path
 
-import hydra
 import torch
-from hydra.core.hydra_config import HydraConfig
+from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
-from common import runs
-from common.metrics.ops import count_macs, count_parameters
+from common.metrics.ops import count_macs, count_parameters, record_counts
+from common.scripts import script
 from lifelong.adaptive_fusion import step_size
 from lifelong.model import build_model
 from lifelong.theory import iterate, minimiser_of_sum
@@ -58,18 +57,9 @@ def measure() -> dict[str, float]:
     return counts
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="counts")
-def main(cfg: DictConfig) -> None:
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    run = runs.Run.open(Path(HydraConfig.get().runtime.output_dir), cfg, runs.launch(cfg.fabric))
-    if run is None:
-        return
-    with run:
-        counts = measure()
-        run.finish(counts)
-        for name, value in counts.items():
-            print(f"{name:32s} {value:,.10g}")
+@script("counts")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    record_counts(cfg, fabric, out, measure)
 
 
 if __name__ == "__main__":

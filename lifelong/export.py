@@ -3,18 +3,20 @@
 python export.py weights=runs/default/ari/seed0/last.ckpt
 python export.py weights=... task=2 out=task2.onnx
 
-Input: images (N, C, size, size), normalised with the mean and std that are printed. Output: logits of the classes seen, or of
-the task. The task vote and the adaptation need training and exemplars, so they are no part of the file.
+Input: images (N, C, size, size), normalised; classes, mean, std and size stand in the file. Output: logits of the classes seen,
+or of the task. The task vote and the adaptation need training and exemplars, so they are no part of the file.
 """
 
 from pathlib import Path
 
-import hydra
 import torch
+from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from lifelong.evaluate import load
+from common.onnx_export import export_onnx
+from common.scripts import script
+from lifelong.checkpoint import load_learner
 
 
 class Logits(nn.Module):
@@ -28,27 +30,29 @@ class Logits(nn.Module):
         return self.model(x)[:, self.start : self.stop]
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="export")
-def main(cfg: DictConfig) -> None:
-    learner, stream, _, _ = load(cfg.weights, cfg.data.root)
+def export(cfg: DictConfig) -> Path:
+    """Writes cfg.out and returns its path; see configs/export.yaml."""
+    learner, saved = load_learner(cfg.weights)
+    about, tasks = saved["about"], len(learner.groups)
     if not learner.adapts:
         raise ValueError(
             "iCaRL classifies by exemplar means, not by the head's logits: there is no class_il network to export"
         )
-    if cfg.task is not None and not 0 <= cfg.task < len(learner.groups):
-        raise ValueError(f"task={cfg.task}, allowed: 0..{len(learner.groups) - 1} or null")
+    if not tasks or (cfg.task is not None and not 0 <= cfg.task < tasks):
+        raise ValueError(f"task={cfg.task}, allowed: 0..{tasks - 1} or null (all of the {learner.seen} classes seen)")
     group = slice(0, learner.seen) if cfg.task is None else learner.groups[cfg.task]
-    model = Logits(learner.model if cfg.task is None else learner.adapted(cfg.task), group).eval()
-    prepare = learner.prepare
-    example = torch.rand(2, stream.channels, prepare.size, prepare.size)
-    out = Path(cfg.out)
-    torch.onnx.export(
-        model, (example,), str(out), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False,
-        dynamic_shapes={"x": {0: torch.export.Dim("n")}}, external_data=False,
-    )  # fmt: skip
-    print(
-        f"{out}: classes {', '.join(stream.class_names[group])}; mean {prepare.mean}, std {prepare.std}, size {prepare.size}"
-    )
+    model = Logits(learner.model if cfg.task is None else learner.adapted(cfg.task), group)
+    about = about | {"classes": about["classes"][group], "task": cfg.task}
+    image = torch.zeros(1, about["channels"], about["size"], about["size"])
+    worst = export_onnx(model, image, cfg.out, about=about, tolerance=cfg.tolerance)
+    print(f"{cfg.out}: classes {', '.join(about['classes'])}; {about['normalise']}, size {about['size']}")
+    print(f"largest difference between onnxruntime and torch: {worst:.2g}")
+    return Path(cfg.out)
+
+
+@script("export")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    export(cfg)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from torch.utils.data import Dataset
 from common.data.batches import stream as random_stream
 from lifelong.adaptive_fusion import step_size
 from lifelong.augmentation import Prepare
+from lifelong.batches import LAST, cut
 from lifelong.memory import ExemplarMemory
-from lifelong.meta_update import MetaOptions, meta_step
+from lifelong.meta_update import MetaOptions, group_bce, meta_step
 from lifelong.model import Gated, grow_head
 from lifelong.task_prediction import adapt, group_scores, vote, within_group
 
@@ -63,8 +64,9 @@ class Learner:
     Replayed images are mixed with those of the new task in one shuffled pass. Other methods derive from this class.
 
     model: see lifelong.model; a head smaller than the classes seen grows. prepare: see `Prepare`. total_tasks: K, None for an
-    open stream. budget, policy: see `ExemplarMemory`. optim, schedule: see `make_optimizer`, `lr_factor`; a fresh optimiser
-    for every task. attack_stats: mean and std of the attack's step and box, data | imagenet (parity with the released code).
+    open stream. budget, policy: see `ExemplarMemory`. last_batch: see `cut`. optim, schedule: see `make_optimizer`,
+    `lr_factor`; a fresh optimiser for every task. attack_stats: mean and std of the attack's step and box, data | imagenet
+    (parity with the released code).
     ValueError for values that are not allowed.
     """
 
@@ -81,6 +83,7 @@ class Learner:
         policy: str = "first",
         batch_size: int = 128,
         epochs: int = 70,
+        last_batch: str = "merge",
         optim: dict[str, Any] | None = None,
         schedule: dict[str, Any] | None = None,
         seed: int = 0,
@@ -93,7 +96,9 @@ class Learner:
             raise ValueError(f"batch_size={batch_size}, epochs={epochs}, allowed: batch_size >= 2, epochs >= 1")
         if attack_stats not in ("data", "imagenet"):
             raise ValueError(f"parity.attack_stats={attack_stats!r}, allowed: data, imagenet")
-        self.schedule = schedule or {}
+        if last_batch not in LAST:
+            raise ValueError(f"train.last_batch={last_batch!r}, allowed: {', '.join(LAST)}")
+        self.schedule, self.last_batch = schedule or {}, last_batch
         lr_factor(1, epochs, **self.schedule)
         self.model, self.prepare, self.device = model.to(device), prepare, torch.device(device)
         self.total_tasks, self.replay, self.seed = total_tasks, replay, seed
@@ -130,7 +135,7 @@ class Learner:
     def epoch(self, images: Tensor, labels: Tensor, epoch: int) -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
         """Batches (raw images on the device, labels, generator) of epoch 1, 2, ..., with what is replayed mixed in.
 
-        They depend on (seed, task, epoch) alone. A last batch of one image is left out. Sets the learning rate."""
+        They depend on (seed, task, epoch) alone; see `cut` for the last one. Sets the learning rate."""
         self.model.train()
         factor = lr_factor(epoch, self.epochs, **self.schedule)
         for optimizer in self.optimizers:
@@ -139,9 +144,12 @@ class Learner:
         generator = torch.Generator(self.device).manual_seed(random_stream(self.seed, len(self.groups), epoch))
         torch.manual_seed(random_stream(self.seed, len(self.groups), epoch, 1))  # dropout
         order = torch.randperm(len(images), generator=generator, device=self.device).to(images.device)
-        for batch in order.split(self.batch_size):
-            if len(batch) > 1:
-                yield images[batch].to(self.device), labels[batch].to(self.device), generator
+        for batch in cut(order, self.batch_size, self.last_batch):
+            yield images[batch].to(self.device), labels[batch].to(self.device), generator
+
+    def batches(self, images: int) -> int:
+        """Batches of an epoch of so many images."""
+        return len(cut(torch.arange(images), self.batch_size, self.last_batch))
 
     def training_set(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The new task's data and what is replayed with it. ValueError for labels outside the new classes."""
@@ -215,7 +223,7 @@ class Learner:
         return torch.cat(out)
 
     def adapted(self, task: int, **options: Any) -> Gated:
-        """A copy of the model adapted to the exemplars of a task (section 3.6); see `task_prediction.adapt`.
+        """A copy of the model adapted to the exemplars of a task; see `task_prediction.adapt`.
 
         ValueError without exemplars."""
         if self.memory is None:
@@ -243,27 +251,33 @@ class Learner:
             raise ValueError(f"mode=task_il needs the task, task={task}, allowed: 0..{len(self.groups) - 1}")
         return within_group(scores, self.groups[task])
 
-    def predict_sets(self, sets: Sequence[Tensor], *, p: int, adapt: bool = True) -> list[dict[str, Tensor]]:
-        """Per set of raw images (each from one task): {class_il, continuum, voted: (n,); scores (n, classes seen)}.
+    def predict_sets(
+        self, sets: Sequence[Tensor], *, p: int, adapt: bool = True, more_p: Sequence[int] = (), batch_size: int = 500
+    ) -> list[dict[str, Tensor]]:
+        """Per set of raw images (each from one task): {class_il, continuum, voted: (n,); scores (n, classes seen)}, and
+        continuum_p<q> for every q in `more_p`.
 
         Sets are predicted together because every adapted copy is made once. Adaptation is left out after the first task and
         for learners without exemplars."""
+        votes = {"voted": ("continuum", p), **{f"voted_p{q}": (f"continuum_p{q}", q) for q in more_p}}
         results = []
         for raw in sets:
-            scores = self.run(self.scores, raw)
-            voted = vote(group_scores(scores, self.groups), p)
+            scores = self.run(self.scores, raw, batch_size)
             classes = torch.stack([within_group(scores, g) for g in self.groups], 1)
-            continuum = classes.gather(1, voted[:, None])[:, 0]
-            results.append({"class_il": scores.argmax(1), "scores": scores, "voted": voted, "continuum": continuum})
+            result = {"class_il": scores.argmax(1), "scores": scores}
+            for voted, (name, length) in votes.items():
+                result[voted] = vote(group_scores(scores, self.groups), length)
+                result[name] = classes.gather(1, result[voted][:, None])[:, 0]
+            results.append(result)
         if adapt and self.adapts and self.memory is not None and len(self.groups) > 1:
             for k, group in enumerate(self.groups):
-                chosen = [r["voted"] == k for r in results]
-                if not any(bool(c.any()) for c in chosen):
+                if not any(bool((r[voted] == k).any()) for r in results for voted in votes):
                     continue
                 copy = self.adapted(k)
-                for raw, result, mine in zip(sets, results, chosen, strict=True):
-                    if mine.any():
-                        result["continuum"][mine] = within_group(self.run(copy, raw[mine]), group)
+                for raw, result in zip(sets, results, strict=True):
+                    for voted, (name, _) in votes.items():
+                        if (mine := result[voted] == k).any():
+                            result[name][mine] = within_group(self.run(copy, raw[mine], batch_size), group)
         return results
 
     # --------------------------------------------------------------------------------------------------------- state
@@ -313,3 +327,10 @@ class MetaLearner(Learner):
             self.model, self.optimizers, self.prepare(raw, generator), labels, self.groups,
             alpha=self.alpha, options=self.options, generator=generator, **self.stats,
         )  # fmt: skip
+
+
+class BinaryReplay(Learner):
+    """Experience replay with the loss of the meta update, binary cross entropy over the classes seen, in plain steps."""
+
+    def losses(self, x: Tensor, raw: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"bce": group_bce(self.model(x), labels, slice(0, self.seen))}

@@ -1,4 +1,4 @@
-"""The exemplar memory (section 3.5): a fixed number of images in total, shared equally by the classes seen."""
+"""The exemplar memory: a fixed number of images in total, shared equally by the classes seen."""
 
 from collections.abc import Callable
 from typing import Any

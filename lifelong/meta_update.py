@@ -1,4 +1,4 @@
-"""One training batch of ARI, or of its parent iTAML (section 3.1): inner loops per task, then fusion.
+"""One training batch of ARI, or of its parent iTAML: inner loops per task, then fusion.
 
 independent       every task starts from the same base parameters, and the fused state is a mean of true copies: the algorithm
                   as the papers state it.
@@ -18,19 +18,23 @@ from lifelong.adaptive_fusion import OnlineFusion
 from lifelong.background_attack import REGIONS, background_attack
 
 SEMANTICS = ("independent", "sequential_last")
+LOSSES = ("group", "seen")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetaOptions:
     """Options of `meta_step`. ValueError for a value that is not allowed.
 
-    steps: r clean inner steps per task. attack: background | everywhere | foreground, or None for no attacked step. eps: in
-    1/255. weights, distance, constant: see `OnlineFusion`. beta: see `step_size`. optimizer_state: shared (parameters are
-    reset between tasks, moments are not) | per_task. min_samples: a task with fewer samples in the batch is skipped
-    (None: 2 with batch norm, which has no statistics of one sample, else 1). freeze_bn: see `background_attack`.
+    steps: r clean inner steps per task. loss: binary cross entropy over the logits of the task's own group (as published: its
+    images teach the logits of the other tasks nothing), or over those of all classes seen. attack: background | everywhere |
+    foreground, or None for no attacked step. eps: in 1/255. weights, distance, constant: see `OnlineFusion`. beta: see
+    `step_size`. optimizer_state: shared (parameters are reset between tasks, moments are not) | per_task. min_samples: a task
+    with fewer samples in the batch is skipped (None: 2 with batch norm, which has no statistics of one sample, else 1).
+    freeze_bn: see `background_attack`.
     """
 
     steps: int = 1
+    loss: str = "group"
     attack: str | None = "background"
     eps: float = 1.0
     semantics: str = "independent"
@@ -47,6 +51,8 @@ class MetaOptions:
             raise ValueError(f"steps={self.steps}, allowed: >= 1 clean inner steps")
         if self.attack is not None and self.attack not in REGIONS:
             raise ValueError(f"attack={self.attack!r}, allowed: {', '.join(REGIONS)} or null")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss={self.loss!r}, allowed: {', '.join(LOSSES)}")
         if self.semantics not in SEMANTICS:
             raise ValueError(f"semantics={self.semantics!r}, allowed: {', '.join(SEMANTICS)}")
         if self.optimizer_state not in ("shared", "per_task"):
@@ -59,9 +65,9 @@ class MetaOptions:
 
 
 def group_bce(logits: Tensor, labels: Tensor, group: slice) -> Tensor:
-    """Binary cross entropy, mean over samples and the logits of one task; rows of the head outside `group` get no gradient.
+    """Binary cross entropy, mean over samples and the logits of a group; rows of the head outside `group` get no gradient.
 
-    logits: (B, C); labels: (B,), all in group.start .. group.stop - 1."""
+    logits: (B, C); labels: (B,), all in group.start .. group.stop - 1. The group is a task's, or that of all classes seen."""
     inside = logits[:, group]
     return F.binary_cross_entropy_with_logits(inside, F.one_hot(labels - group.start, inside.shape[1]).to(inside.dtype))
 
@@ -101,10 +107,11 @@ def meta_step(
         if independent and clean:
             _copy(base, parameters)
         optimizer = optimizers[k if options.optimizer_state == "per_task" else 0]
+        learned = group if options.loss == "group" else slice(0, groups[-1].stop)
 
-        def update(inputs: Tensor, labels: Tensor = labels, group: slice = group, optimizer: Optimizer = optimizer):
+        def update(inputs: Tensor, labels: Tensor = labels, learned: slice = learned, optimizer: Optimizer = optimizer):
             logits, attention = model(inputs, return_attention=True)
-            loss = group_bce(logits, labels, group)
+            loss = group_bce(logits, labels, learned)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -125,7 +132,7 @@ def meta_step(
         fusion.add(parameters)
     if clean:
         _copy(fusion.result(alpha), parameters)
-    terms = {"skipped": torch.tensor(float(skipped))}
+    terms = {"skipped": torch.tensor(float(skipped), device=x.device)}
     if clean:
         terms["clean"] = torch.stack(clean).mean()
     if attacked:

@@ -1,4 +1,4 @@
-"""The accuracy matrix of a stream and its summaries (section 6.2), and whether the attack weight covers the background."""
+"""The accuracy matrix of a stream and its summaries, and whether the attack weight covers the background."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Networks with a spatial attention gate (sections 3.2 and 4): rps_net, mlp, resnet18, any timm backbone; heads that grow.
+"""Networks with a spatial attention gate: rps_net, mlp, resnet18, any timm backbone; heads that grow.
 
 Every model maps images (B, c, H, W), normalised, to logits (B, C); `model(x, return_attention=True)` also returns the map
 (B, 1, H, W) in (0, 1), and `model.features(x)` what the head sees.

@@ -1,4 +1,4 @@
-"""Inference of section 3.6: which task a chunk of test samples comes from, and the copy of the model adapted to it.
+"""Inference with a data continuum: which task a chunk of test samples comes from, and the copy of the model adapted to it.
 
 The vote uses that p consecutive samples come from one task. Plain class-incremental inference has p = 1: accuracies with
 p > 1 know more and are not comparable with those of other methods.
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lifelong.batches import cut
 from lifelong.meta_update import group_bce
 
 
@@ -45,16 +46,14 @@ def adapt(
 ) -> nn.Module:
     """A copy of `model` trained on the exemplars of one task (Adam, BCE on the task's logits); `model` is not changed.
 
-    images: (n, c, H, W), normalised; labels: (n,) in the group. A last batch of one sample is left out (batch norm)."""
+    images: (n, c, H, W), normalised; labels: (n,) in the group. A small last batch joins the one before it."""
     model = copy.deepcopy(model)
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     with torch.enable_grad():
         for _ in range(epochs):
             order = torch.randperm(len(images), generator=generator, device=generator.device).to(images.device)
-            for batch in order.split(batch_size):
-                if len(batch) < 2:
-                    continue
+            for batch in cut(order, batch_size):
                 optimizer.zero_grad(set_to_none=True)
                 group_bce(model(images[batch]), labels[batch], group).backward()
                 optimizer.step()

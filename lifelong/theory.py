@@ -1,4 +1,4 @@
-"""Quadratic tasks l_k = 1/2 (phi - m_k)^T H_k (phi - m_k), on which the fusion's fixed points are known (section 3.7).
+"""Quadratic tasks l_k = 1/2 (phi - m_k)^T H_k (phi - m_k), on which the fusion's fixed points are known.
 
 One shared minimiser: the iteration converges to it for any positive weights. Different minimisers: with the plain mean and
 small steps to the minimiser of the sum, H_sum^-1 sum_k H_k m_k; adaptive weights move the fixed point toward harder tasks

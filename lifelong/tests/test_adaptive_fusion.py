@@ -1,4 +1,4 @@
-"""Fusion: closed forms, limits, copies, the quadratic theory (exact checks 1-4, 11)."""
+"""Fusion: closed forms, limits, copies, the quadratic theory."""
 
 import math
 import warnings

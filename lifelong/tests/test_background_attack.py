@@ -1,4 +1,4 @@
-"""The attack: bounds, regions, what must not change, first-order ascent (exact checks 6, 7)."""
+"""The attack: bounds, regions, what must not change, first-order ascent."""
 
 import pytest
 import torch

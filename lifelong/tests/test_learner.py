@@ -1,11 +1,11 @@
-"""Learners: a stream observed, predictions in three modes, every baseline's own rule, state (exact checks 10, 12)."""
+"""Learners: a stream observed, predictions in three modes, every baseline's own rule, state."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from lifelong.augmentation import Prepare
-from lifelong.baselines import LEARNERS, build_learner
+from lifelong.build import LEARNERS, build_learner
 from lifelong.learner import Learner, lr_factor, make_optimizer
 from lifelong.model import build_model
 from lifelong.task_prediction import group_scores, vote, within_group

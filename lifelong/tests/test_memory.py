@@ -1,4 +1,4 @@
-"""Memory: budget, shares, prefixes, policies, reservoir (exact check 8)."""
+"""Memory: budget, shares, prefixes, policies, reservoir."""
 
 import pytest
 import torch

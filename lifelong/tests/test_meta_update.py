@@ -1,4 +1,4 @@
-"""One batch of the meta update: closed forms on linear models, semantics, absent and single-sample tasks (exact checks 2-5)."""
+"""One batch of the meta update: closed forms on linear models, semantics, absent and single-sample tasks."""
 
 import pytest
 import torch

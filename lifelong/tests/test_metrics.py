@@ -1,4 +1,4 @@
-"""The accuracy matrix (exact check 9), against definitions written out a second way."""
+"""The accuracy matrix, against definitions written out a second way."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Networks: published counts, gate, shapes, heads that grow, timm backbones, ONNX parity (exact checks 1, 7)."""
+"""Networks: published counts, gate, shapes, heads that grow, timm backbones, ONNX parity."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Task vote and adaptation (exact check 10)."""
+"""Task vote and adaptation."""
 
 import pytest
 import torch

@@ -19,8 +19,11 @@ from PIL import Image
 from common import runs
 from common.metrics.claims import load_claims
 from lifelong import evaluate as evaluation
+from lifelong import export, predict
+from lifelong.build import build
+from lifelong.checkpoint import load, load_learner, test_stream
 from lifelong.model import build_model
-from lifelong.train import build, fit
+from lifelong.train import fit
 
 PAPER = Path(__file__).resolve().parents[1]
 CONFIGS = PAPER / "configs"
@@ -53,7 +56,7 @@ def test_every_arm_trains_and_reports(method, fabric, tmp_path):
         assert 0 <= result["metrics"][f"{name}_acc"] <= 100
         assert {f"{name}_{k}" for k in ("aia", "bwt", "forgetting", "learning", "overall")} <= result["metrics"].keys()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(r["task"], r.get("epoch")) for r in rows] == [(0, 1), (0, 2), (0, None), (1, 1), (1, 2), (1, None)]
+    assert [(r["task"], r.get("epoch")) for r in rows] == [(0, 1), (0, 2), (0, None), (1, 3), (1, 4), (1, None)]
     assert (tmp_path / "matrix.png").exists() and len((tmp_path / "matrix.csv").read_text().splitlines()) == 7
 
 
@@ -70,7 +73,7 @@ def test_the_sweeps_of_a_scale_hold_the_arms_of_its_claims():
         assert names >= {a for c in load_claims(PAPER) if scale in c["scale"] for a in c["arms"]}, scale
 
 
-@pytest.mark.parametrize("epoch", [(1, 1), (2, None)], ids=["inside task 1", "after task 2"])
+@pytest.mark.parametrize("epoch", [(1, 3), (2, None)], ids=["inside task 1", "after task 2"])
 def test_resumed_equals_uninterrupted_bit_for_bit(epoch, fabric, tmp_path, monkeypatch):
     cfg = config("method=ari", "optim.momentum=0.5")
     fit(cfg, fabric, tmp_path / "whole")
@@ -87,7 +90,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(epoch, fabric, tmp_path, monke
     monkeypatch.setattr(runs.Run, "log", log)
     fit(cfg, fabric, tmp_path / "parts")
     whole, parts = (runs.load_checkpoint(tmp_path / n / "last.ckpt") for n in ("whole", "parts"))
-    torch.testing.assert_close(parts["learner"], whole["learner"], rtol=0, atol=0)
+    for key in ("model", "optimizer", "learner"):
+        torch.testing.assert_close(parts[key], whole[key], rtol=0, atol=0)
     assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
     results = [json.loads((tmp_path / n / "result.json").read_text())["metrics"] for n in ("whole", "parts")]
     assert results[0] == results[1]
@@ -100,7 +104,7 @@ def test_joint_resumes_with_its_past(fabric, tmp_path, monkeypatch):
 
     def killed(self, **row):
         log(self, **row)
-        if (row["task"], row.get("epoch")) == (1, 2):
+        if (row["task"], row.get("epoch")) == (1, 4):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(runs.Run, "log", killed)
@@ -108,16 +112,16 @@ def test_joint_resumes_with_its_past(fabric, tmp_path, monkeypatch):
         fit(cfg, fabric, tmp_path / "parts")
     monkeypatch.setattr(runs.Run, "log", log)
     fit(cfg, fabric, tmp_path / "parts")
-    whole, parts = (runs.load_checkpoint(tmp_path / n / "last.ckpt")["learner"]["model"] for n in ("whole", "parts"))
+    whole, parts = (runs.load_checkpoint(tmp_path / n / "last.ckpt")["model"] for n in ("whole", "parts"))
     torch.testing.assert_close(parts, whole, rtol=0, atol=0)
 
 
 def test_unequal_tasks_and_a_growing_head(fabric, tmp_path):
     fit(config("data.tasks=[12,3,5]", "model.growing=true"), fabric, tmp_path)
     state = runs.load_checkpoint(tmp_path / "last.ckpt")
-    assert state["learner"]["sizes"] == [12, 3, 5] and state["learner"]["model"]["head.weight"].shape[0] == 20
-    learner, stream, _, _ = evaluation.load(str(tmp_path / "last.ckpt"))
-    assert learner.groups == stream.groups
+    assert state["learner"]["sizes"] == [12, 3, 5] and state["model"]["head.weight"].shape[0] == 20
+    learner, saved = load_learner(tmp_path / "last.ckpt")
+    assert learner.groups == test_stream(saved, {}).groups
 
 
 def test_the_script_can_be_sent_to_the_workers_of_a_sweep():
@@ -145,53 +149,148 @@ def test_a_killed_run_goes_on_from_inside_its_folder(tmp_path):
     assert f"from task {state['task']} epoch {state['epoch'] + 1} of" in again.stdout
 
 
-def check_onnx(checkpoint, folder):
+def composed(verb, *overrides):
+    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
+        return compose(verb, overrides=list(overrides))
+
+
+@pytest.fixture(scope="module")
+def trained(fabric, tmp_path_factory):
+    """The run directory of a short ARI on four tasks."""
+    out = tmp_path_factory.mktemp("trained")
+    fit(config(), fabric, out)
+    return out
+
+
+def test_a_checkpoint_says_what_its_network_needs(trained):
+    model, cfg, about = load(trained / "last.ckpt")
+    assert not model.training and cfg["arm"] == "test" and len(about["classes"]) == 20
+    assert {k: about[k] for k in ("tasks", "channels", "size", "stored")} == {
+        "tasks": [5] * 4, "channels": 1, "size": 8, "stored": 8
+    }  # fmt: skip
+    assert about["normalise"] == {"mean": [0.0], "std": [1.0]}
+
+
+def test_evaluate_agrees_with_training(trained, fabric, tmp_path, capsys):
+    metrics = json.loads((trained / "result.json").read_text())["metrics"]
+    cfg = composed("evaluate", f"weights={trained / 'last.ckpt'}", f"figure={tmp_path / 'again.png'}")
+    means = evaluation.run(cfg, fabric)
+    for name in ("class_il", "continuum", "task_il"):
+        assert means[name] == pytest.approx(metrics[f"{name}_acc"])
+    text = capsys.readouterr().out
+    assert f"forgetting {metrics['class_il_forgetting']:.2f}" in text and (tmp_path / "again.png").exists()
+    assert f"forgetting {metrics['continuum_forgetting']:.2f}" in text and "p = 20, memory 100" in text
+
+
+@pytest.mark.parametrize("override", ["p=1", "adapt=false"])
+def test_a_matrix_has_one_p(override, trained, fabric, capsys):
+    """Rows before the last are known as trained only: another p would mix two protocols in one matrix."""
+    evaluation.run(composed("evaluate", f"weights={trained / 'last.ckpt'}", override), fabric)
+    text = capsys.readouterr().out
+    assert "class_il (p = " in text and "task_il (p = " in text and "continuum (p = " not in text
+    assert "a matrix has one p" in text
+
+
+def test_evaluate_needs_no_training_images(trained, fabric, monkeypatch):
+    asked = []
+    original = evaluation.test_stream
+
+    def watched(saved, data):
+        stream = original(saved, data)
+        asked.append(set(stream.targets))
+        return stream
+
+    monkeypatch.setattr(evaluation, "test_stream", watched)
+    evaluation.run(composed("evaluate", f"weights={trained / 'last.ckpt'}"), fabric)
+    assert asked == [{"test"}]
+
+
+def test_other_lengths_of_the_continuum_are_measured_beside_it(fabric, tmp_path):
+    fit(config("data.tasks=2", "evaluate.more_p=[1]"), fabric, tmp_path)
+    metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
+    cfg = composed("evaluate", f"weights={tmp_path / 'last.ckpt'}", "p=1")
+    assert metrics["continuum_p1_acc"] == pytest.approx(evaluation.run(cfg, fabric)["continuum"])
+    assert metrics["continuum_p1_acc"] != metrics["continuum_acc"]
+
+
+def test_exported_networks_compute_the_same(trained, tmp_path):
     ort = pytest.importorskip("onnxruntime")
-    learner, stream, _, _ = evaluation.load(str(checkpoint))
-    x = learner.prepare(stream.task("test", 0)[0][:5])
-    for name, model, group in (("null", learner.model, slice(0, 20)), ("2", learner.adapted(2), learner.groups[2])):
-        (out,) = ort.InferenceSession(str(folder / f"{name}.onnx")).run(None, {"images": x.numpy()})
+    from common.onnx_export import read_about
+
+    weights = f"weights={trained / 'last.ckpt'}"
+    learner, saved = load_learner(trained / "last.ckpt")
+    x = learner.prepare(test_stream(saved, {}).task("test", 0)[0][:5])
+    for task, model, group in (("null", learner.model, slice(0, 20)), ("2", learner.adapted(2), learner.groups[2])):
+        file = export.export(composed("export", weights, f"out={tmp_path / f'{task}.onnx'}", f"task={task}"))
+        (out,) = ort.InferenceSession(str(file)).run(None, {"images": x.numpy()})
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(out), model.eval()(x)[:, group], rtol=1e-4, atol=1e-4)
+        assert read_about(file)["classes"] == saved["about"]["classes"][group]
+    with pytest.raises(ValueError, match="task=4, allowed: 0..3"):
+        export.export(composed("export", weights, "task=4"))
 
 
-def hydra_main(module, config_name, *overrides):
-    """The main function of a script on a composed configuration, in this process."""
-    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
-        cfg = compose(config_name, overrides=list(overrides))
-    module.main.__wrapped__(cfg)
+def named(out):
+    return [line.rsplit(",", 2)[1:] for line in out.read_text().splitlines()[1:]]
 
 
-def test_evaluate_and_predict_agree_with_training(fabric, tmp_path, capsys):
-    from lifelong import export, predict
+def test_predict_names_files_as_the_learner_does(trained, fabric, tmp_path):
+    learner, saved = load_learner(trained / "last.ckpt")
+    images = (test_stream(saved, {}).task("test", 1)[0][:7] * 255).byte()
+    for i, image in enumerate(images):
+        Image.fromarray(image[0].numpy()).save(tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    classes, base = (
+        saved["about"]["classes"],
+        [f"weights={trained / 'last.ckpt'}", f"images={tmp_path}", "batch_size=3"],
+    )
+    for mode, more in (("class_il", []), ("task_il", ["task=1"]), ("continuum", [])):
+        out = predict.predict(composed("predict", *base, f"mode={mode}", f"out={tmp_path / mode}.csv", *more), fabric)
+        expected = learner.predict(images, mode, p=7, task=1)
+        assert [label for label, _ in named(out)] == [classes[c] for c in expected.tolist()], mode
+    out = predict.predict(composed("predict", *base, "top=20", f"out={tmp_path / 'top.csv'}"), fabric)
+    rows = named(out)
+    scores = learner.run(learner.scores, images)
+    assert len(rows) == 140 and {label for label, _ in rows[:20]} == set(classes)
+    assert float(rows[0][1]) == pytest.approx(float(scores[0].max()), rel=1e-4)
 
-    fit(config(), fabric, tmp_path)
-    weights = f"weights={tmp_path / 'last.ckpt'}"
-    for task in ("null", "2"):
-        hydra_main(export, "export", weights, f"out={tmp_path / f'{task}.onnx'}", f"task={task}")
-    check_onnx(tmp_path / "last.ckpt", tmp_path)
-    metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
-    capsys.readouterr()
-    hydra_main(evaluation, "evaluate", weights, f"figure={tmp_path / 'again.png'}")
-    text = capsys.readouterr().out
-    means = next(line for line in text.splitlines() if line.startswith("mean")).split()[1:]
-    expected = [metrics[f"{n}_acc"] for n in ("class_il", "continuum", "task_il")]
-    assert [float(v) for v in means[:3]] == pytest.approx(expected, abs=0.006)
-    assert f"forgetting {metrics['class_il_forgetting']:.2f}" in text and (tmp_path / "again.png").exists()
 
-    learner, stream, _, _ = evaluation.load(str(tmp_path / "last.ckpt"))
-    image = (stream.task("test", 1)[0][:1] * 255).byte()
+def test_a_broken_file_is_listed_and_the_others_are_named(trained, fabric, tmp_path, capsys):
+    Image.new("L", (30, 20), 200).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    cfg = composed("predict", f"weights={trained / 'last.ckpt'}", f"images={tmp_path}", f"out={tmp_path / 'p.csv'}")
+    with pytest.raises(SystemExit):
+        predict.predict(cfg, fabric)
+    assert "bad.png" in capsys.readouterr().err and len(named(tmp_path / "p.csv")) == 1
+
+
+def test_predict_normalises_as_training_did(fabric, tmp_path):
+    fit(config("prepare.mean=[0.3]", "prepare.std=[0.2]", "data.tasks=1"), fabric, tmp_path)
+    learner, saved = load_learner(tmp_path / "last.ckpt")
+    image = (test_stream(saved, {}).task("test", 0)[0][:1] * 255).byte()
     Image.fromarray(image[0, 0].numpy()).save(tmp_path / "digit.png")
-    for mode in ("class_il", "task_il"):
-        hydra_main(predict, "predict", weights, f"images={tmp_path / 'digit.png'}", f"mode={mode}", "task=1")
-        assert (
-            capsys.readouterr()
-            .out.strip()
-            .endswith("\t" + stream.class_names[int(learner.predict(image, mode, task=1))])
-        )
+    cfg = composed(
+        "predict", f"weights={tmp_path / 'last.ckpt'}", f"images={tmp_path / 'digit.png'}", f"out={tmp_path / 'p.csv'}"
+    )
+    with torch.no_grad():
+        logits = learner.model.eval()((image.float() / 255 - 0.3) / 0.2)
+    assert float(named(predict.predict(cfg, fabric))[0][1]) == pytest.approx(float(logits.max()), rel=1e-4)
+
+
+def test_a_foreign_checkpoint_is_refused(tmp_path):
+    torch.save({"model": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="no checkpoint of lifelong"):
-        torch.save({"model": {}}, tmp_path / "other.ckpt")
-        evaluation.load(str(tmp_path / "other.ckpt"))
+        load(tmp_path / "other.ckpt")
+
+
+@pytest.mark.parametrize("arm", ["lwf", "icarl", "ewc", "derpp", "ari"])
+def test_every_kind_of_learner_is_loaded_as_it_was(arm, fabric, tmp_path):
+    fit(config(f"method={arm}", "data.tasks=2", "model.growing=true"), fabric, tmp_path)
+    learner, saved = load_learner(tmp_path / "last.ckpt")
+    assert type(learner).__name__.lower() in {"lwf", "icarl", "ewc", "reservoirreplay", "metalearner"}
+    metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
+    cfg = composed("evaluate", f"weights={tmp_path / 'last.ckpt'}")
+    assert evaluation.run(cfg, fabric)["class_il"] == pytest.approx(metrics["class_il_acc"])
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -216,6 +315,10 @@ def test_a_misspelt_key_fails_with_its_name(key, fabric, tmp_path):
         (["method.meta.eps=-1"], r"eps=-1"),
         (["memory.budget=19"], r"budget=19 is smaller than the 20 classes"),
         (["memory.policy=best"], r"'best', allowed: first"),
+        (["train.last_batch=pad"], r"last_batch='pad', allowed: merge"),
+        (["method.meta.loss=all"], r"loss='all', allowed: group, seen"),
+        (["evaluate.more_p=[0]"], r"more_p=\[0\]"),
+        (["data.root=/tmp"], r"digits20 is embedded"),
         (["data.tasks=3"], r"data\.tasks=3 does not divide 20"),
         (["data.tasks=[10,9]"], r"add up to 20"),
         (["evaluate.p=0"], r"evaluate\.p=0"),
@@ -279,6 +382,8 @@ def test_build_draws_the_same_weights_for_a_seed():
 
     cfg = config()
     stream = build_stream(seed=0, **cfg.data)
-    a, b, c = (build(OmegaConf.merge(cfg, {"seed": s}), stream).model.state_dict() for s in (0, 0, 1))
+    a, b, c = (
+        build(OmegaConf.merge(cfg, {"seed": s}), stream.sizes, stream.channels).model.state_dict() for s in (0, 0, 1)
+    )
     torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert not torch.equal(a["head.weight"], c["head.weight"])
