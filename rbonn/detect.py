@@ -151,7 +151,7 @@ def check(cfg: DictConfig) -> None:
     check_data(cfg.data)
     with torch.device("meta"):  # nothing is computed
         build_detector(detector=cfg.detector, method=cfg.method, sign_zero=cfg.parity.sign_zero, classes=2)
-    if cfg.init.weights == REQUIRED:
+    if cfg.init.weights == REQUIRED and not cfg.preflight:
         raise ValueError(
             "init.weights is not set, and this recipe needs it: give init.weights=<last.ckpt of a classifier>"
         )

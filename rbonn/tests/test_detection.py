@@ -184,3 +184,9 @@ def test_backbone_loads_a_classifier_and_names_what_does_not_fit(tmp_path):
     wide = faster_rcnn(num_classes=3, **BUILDERS, **{**TINY, "backbone": {**TINY["backbone"], "widths": (8, 8, 8, 16)}})
     with pytest.raises(ValueError, match="does not fit the backbone"):
         load_backbone(wide, tmp_path / "a.ckpt")
+
+
+def test_preflight_needs_no_backbone_and_writes_nothing(fabric, tmp_path, capsys):
+    cfg = composed("detect", *DETECTOR, "preflight=true", "init.weights=required", "detector.frozen_stages=1")
+    fit(cfg, fabric, tmp_path / "run")
+    assert "preflight: data found, 4 images" in capsys.readouterr().out and not (tmp_path / "run").exists()

@@ -218,7 +218,9 @@ def test_preflight_stands_in_for_stages_that_are_not_there_and_trains_none(fabri
     runs_at = tmp_path / "runs"
     cfg = config("preflight=true", "init.arm=activations", "teacher.arm=real", f"run_root={runs_at}")
     fit(cfg, fabric, tmp_path / "run")
+    fit(config("preflight=true", "init.weights=required"), fabric, tmp_path / "run")
     said = capsys.readouterr().out
+    assert "init.weights is not set, fresh weights" in said
     assert "no stage-1 checkpoint" in said and "no teacher" in said and "teacher's forward pass included" in said
     assert not runs_at.exists() and not (tmp_path / "run").exists()
 
