@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -118,5 +119,7 @@ def search_first(cfg: Any, path: Path, *, world_size: int) -> None:
         f"no genotype at {path} yet: searching it first (python search.py method={arm}, which with force=true searches again)",
         flush=True,
     )
-    if subprocess.run(command, cwd=PAPER).returncode:
+    # the scripts set it for Hydra; a child would take it for the wish to see tracebacks
+    environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    if subprocess.run(command, cwd=PAPER, env=environment).returncode:
         raise RunError(f"the search of method={arm} failed, see above")

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from common import reproduce, runs
 from common.metrics.claims import load_claims
-from dcp_nas import search, train
+from dcp_nas import detect, reid, search, train
 from dcp_nas.checkpoint import build_network
 from dcp_nas.data import CifarAugmentation, build_data, split_for_search
 from dcp_nas.genotypes import PAPER
@@ -21,6 +21,7 @@ CONFIGS = PAPER / "configs"
 SCALES = ("mini", "full", "gpu_cifar10", "paper")
 SCRIPTS = {
     "search_cifar10": "search", "search_imagenet": "search", "search_folder": "search", "cifar10_onestage": "config",
+    "train_folder": "config",
     "cifar10_step1": "config", "cifar10_step2": "config", "imagenet_step1": "config", "imagenet_step2": "config",
     "market1501": "reid", "voc_detection": "detect", "coco_detection": "detect",
 }  # fmt: skip
@@ -44,9 +45,8 @@ def test_experiments_compose_and_their_network_builds(name):
     cfg = composed(name, *start)
     OmegaConf.to_container(cfg, resolve=True)
     if SCRIPTS[name] == "search":
-        data = build_data(name="digits", seed=0, train=64)
         with torch.device("meta"):
-            algorithm = search.build(cfg, data, 1, torch.device("meta"))
+            algorithm = search.build(cfg, classes=10, channels=1, steps=1, device=torch.device("meta"))
         assert len(algorithm.phases()) == 2 * cfg.search.rounds
         return
     with torch.device("meta"):
@@ -99,12 +99,38 @@ def test_published_recipe_and_search_defaults():
     )
 
 
-def test_every_search_arm_can_be_trained_and_published_cells_have_names():
-    methods, genotypes = ({p.stem for p in (CONFIGS / g).glob("*.yaml")} for g in ("method", "genotype"))
+STEP_2 = sorted(n for n in SCRIPTS if "step2" in n or "detection" in n or n == "market1501")
+
+
+@pytest.mark.parametrize("name", STEP_2)
+def test_a_recipe_of_step_two_without_step_one_is_an_error(name, tmp_path):
+    """Each composes without it: the second step on random weights would train, and mean nothing."""
+    fabric = runs.launch({"accelerator": "cpu", "devices": 1})
+    cell = [] if name.startswith("imagenet") else ["genotype=dcp_nas_l"]
+    fit = {"config": train.fit, "reid": reid.fit, "detect": detect.fit}[SCRIPTS[name]]
+    with pytest.raises(ValueError, match=r"stage=step2 begins with the weights of step 1: give init\.weights"):
+        fit(composed(name, *cell), fabric, tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=r"no step-1 checkpoint at /nowhere\.ckpt"):
+        fit(composed(name, *cell, "init.weights=/nowhere.ckpt"), fabric, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_arm_of_a_training_is_the_cell_that_it_trains():
+    def arm(*overrides):
+        with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
+            return compose("config", overrides=list(overrides)).arm
+
+    assert arm() == "dcp_ggn" and arm("genotype.arm=cp_do") == "cp_do"
+    assert arm("genotype=random", "genotype.draw=2") == "random_2" and arm("genotype=dcp_nas_l") == "dcp_nas_l"
     published = {name.lower() for name in GENOTYPES}
-    assert genotypes == methods | published | {"file", "random", "random_0", "random_1", "random_2"}
-    for name in methods:
-        assert yaml.safe_load((CONFIGS / f"genotype/{name}.yaml").read_text())["arm"] == name
+    assert {p.stem for p in (CONFIGS / "genotype").glob("*.yaml")} == published | {"file", "random", "searched"}
+
+
+def test_estimated_hours_follow_what_a_rule_costs():
+    hours = {m: composed("search_imagenet", f"method={m}").estimate.gpu_hours for m in ("direct", "cp", "dcp_exact", "dcp_ggn")}
+    assert 0 < hours["direct"] < hours["cp"] < hours["dcp_exact"] < hours["dcp_ggn"] < hours["cp"] * 1.5
+    assert composed("imagenet_step2", "init.weights=x").estimate.gpu_hours > 0
+    assert composed("search_imagenet", "method=dcp_fisher").estimate.gpu_hours > hours["dcp_ggn"]
 
 
 def sweep_cells(scale):

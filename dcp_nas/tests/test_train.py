@@ -315,7 +315,7 @@ def run_script(*command, **more):
 
 def test_search_and_train_run_from_inside_their_folder(tmp_path):
     """What the README says, shortened: the search that train.py makes by itself, on its own digits, then the training."""
-    short = ["data.train=64", "train.batch_size=32", "train.epochs=1", "model.channels=2", f"run_root={tmp_path}"]
+    short = ["data.train=120", "train.batch_size=32", "train.epochs=1", "model.channels=2", f"run_root={tmp_path}"]
     done = run_script("train.py", *short)
     assert done.returncode == 0 and "searching it first" in done.stdout and "epochs 1..1" in done.stdout, done.stderr
     found = next(tmp_path.glob("default/search_dcp_ggn/for-*/seed0/genotype.json"))
