@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -123,6 +124,8 @@ def build_data(
         raise ValueError(f"data.name={name!r}, allowed: {', '.join(SETS)}")
     augment = augment or default_augment(name)
     if name == "digits_lt":
+        if root:
+            raise ValueError(f"data.root={root}: digits_lt is embedded; name the set that lies there, e.g. data=folder")
         return _digits(
             seed=seed, imbalance=imbalance, n_max=n_max or 100, test_per_class=test_per_class, augment=augment
         )
@@ -131,27 +134,36 @@ def build_data(
             name, root, download=download, imbalance=imbalance, n_max=n_max, augment=augment, size=size,
             seed=seed if subset_seed is None else subset_seed, indices=indices, workers=workers,
         )  # fmt: skip
-    transform, testing = train_transform(augment, size=size), test_transform(augment, size=size)
     base = data_root(root)
     base = base / folder if (base / folder).is_dir() else base
-    if name == "lists":
-        if train_list is None or test_list is None:
-            raise ValueError("data.name=lists needs data.train_list and data.test_list")
+    if name == "lists" and (train_list is None or test_list is None):
+        raise ValueError("data.name=lists needs data.train_list and data.test_list")
+    lists = {"train": train_list, "test": test_list, "val": val_list} if name == "lists" else None
+    return _files(base, lists, augment=augment, size=size, strip_prefix=strip_prefix, workers=workers)
 
-        def listed(file: str | None, transform: Callable | None):
+
+def _files(
+    base: Path, lists: dict[str, str | None] | None, *, augment: str, size: int, strip_prefix: str | None, workers: int
+) -> LongTailed:
+    """Images that `lists` name, or without lists those of the class folders under `base`."""
+    transform, testing = train_transform(augment, size=size), test_transform(augment, size=size)
+    if lists:
+
+        def listed(split: str, transform: Callable | None) -> Any:
+            file = lists[split]
             return image_list(base / file, base, strip_prefix=strip_prefix, transform=transform) if file else None
 
-        train, test, val = listed(train_list, None), listed(test_list, testing), listed(val_list, testing)
-        assert train is not None and test is not None
+        train, test, val = listed("train", None), listed("test", testing), listed("val", testing)
         classes = [str(c) for c in range(max(train.num_classes, test.num_classes))]
     else:
         train, test = image_folder(base, "train"), image_folder(base, "test", transform=testing)
         val = image_folder(base, "val", transform=testing) if (base / "val").is_dir() else None
         _same_classes(base, train.classes, test.classes)
         classes = train.classes
+    kind = "lists" if lists else "folder"
     return LongTailed(
         _counts(train.targets, len(classes), f"{base}"), classes, list(range(len(train))), 3, test,
-        look(augment, size=size), val, source=set_identity(train, name, base),
+        look(augment, size=size), val, source=set_identity(train, kind, base),
         dataset=train, transform=transform, second=moco_transform(augment, size=size), workers=workers,
     )  # fmt: skip
 
