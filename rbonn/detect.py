@@ -30,7 +30,7 @@ from common.data.detection import (
 )
 from common.data.files import identity
 from common.data.vision import data_root
-from common.loop import Means, Progress, bar, preflight
+from common.loop import Means, Progress, bar, preflight, sync_norm
 from common.metrics.detection import detection_metrics
 from common.scripts import script
 from rbonn.binarize import parameter_groups
@@ -183,7 +183,7 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     parts = training.datasets if isinstance(training, ConcatDataset) else [training]
     training = ConcatDataset([training] * cfg.data.repeat)  # passes over the training set per epoch
     plan = Plan.of(cfg.train, len(training), fabric, seed=cfg.seed)
-    network = build(cfg, len(held_out.classes))
+    network = sync_norm(fabric, build(cfg, len(held_out.classes)))
     begun = {} if cfg.init.weights is None else {"init": weights_identity(network)}
     groups = parameter_groups(
         network, lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay, u_lr_mult=cfg.optim.u_lr_mult

@@ -66,5 +66,5 @@ def faster_rcnn(
 def freeze_norms(model: FasterRCNN) -> None:
     """Evaluation mode for the norms of the frozen stages; call it after `model.train()`."""
     for m in model.backbone.body.modules():  # type: ignore[union-attr]
-        if isinstance(m, nn.BatchNorm2d) and not m.weight.requires_grad:
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.weight.requires_grad:
             m.eval()
