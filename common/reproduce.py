@@ -187,7 +187,7 @@ def run_paper_scale(
         raise RunError(f"GPUS={gpus} must be a multiple of PER_RUN={per_run}")
     if dry:
         for cell in todo:
-            hours = f"{cell.gpu_hours / per_run:.1f} h" if cell.gpu_hours else "hours not known"
+            hours = f"about {cell.gpu_hours / per_run:.1f} h, an estimate" if cell.gpu_hours else "hours not known"
             print(f"cd {shlex.quote(str(paper))} && {shlex.join(_command(cell, scale, extra, per_run))}  # {hours}")
         return 0
     failed: list[Cell] = []

@@ -6,6 +6,7 @@ python -m common.metrics.report --readme [--check] [--root DIR]
 
 import argparse
 import csv
+import hashlib
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 import yaml
 
 from common.metrics import figures, tables
-from common.metrics.claims import TESTED, load_document, read_external, read_runs, test_claims
+from common.metrics.claims import TESTED, Measurements, load_document, read_external, read_runs, test_claims
 from common.metrics.readme import update_readmes
 
 __all__ = ["main", "update_readmes", "write_report"]
@@ -51,12 +52,9 @@ def write_report(paper_dir: str | Path, scale: str, out: str | Path | None = Non
     order = list(dict.fromkeys([a for r in results for a in r["arms"] if a in measurements] + sorted(measurements)))
     named = list(dict.fromkeys(r["metric"] for r in results if r["kind"] in (*TESTED, "value")))
     out.mkdir(parents=True, exist_ok=True)
-    for old in (out / "claims.png", *out.glob("arms*.png")):
-        old.unlink(missing_ok=True)  # a figure of an earlier report would be read as part of this one
-    plots = ["claims.png"] if figures.plot_claims(results, out / "claims.png") else []
-    plots += figures.plot_arms({a: measurements[a] for a in order}, results, named, out)
     (out / "claims.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     _write_csv(cells, out / "cells.csv")
+    plots = draw_figures(out)
     cells = sorted(
         cells, key=lambda c: (order.index(c["arm"]) if c["arm"] in order else len(order), c["arm"], c["seed"])
     )
@@ -64,6 +62,42 @@ def write_report(paper_dir: str | Path, scale: str, out: str | Path | None = Non
     text = _markdown(report, document, cells, named, plots, limits)
     (out / "report.md").write_text(text)
     return report
+
+
+def draw_figures(folder: Path) -> list[str]:
+    """(Re)draws claims.png and arms*.png of a report from its claims.json and cells.csv; returns their names.
+
+    figures.json keeps a hash of that data and of the code that draws it, for `stale_figures`."""
+    for old in (folder / "claims.png", *folder.glob("arms*.png")):
+        old.unlink(missing_ok=True)  # a figure of an earlier report would be read as part of this one
+    results = json.loads((folder / "claims.json").read_text())["claims"]
+    measurements: Measurements = {}
+    with (folder / "cells.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["status"] == "finished":
+                kept = {k: float(v) for k, v in row.items() if v and k not in ("arm", "seed", "status", "seconds")}
+                measurements.setdefault(row["arm"], {})[int(row["seed"])] = kept
+    order = list(dict.fromkeys([a for r in results for a in r["arms"] if a in measurements] + sorted(measurements)))
+    named = list(dict.fromkeys(r["metric"] for r in results if r["kind"] in (*TESTED, "value")))
+    plots = ["claims.png"] if figures.plot_claims(results, folder / "claims.png") else []
+    plots += figures.plot_arms({a: measurements[a] for a in order}, results, named, folder)
+    (folder / "figures.json").write_text(json.dumps({"sha256": _drawn_from(folder), "figures": plots}) + "\n")
+    return plots
+
+
+def stale_figures(root: Path) -> list[Path]:
+    """The recorded scales whose figures are older than their data or than the code that draws them."""
+    stale = []
+    for claims in sorted(root.glob("*/results/*/claims.json")):
+        kept = claims.with_name("figures.json")
+        if not kept.is_file() or json.loads(kept.read_text())["sha256"] != _drawn_from(claims.parent):
+            stale.append(claims.parent)
+    return stale
+
+
+def _drawn_from(folder: Path) -> str:
+    sources = (folder / "claims.json", folder / "cells.csv", Path(figures.__file__))
+    return hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in sources)).hexdigest()
 
 
 def warnings(cells: Sequence[Cell]) -> list[str]:
@@ -97,7 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("scale", nargs="?", help="mini, full, paper, real_<set>, gpu_<set>")
     parser.add_argument("--root", type=Path, default=ROOT, help="repository root (default: where this package lies)")
     parser.add_argument("--out", type=Path, help="where to write (default: <paper>/runs/<scale>/report)")
-    parser.add_argument("--readme", action="store_true", help="rewrite the evidence tables of all READMEs")
+    parser.add_argument(
+        "--readme", action="store_true", help="renew what is generated in the READMEs, and the recorded figures"
+    )
     parser.add_argument("--check", action="store_true", help="with --readme: write nothing, fail when one is stale")
     args = parser.parse_args(argv)
     if args.readme == bool(args.paper and args.scale) or (args.check and not args.readme):
@@ -105,6 +141,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.readme:
             stale = update_readmes(args.root, args.check)
+            for folder in stale_figures(args.root):
+                stale.append(folder / "figures.json")
+                if not args.check:
+                    draw_figures(folder)
             for file in stale:
                 print(f"{file}: {'stale, run python -m common.metrics.report --readme' if args.check else 'updated'}")
             return int(args.check and bool(stale))

@@ -190,6 +190,7 @@ def record(root):
     target.mkdir(parents=True, exist_ok=True)
     for name in ("claims.json", "cells.csv"):
         (target / name).write_bytes((source / name).read_bytes())
+    report.draw_figures(target)
 
 
 def test_the_first_screen_shows_five_rows_with_a_verdict_and_the_best_scale(root):
@@ -297,3 +298,16 @@ def test_an_odd_number_of_metrics_leaves_no_empty_axes_and_long_names_break_at_u
         "no page taller than two screens"
     )
     assert figures._fill("irm_beats_baseline_stressed", 22) == "irm_beats_baseline_\nstressed"
+
+
+def test_figures_older_than_their_data_or_code_are_stale(root):
+    record(root)
+    folder = root / "ncl_pp/results/mini"
+    assert report.stale_figures(root) == [] and (folder / "claims.png").exists()
+    text = (folder / "cells.csv").read_text()
+    (folder / "cells.csv").write_text(text.replace("finished", "failed", 1))
+    assert report.stale_figures(root) == [folder]
+    report.draw_figures(folder)
+    assert report.stale_figures(root) == []
+    (folder / "figures.json").unlink()
+    assert report.stale_figures(root) == [folder]

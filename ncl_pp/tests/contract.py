@@ -30,7 +30,8 @@ NCL = ["method=ncl_moco", "moco.queue=32", *ONE]
 INTER = ["method.experts=3", "method.loss.intra=false", *ONE]
 KEYS = {
     "experts": (3, ONE), "copies": (3, ONE), "w_con": (0.5, NCL),
-    "loss.hard": (0.6, ONE), "loss.lam": (0.3, ONE), "loss.lam_hcm": (0.3, ["method.loss.norm=ncl", *INTER]), "loss.w_ce": (0.5, ONE),
+    "loss.hard": (0.6, ONE), "loss.lam": (0.3, ONE), "loss.lam_hcm": (0.3, ["method.loss.norm=ncl", *INTER]),
+    "loss.w_ce": (0.5, ONE),
     "loss.w_hcm": (0.5, ONE), "loss.inter": (False, ONE), "loss.intra": (False, ONE), "loss.partial": (False, ONE),
     "loss.norm": ("ncl", INTER), "loss.mode": ("renorm", ONE), "loss.select": ("per_expert", ONE),
     "loss.balanced": (False, ONE), "loss.detach_teacher": (True, ONE),
