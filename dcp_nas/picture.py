@@ -30,7 +30,9 @@ def gradients(search, seen: list) -> dict[str, torch.Tensor]:
 
 def draw(search, seen: list, out: Path) -> None:
     """Above the weights of one convolution, below the gradients with respect to alpha."""
-    name, conv = next((n, m) for n, m in search.nets["child"].named_modules() if isinstance(m, BinaryConv2d) and m.groups == 1)
+    name, conv = next(
+        (n, m) for n, m in search.nets["child"].named_modules() if isinstance(m, BinaryConv2d) and m.groups == 1
+    )
     real = search.nets["parent"].get_submodule(name).weight.detach().flatten()
     binary = conv.binary_weight().detach().flatten()
     figure, axes = plt.subplots(2, 2, figsize=(10, 5.2), layout="constrained", height_ratios=[1, 1.5])
@@ -39,11 +41,17 @@ def draw(search, seen: list, out: Path) -> None:
         axis.hist(values.numpy(), bins=41, color="#555555")
         axis.set(title=title, yticks=[], xlim=(-1.1 * real.abs().max().item(), 1.1 * real.abs().max().item()))
     found = gradients(search, seen)
-    titles = (r"t: where the labels move $\alpha$ in the Parent", r"g: where the Parent's output moves $\hat\alpha$ in the Child")
+    titles = (
+        r"t: where the labels move $\alpha$ in the Parent",
+        r"g: where the Parent's output moves $\hat\alpha$ in the Child",
+    )
     for axis, title, kind in zip(axes[1], titles, ("parent", "child"), strict=True):
         values = found[kind] / found[kind].abs().max()
         axis.imshow(values.numpy(), cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
-        short = [n.replace("_conv_", " ").replace("_connect", "").replace("_pool_", " ") for n in operations(search.nets["parent"].order)]
+        short = [
+            n.replace("_conv_", " ").replace("_connect", "").replace("_pool_", " ")
+            for n in operations(search.nets["parent"].order)
+        ]
         axis.set_xticks(range(len(short)), short, rotation=35, ha="right", fontsize=8)
         axis.set(title=title, ylabel="edge of the cell", yticks=range(len(values)))
     figure.suptitle("Both share one search space; tangent propagation draws g to t", fontsize=13)

@@ -127,7 +127,10 @@ def test_the_arm_of_a_training_is_the_cell_that_it_trains():
 
 
 def test_estimated_hours_follow_what_a_rule_costs():
-    hours = {m: composed("search_imagenet", f"method={m}").estimate.gpu_hours for m in ("direct", "cp", "dcp_exact", "dcp_ggn")}
+    hours = {
+        m: composed("search_imagenet", f"method={m}").estimate.gpu_hours
+        for m in ("direct", "cp", "dcp_exact", "dcp_ggn")
+    }
     assert 0 < hours["direct"] < hours["cp"] < hours["dcp_exact"] < hours["dcp_ggn"] < hours["cp"] * 1.5
     assert composed("imagenet_step2", "init.weights=x").estimate.gpu_hours > 0
     assert composed("search_imagenet", "method=dcp_fisher").estimate.gpu_hours > hours["dcp_ggn"]

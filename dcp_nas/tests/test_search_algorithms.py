@@ -248,3 +248,85 @@ def test_cp_nas_resumes_in_the_middle_of_a_stage():
     assert all(torch.equal(v, rest.nets["child"].state_dict()[k]) for k, v in whole.nets["child"].state_dict().items())
     with pytest.raises(ValueError, match="samples=0"):
         cp_nas(samples=0)
+
+
+# --------------------------------------------------------------------------------------- what goes wrong without notice
+def test_the_hand_over_forgets_what_was_added_to_the_other_alpha():
+    """psi's gradient belongs to the alpha that was moved, not to the one that is taken over."""
+    s = search(decoupled=DO)
+    run_phase(s, 0)
+    run_phase(s, 1)
+    assert any(rule.added.abs().max() > 0 for rule in s.arch["child"].decoupled)
+    run_phase(s, 2)
+    s.begin(3)
+    for rule in s.arch["child"].decoupled:
+        assert rule.added.abs().max() == 0 and rule.psi_gradient(torch.ones_like(rule.added)).abs().max() == 0
+
+
+def test_weights_move_by_the_training_half_and_alpha_by_the_other():
+    for phase in (0, 1):
+        moved_by = {}
+        for name, train, val in (("base", 0, 1), ("train", 2, 1), ("val", 0, 3)):
+            s = search(mu=0.0)
+            if phase:
+                run_phase(s, 0)
+            s.begin(phase)
+            who = "child" if phase else "parent"
+            s.step(phase, batch(train), batch(val))
+            moved_by[name] = (flatten([p.detach() for p in s.nets[who].parameters()]).clone(), vector(s, who))
+        (w, a), (w_train, _), (w_val, a_val) = moved_by["base"], moved_by["train"], moved_by["val"]
+        assert torch.equal(w, w_val), "the validation half moved the weights"
+        assert not torch.equal(w, w_train) and not torch.equal(a, a_val)
+
+
+def test_the_target_is_the_parents_output_at_the_parents_own_alpha():
+    s = search(steps=3)
+    run_phase(s, 0)
+    s.begin(1)
+    with torch.no_grad():
+        for a in s.arch["child"].alphas:
+            a.normal_(generator=torch.Generator().manual_seed(3))
+    images = batch(5)[0]
+    with torch.no_grad():
+        own = s.nets["parent"](images, s.arch["parent"].alphas).softmax(1)
+        other = s.nets["parent"](images, s.arch["child"].alphas).softmax(1)
+    torch.testing.assert_close(s.target(images), own)
+    assert not torch.allclose(own, other)
+    before = s.target(images)
+    s.step(1, batch(6), batch(7))
+    assert torch.equal(s.target(images), before), "a Child round moves nothing of the Parent"
+
+
+def test_gradients_of_the_weights_are_clipped(monkeypatch):
+    for phase in (0, 1):
+        s = search()
+        s.w = {**W, "clip": 1e-3}
+        if phase:
+            run_phase(s, 0)
+        s.begin(phase)
+        norms = []
+        name = "child" if phase else "parent"
+        monkeypatch.setattr(
+            s.optimizers[name],
+            "step",
+            lambda n=name, found=norms, s=s: found.append(
+                torch.stack([p.grad.norm() for p in s.nets[n].parameters() if p.grad is not None]).norm().item()
+            ),
+        )
+        row = s.step(phase, batch(0), batch(1))
+        assert norms[0] == pytest.approx(1e-3, rel=1e-2) and float(row["gradient norm"]) > 1e-2
+
+
+def test_norms_have_the_epsilon_of_their_place():
+    """1e-5 at the entrance of a cell, 1e-3 inside operations and behind the entrance, as in the released code."""
+    for net in nets():
+        for cell in net.cells:
+            entrances = [m.norm_in if hasattr(m, "norm_in") else m[0] for m in (cell.preprocess0, cell.preprocess1)]
+            assert [m.eps for m in entrances] == [1e-5, 1e-5]
+            inside = [
+                m for edge in cell.mixed for op in edge.ops for m in op.modules() if isinstance(m, torch.nn.BatchNorm2d)
+            ]
+            small = [m for edge in cell.mixed for op in edge.ops for m in op.modules() if hasattr(m, "norm_in")]
+            assert {m.eps for m in inside if m not in [r.norm_in for r in small]} == {1e-3}
+            assert all(r.norm_in.eps == 1e-5 for r in small)
+            assert all(m.track_running_stats is False for m in inside)

@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from dcp_nas.analysis.draw import draw_cells
 
+from dcp_nas.analysis.draw import draw_cells
 from dcp_nas.search_space import (
     GENOTYPES,
     ORDERS,

@@ -253,3 +253,35 @@ def test_bad_input_is_refused(linear):
         child_gradient(forward, alphas, target, t, lam=1.0, hessian="fisher_empirical", chunks=5)
     with pytest.raises(ValueError, match="do not depend on alpha"):
         jacobian_vector(lambda a: torch.zeros(2, 3), alphas, t)
+
+
+@pytest.mark.parametrize("hessian", HESSIANS)
+def test_a_sum_over_the_batch_makes_the_tangent_term_larger_beside_g_by_the_batch(linear, hessian):
+    """G and t grow with B, and so do D and H d with B^2: the choice is a choice of lambda."""
+    forward, alphas, target, t = linear
+    options = {"lam": 0.1, "hessian": hessian, "chunks": 3}
+    mean = child_gradient(forward, alphas, target, t, **options)
+    total = child_gradient(forward, alphas, target, B * t, reduction="sum", **options)
+    torch.testing.assert_close(total["g"], B * mean["g"])
+    torch.testing.assert_close(total["tangent_term"], B * B * mean["tangent_term"])
+    torch.testing.assert_close(total["objective"], mean["objective"])
+    labels = torch.arange(B) % N
+    torch.testing.assert_close(
+        parent_tangent(forward(alphas), labels, alphas, reduction="sum"),
+        B * parent_tangent(forward(alphas), labels, alphas),
+    )
+    for wrong in ({"reduction": "max"}, {"product": "finite"}):
+        with pytest.raises(ValueError, match=next(iter(wrong.values()))):
+            child_gradient(forward, alphas, target, t, **options, **wrong)
+
+
+def test_the_product_on_the_kept_graph_is_the_one_of_forward_mode():
+    net, alphas, x, target, t = smooth_supernet()
+    shape = {"num_classes": 4, "in_channels": 1, "channels": 2, "cells": 2, "nodes": 1, "reductions": [1]}
+    binary = Supernet(**shape, bits=Bits("beta", "binary", affine=False)).double()
+    for model in (net, binary):
+        both = [
+            child_gradient(lambda a, m=model: m(x, tuple(a)), alphas, target, t, lam=1.0, product=p)["gradient"]
+            for p in ("forward", "double_vjp")
+        ]
+        torch.testing.assert_close(*both, rtol=1e-9, atol=1e-12)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from common.data.batches import Plan, stream
-from common.data.vision import data_root, open_image
+from common.data.files import is_image, open_image
+from common.data.vision import data_root
 from dcp_nas.network import Network
 
 SETS = ("procedural", "market1501")
@@ -87,16 +88,18 @@ class PeopleSet(Dataset):
 
 
 def market1501(root: str | Path | None) -> tuple[People, People, People]:
-    """(train, query, gallery) of root/bounding_box_train, query, bounding_box_test; files such as 0002_c1s1_000451_03.jpg.
+    """(train, query, gallery) of root/bounding_box_train, query, bounding_box_test; files such as 0002_c1s1_000451_03.jpg, with any
+    ending of an image; hidden files are none.
 
     FileNotFoundError with the layout, ValueError naming a file whose name holds no identity and camera."""
     path = data_root(root)
     parts = []
     for folder in ("bounding_box_train", "query", "bounding_box_test"):
-        files = sorted((path / folder).glob("*.jpg"))
+        place = path / folder
+        files = sorted(p for p in place.iterdir() if is_image(p)) if place.is_dir() else []
         if not files:
             raise FileNotFoundError(
-                f"no image {path / folder}/*.jpg; expected the Market-1501 layout bounding_box_train/, query/, "
+                f"no image in {path / folder}; expected the Market-1501 layout bounding_box_train/, query/, "
                 f"bounding_box_test/ under {path}"
             )
         found = [NAME.match(f.name) for f in files]

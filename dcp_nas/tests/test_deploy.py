@@ -1,0 +1,156 @@
+"""A checkpoint in use: what it says, evaluate, predict, export, and that nothing of it needs the training data."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import runs
+from common.data.scenes import noisy_digits
+from common.onnx_export import read_about
+from dcp_nas import data as data_module
+from dcp_nas import train
+from dcp_nas.checkpoint import load
+from dcp_nas.data import build_data, build_test, inference_transform
+from dcp_nas.evaluate import evaluate
+from dcp_nas.export import export
+from dcp_nas.predict import classify
+from dcp_nas.tests.layouts import SHORT, composed, config, write_class_folders
+
+
+@pytest.fixture(scope="module")
+def step2(fabric, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("step2")
+    first = _strict(fabric, tmp_path_factory)
+    options = [f"init.weights={first}", "train.epochs=1", "parity.official_m_grad=true", "stage.strict_1bit=true"]
+    train.fit(config("stage=step2", *options), fabric, folder)
+    return folder / "last.ckpt"
+
+
+def _strict(fabric, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("strict")
+    train.fit(config("stage=step1", "stage.strict_1bit=true", "train.epochs=1"), fabric, folder)
+    return folder / "last.ckpt"
+
+
+def test_reload_keeps_every_option_of_the_model(step2):
+    network, settings, about = load(step2)
+    ops = [m for m in network.modules() if type(m).__name__ == "MConv2d"]
+    assert ops and all(m.act_bits == 1 and m.official_m_grad for m in ops) and settings["stage"]["strict_1bit"]
+    assert about["seed"] == 0 and about["data"]["train"] == 96 and "root" not in about["data"]
+    assert {"model", "optimizer", "epoch", "rows", "about", "config"} <= runs.load_checkpoint(step2).keys()
+
+
+def test_evaluate_gives_the_metric_of_the_training_without_its_images(step2, fabric, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data_module, "build_data", lambda **_: pytest.fail("it built the training set"))
+    cfg = composed("evaluate", f"weights={step2}", "record=true", f"record_to={tmp_path}")
+    found = evaluate(cfg, fabric)
+    expected = json.loads((step2.parent / "result.json").read_text())["metrics"]
+    assert found["top1"] == expected["top1"] and found["test_ce"] == pytest.approx(expected["test_ce"], rel=1e-6)
+    record = json.loads(next(tmp_path.glob("*_digits.json")).read_text())
+    assert record["value"] == found["top1"] and record["n"] == 1797 - 96 and record["counts"]["macs_w1a1"] > 0
+    for overrides, error in (
+        ([f"data.root={tmp_path}"], "digits is embedded"),
+        (["claim=none"], "claim=none, allowed"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            evaluate(composed("evaluate", f"weights={step2}", *overrides), fabric)
+
+
+def test_own_images_from_folder_to_names(fabric, tmp_path):
+    root = write_class_folders(tmp_path / "data", ("aubergine", "zebra finch"))
+    options = [o for o in SHORT if not o.startswith("data.")]
+    options += [
+        "data=folder",
+        f"data.root={root}",
+        "data.size=32",
+        "data.workers=0",
+        "model.stem=imagenet",
+        "train.batch_size=4",
+    ]
+    train.fit(composed("config", *options, "genotype=random", "train.epochs=1"), fabric, tmp_path / "run")
+    weights = tmp_path / "run/last.ckpt"
+    (root / "train").rename(tmp_path / "gone")
+    found = evaluate(composed("evaluate", f"weights={weights}"), fabric)
+    assert found["top1"] == json.loads((tmp_path / "run/result.json").read_text())["metrics"]["top1"]
+    moved = (root / "val").rename(root / "held out")
+    evaluate(composed("evaluate", f"weights={weights}", f"data.root={root}", "data.val='held out'"), fabric)
+    (root / "held out/extra").mkdir()
+    Image.new("RGB", (8, 8)).save(root / "held out/extra/x.png")
+    with pytest.raises(ValueError, match="knows 2 classes, the data 3: extra differ"):
+        evaluate(composed("evaluate", f"weights={weights}", "data.val='held out'"), fabric)
+    (moved / "aubergine/0.png").rename(moved / "aubergine/Größe 0.png")
+    (moved / "zebra finch/._1.png").write_bytes(b"junk")
+    out = classify(
+        composed("predict", f"weights={weights}", f"images='{moved}'", f"out={tmp_path}/p.json", "top=2"), fabric
+    )
+    rows = json.loads(out.read_text())
+    assert len(rows) == 2 * 5 and {r["label"] for r in rows} == {"aubergine", "zebra finch"}
+    assert float(rows[0]["probability"]) + float(rows[1]["probability"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_predict_sees_a_digit_as_evaluation_does(step2, fabric, tmp_path):
+    """The statistics of training, not those of the image, nor none."""
+    about = load(step2).about
+    clean, _ = noisy_digits(sigma=0.0, train=96, seed=0, standardise=False)
+    training = build_data(name="digits", seed=0, train=96).tensors[0]
+    noisy, _ = noisy_digits(sigma=0.25, train=96, seed=0, standardise=False)
+    mean, std = (torch.tensor(about["normalise"][k]).view(1, 1, 1) for k in ("mean", "std"))
+    torch.testing.assert_close((noisy.images - mean) / std, training, rtol=1e-5, atol=1e-6)
+    pixels = (255 * clean.images[0, 0]).round().byte().numpy()
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    look = {k: about[k] for k in ("size", "crop", "normalise", "channels")}
+    seen = inference_transform(**look)(Image.open(tmp_path / "a.png"))
+    torch.testing.assert_close(seen, (torch.from_numpy(pixels)[None].float() / 255 - mean) / std)
+    out = classify(composed("predict", f"weights={step2}", f"images={tmp_path}/a.png", f"out={tmp_path}/p.csv"), fabric)
+    with torch.no_grad():
+        p = load(step2).model(seen[None]).softmax(1)[0]
+    path, label, probability = out.read_text().splitlines()[1].split(",")
+    assert label == about["classes"][int(p.argmax())] and float(probability) == pytest.approx(p.max().item(), abs=1e-5)
+
+
+def test_predict_lists_a_broken_file_and_goes_on(step2, fabric, tmp_path, capsys):
+    Image.new("L", (8, 8), 9).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path / "c.png")
+    cfg = composed("predict", f"weights={step2}", f"images={tmp_path}", f"out={tmp_path}/p.csv")
+    with pytest.raises(SystemExit):
+        classify(cfg, fabric)
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 3 and "b.png" in capsys.readouterr().err
+    for overrides, error in (
+        (["top=11"], r"top=11, allowed: 1\.\.10"),
+        ([f"out={tmp_path}/p.txt"], r"\.csv or \.json"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            classify(composed("predict", f"weights={step2}", f"images={tmp_path}/a.png", *overrides), fabric)
+
+
+def test_exported_and_packed_files_say_what_they_are_and_compute_the_same(step2, fabric, tmp_path):
+    cfg = composed("export", f"weights={step2}", f"out={tmp_path}/m.onnx", f"packed={tmp_path}/m.packed.pt")
+    found = export(cfg)
+    assert found["onnx"] < 1e-4 and found["packed"] < 1e-4 and found["packed_bytes"] > 0
+    assert read_about(tmp_path / "m.onnx") == load(step2).about == load(tmp_path / "m.packed.pt").about
+    signs = runs.load_checkpoint(tmp_path / "m.packed.pt")["signs"]
+    weights = sum(m.weight.numel() for m in load(step2).model.modules() if type(m).__name__ == "MConv2d")
+    assert weights <= 8 * sum(v.numel() * v.element_size() for v in signs.values()) < 2 * weights + 64 * 8 * len(signs)
+    a = evaluate(composed("evaluate", f"weights={tmp_path}/m.packed.pt"), fabric)
+    assert a["top1"] == json.loads((step2.parent / "result.json").read_text())["metrics"]["top1"]
+    with pytest.raises(ValueError, match="differs by"):
+        export(
+            composed(
+                "export", f"weights={step2}", f"out={tmp_path}/n.onnx", f"packed={tmp_path}/n.pt", "tolerance=1e-12"
+            )
+        )
+    assert not (tmp_path / "n.pt").exists() and not (tmp_path / "n.onnx").exists()
+
+
+def test_checkpoints_of_other_tasks_are_refused_by_name(step1, tmp_path):
+    content = runs.load_checkpoint(step1)
+    content["about"]["task"] = "detection"
+    torch.save(content, tmp_path / "d.ckpt")
+    with pytest.raises(ValueError, match=r"is a checkpoint of detection, not of dcp_nas/train\.py"):
+        load(tmp_path / "d.ckpt")
+    with pytest.raises(ValueError, match="data.name='mnist', allowed"):
+        build_test(name="mnist", seed=0)
