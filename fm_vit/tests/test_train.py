@@ -1,6 +1,5 @@
-"""The scripts as people run them: every arm, resume, two ranks, errors, evaluation, export, prediction."""
+"""The training as people run it: every arm, two ranks, bad configurations, every experiment on tiny data in the real layout."""
 
-import csv
 import json
 import os
 import subprocess
@@ -9,15 +8,18 @@ import sys
 import pytest
 import torch
 from hydra.errors import MissingConfigException
-from omegaconf import OmegaConf
 
 from common import reproduce, runs
 from common.metrics.claims import load_claims
-from fm_vit import bench, evaluate, export, predict
-from fm_vit.tests.helpers import CONFIGS, PAPER, SHORT, config, picture, short, write_triplets, write_videos
-from fm_vit.train import build, fit, warm_cosine
+from fm_vit import train
+from fm_vit.checkpoint import build, load
+from fm_vit.pad_metrics import Scored
+from fm_vit.schedule import lr_factor
+from fm_vit.tests.helpers import CONFIGS, COPY, PAPER, SHORT, config, short, write_own, write_triplets, write_videos
+from fm_vit.train import check, fit
 
 ARMS = sorted(p.stem for p in (CONFIGS / "method").glob("*.yaml"))
+TINY = {"img_size": 24, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
 
 
 def result(path):
@@ -25,16 +27,53 @@ def result(path):
 
 
 @pytest.mark.parametrize("method", ARMS)
-def test_every_arm_trains_and_reports_every_subset_that_it_has(method, fabric, tmp_path):
-    fit(short(f"method={method}", "train.epochs=1"), fabric, tmp_path)
+def test_every_arm_passes_its_check(method):
+    check(short(f"method={method}"))
+
+
+@pytest.mark.parametrize(
+    "method", ["fmvit", "all_paths", "late_fusion", "shared", "concat_dropout", "cross_attention", "cmfl"]
+)
+def test_every_kind_of_arm_trains_and_reports_every_subset_that_it_has(method, fabric, tmp_path):
+    cfg = short(f"method={method}", "train.epochs=1")
+    fit(cfg, fabric, tmp_path)
     found = result(tmp_path)
     assert found["status"] == "finished"
     subsets = {k.removeprefix("acer_") for k in found["metrics"] if k.startswith("acer_")}
-    cfg = short(f"method={method}")
     number = len(cfg.method.modalities or cfg.data.modalities)
     assert len(subsets) == 2**number - 1
-    assert json.loads((tmp_path / "thresholds.json").read_text()).keys() == subsets
+    about = load(tmp_path / "last.ckpt").about
+    assert about["thresholds"].keys() == subsets and about["classes"] == ["attack", "live"]
     assert all(0 <= found["metrics"][f"acer_{s}"] <= 100 for s in subsets)
+
+
+def test_thresholds_of_a_training_are_those_of_its_validation_split(fabric, tmp_path, monkeypatch):
+    """Test scores that are shifted down: with a threshold of their own there would be no error."""
+    score = train.predict
+
+    def shifted(fabric, model, data, split, **options):
+        scored, kept = score(fabric, model, data, split, **options)
+        perfect = scored.live * 0.5 + 0.25 - 0.5 * (split == "test")
+        return Scored(dict.fromkeys(scored.scores, perfect), scored.live, scored.species, scored.subject), kept
+
+    monkeypatch.setattr(train, "predict", shifted)
+    fit(short("train.epochs=0"), fabric, tmp_path)
+    metrics = result(tmp_path)["metrics"]
+    assert metrics["bpcer_rgb"] == 100 and metrics["apcer_rgb"] == 0
+    assert set(load(tmp_path / "last.ckpt").about["thresholds"].values()) == {0.75}
+
+
+def test_both_paths_are_trained(fabric, tmp_path):
+    """The gradient of one path alone is another one: a dropped single or cross path would show."""
+    rows = {}
+    for name, paths in (("both", "[single,cross]"), ("single", "[single]"), ("cross", "[cross]")):
+        fit(short("train.epochs=1", f"method.loss.paths={paths}"), fabric, tmp_path / name)
+        rows[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
+    assert {k for k in rows["both"] if k.startswith("loss")} == {"loss_single", "loss_cross"}
+    weights = {n: runs.load_checkpoint(tmp_path / n / "last.ckpt")["model"] for n in rows}
+    key = "branches.rgb.trunk.patch_embed.proj.weight"
+    assert not torch.equal(weights["both"][key], weights["single"][key])
+    assert not torch.equal(weights["both"][key], weights["cross"][key])
 
 
 def test_loss_falls_and_infrared_separates(fabric, tmp_path):
@@ -45,28 +84,6 @@ def test_loss_falls_and_infrared_separates(fabric, tmp_path):
     )
     rows = [json.loads(line)["loss_single"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1] < 0.5 * rows[0] and result(tmp_path)["metrics"]["auc_ir"] > 80
-
-
-@pytest.mark.parametrize("method", ["fmvit", "concat_dropout"])
-def test_resumed_equals_uninterrupted_bit_for_bit(method, fabric, tmp_path, monkeypatch):
-    cfg = short(f"method={method}")
-    fit(cfg, fabric, tmp_path / "whole")
-    log = runs.Run.log
-
-    def killed(self, **row):
-        log(self, **row)
-        if row["epoch"] == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(runs.Run, "log", killed)
-    with pytest.raises(KeyboardInterrupt):
-        fit(cfg, fabric, tmp_path / "parts")
-    monkeypatch.undo()
-    fit(cfg, fabric, tmp_path / "parts")
-    a, b = (runs.load_checkpoint(tmp_path / n / "last.ckpt")["model"] for n in ("whole", "parts"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    assert result(tmp_path / "whole")["metrics"] == result(tmp_path / "parts")["metrics"]
-    assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
 
 
 def test_two_ranks_equal_one_process_and_the_script_runs_from_inside_its_folder(fabric, tmp_path):
@@ -88,23 +105,31 @@ def test_two_ranks_equal_one_process_and_the_script_runs_from_inside_its_folder(
     assert result(tmp_path / "one")["metrics"] == pytest.approx(result(tmp_path / "two")["metrics"], abs=0.5)
 
 
-def test_accumulation_equals_the_whole_batch(fabric, tmp_path):
-    for name, n in (("whole", 1), ("parts", 4)):
-        fit(short(f"train.accumulation={n}", "train.epochs=1"), fabric, tmp_path / name)
-    a, b = (runs.load_checkpoint(tmp_path / n / "last.ckpt")["model"] for n in ("whole", "parts"))
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["method.loss.paths=[triple]"], "triple"),
         (["method.modalities=[thermal]"], "thermal is not in the data"),
         (["method.model=vit"], "method.model='vit'"),
-        (["+method.options.cmtb.share=0"], "share=0"),
+        (["method.options.cmtb.share=0"], "share=0"),
         (["data.modalities=[rgb,sonar]"], "sonar is not generated"),
         (["train.batch_size=7", "train.accumulation=2"], "train.batch_size=7"),
         (["optim.warmup=1.5"], "optim.warmup=1.5"),
+        (["optim.schedule=linear"], "schedule='linear'"),
+        (["evaluate.threshold=best"], "threshold='best'"),
+        (["data.size=28"], r"images are \(28, 28\), the network was made for \(24, 24\)"),
+        (["method.loss.weights.cross=-1"], "method.loss.weights"),
+        (["method=cmfl", "method.loss.cmfl=2"], "cmfl=2"),
+        (["method=concat_dropout", "method.options.dropout=1.5"], "dropout=1.5"),
+        (["data.root=/data"], "these faces are generated"),
+        (["data.modalities=[rgb,rgb]"], "different names"),
+        (["data.validation=0"], "data.validation=0"),
+        (["data=casia_surf", "data.root=/nowhere", "data.subject='CLKJ'", "data.size=24"], "has no group"),
+        (["data=casia_surf", "data.root=/nowhere", "data.live_label=2", "data.size=24"], "data.live_label=2"),
+        (
+            ["data=casia_surf", "data.root=/nowhere", "data.lists.validation=null", "data.size=24"],
+            "no list for validation",
+        ),
         (["model.vit.patch_size=5"], "24 x 24 are no multiple of patches of 5 x 5"),
     ],
 )
@@ -119,6 +144,7 @@ def test_unknown_keys_and_choices(fabric, tmp_path):
         fit(short("+data.dept=1"), fabric, tmp_path / "run")
     with pytest.raises(TypeError, match="gama"):
         fit(short("+method.loss.gama=1"), fabric, tmp_path / "run2")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(MissingConfigException, match="fmvitt"):
         short("method=fmvitt")
 
@@ -129,36 +155,60 @@ def test_a_loss_that_is_not_finite_stops_the_run(fabric, tmp_path):
     assert result(tmp_path)["status"] == "failed"
 
 
-def test_warm_cosine():
-    assert warm_cosine(0.05, 0.1) == pytest.approx(0.5, abs=1e-6) and warm_cosine(0.1, 0.1) == 1
-    assert warm_cosine(1.0, 0.1) == pytest.approx(0) and warm_cosine(0.0, 0.0) == 1
+def test_schedules():
+    options = {"steps": 10, "epochs": 10}
+    assert (
+        lr_factor(5, warmup=0.1, **options) == pytest.approx(0.5, abs=1e-6)
+        and lr_factor(10, warmup=0.1, **options) == 1
+    )
+    assert lr_factor(100, warmup=0.1, **options) == pytest.approx(0) and lr_factor(0, warmup=0.0, **options) == 1
+    halved = [lr_factor(s, warmup=0.0, schedule="step", step_every=4, **options) for s in (0, 39, 40, 79, 80, 99)]
+    assert halved == [1, 1, 0.5, 0.5, 0.25, 0.25]
 
 
-@pytest.mark.parametrize("name", ["casia_surf", "casia_surf_base", "wmca", "cefa"])
+def tiny_model():
+    return [
+        "model.vit.name=null",
+        "~model.vit.pretrained",
+        *(f"+model.vit.{key}={value}" for key, value in TINY.items()),
+    ]
+
+
+@pytest.mark.parametrize("name", ["casia_surf", "casia_surf_base", "wmca", "cefa", "flex_benchmark"])
 def test_experiments_find_tiny_data_in_the_real_layout(name, fabric, tmp_path, capsys):
-    lists = "data.lists={train: train_list.txt, validation: val_list.txt, test: test_list.txt}"
     if name == "cefa":
         write_videos(tmp_path)
     else:
         write_triplets(tmp_path)
-    shape = {"img_size": 24, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
-    tiny = ["data.size=24", "data.workers=0", "train.batch_size=8", "model.vit.name=null", "~model.vit.pretrained"]
-    tiny += [f"+model.vit.{key}={value}" for key, value in shape.items()]
-    tiny += {"wmca": ["data.subject=null", "data.species=null"], "cefa": ["data.every=1"]}.get(name, [])
-    cfg = config(f"experiment={name}", f"data.root={tmp_path}", lists, "preflight=true", "arm=test", *tiny)
+    more = ["data.size=24", "train.batch_size=8", *tiny_model()]
+    more += {"wmca": ["data.subject=null", "data.video=null", "data.species=null"], "cefa": ["data.every=1"]}.get(
+        name, []
+    )
+    cfg = config(f"experiment={name}", f"data.root={tmp_path}", *COPY, "preflight=true", "arm=fmvit", *more)
+    assert 0.1 < cfg.estimate.gpu_hours < 100
     fit(cfg, fabric, tmp_path / "run")
     assert "preflight: data found" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
-def test_a_list_set_trains_to_its_end_with_augmentation(fabric, tmp_path):
-    write_triplets(tmp_path)
-    lists = "data.lists={train: train_list.txt, validation: val_list.txt, test: test_list.txt}"
-    fit(
-        config("data=casia_surf", "arm=test", f"data.root={tmp_path}", lists, "data.size=24", "data.workers=0",
-            "train.epochs=1", "train.batch_size=8", "data.subject='(AS_\\d+)'"),
-        fabric, tmp_path / "run",
-    )  # fmt: skip
-    assert result(tmp_path / "run")["status"] == "finished"
+def test_hours_of_an_arm_are_those_of_its_cost():
+    hours = {
+        m: config("experiment=casia_surf", f"arm={m}").estimate.gpu_hours for m in ("rgb_only", "fmvit", "zero_init")
+    }
+    assert hours["zero_init"] is None and 3 < hours["fmvit"] / hours["rgb_only"] < 4
+
+
+def test_own_folders_train_with_augmentation_and_other_data_is_another_run(fabric, tmp_path):
+    write_own(tmp_path / "a")
+    write_own(tmp_path / "b", people=4)
+    cfg = ["data=folder", "data.size=24", "data.workers=0", "arm=test", "train.epochs=1", "train.batch_size=8"]
+    fit(config(*cfg, f"data.root={tmp_path / 'a'}"), fabric, tmp_path / "run")
+    found = result(tmp_path / "run")
+    assert found["status"] == "finished" and found["data"]["images"] == 81
+    assert "apcer_worst_rgb" in found["metrics"]  # species are the names of the folders
+    with pytest.raises(runs.RunError, match="on other data"):
+        fit(config(*cfg, f"data.root={tmp_path / 'b'}"), fabric, tmp_path / "run")
+    (tmp_path / "a").rename(tmp_path / "moved")
+    fit(config(*cfg, f"data.root={tmp_path / 'moved'}"), fabric, tmp_path / "run")  # where it lies may change
 
 
 def test_pretrained_trunks_go_into_every_branch(monkeypatch):
@@ -172,7 +222,7 @@ def test_pretrained_trunks_go_into_every_branch(monkeypatch):
         return VisionTransformer(img_size=24, patch_size=8, embed_dim=24, depth=1, num_heads=2, **options)
 
     monkeypatch.setattr("timm.create_model", create_model)
-    model = build(short("model=vit_small"), ["rgb", "depth", "ir"])
+    model = build(runs.plain(short("model=vit_small")), ["rgb", "depth", "ir"])
     assert asked == [("vit_small_patch16_224", True)] * 3
     assert torch.equal(model.branches["rgb"].trunk.pos_embed, model.branches["ir"].trunk.pos_embed)
 
@@ -186,79 +236,3 @@ def test_sweeps_compose_and_claims_name_arms_that_are_run():
         assert wanted <= arms, (scale, wanted - arms)
         assert len({c.dir for c in found}) == len(found)
     assert sum(c["primary"] for c in claims if "mini" in c["scale"]) == 3
-
-
-# --------------------------------------------------------------------------------------------------------------- scripts
-def test_evaluate_repeats_the_numbers_of_the_run_and_writes_its_figures(checkpoint, tmp_path, capsys):
-    cfg = config(
-        f"weights={checkpoint}",
-        f"out={tmp_path}",
-        "bootstrap=20",
-        "record=true",
-        f"record_to={tmp_path}",
-        name="evaluate",
-    )
-    with pytest.warns(UserWarning, match="cannot be measured"):
-        rows = evaluate.evaluate(cfg)
-    metrics = result(checkpoint.parent)["metrics"]
-    assert {f"acer_{tag}": row["acer"] for tag, row in rows.items()} == pytest.approx(
-        {k: v for k, v in metrics.items() if k.startswith("acer_")}
-    )
-    assert all(row["acer_low"] <= row["acer_high"] and 0 <= row["tpr_0.01"] <= 100 for row in rows.values())
-    with (tmp_path / "subsets.csv").open() as file:
-        assert [r["subset"] for r in csv.DictReader(file)] == list(rows)
-    assert (tmp_path / "subsets.png").stat().st_size > 5000 and (tmp_path / "det.png").stat().st_size > 5000
-    (record,) = tmp_path.glob("*.json")
-    assert json.loads(record.read_text())["n"] == 48
-    with pytest.raises(ValueError, match="no sample of the attack species silicone"):
-        evaluate.evaluate(config(f"weights={checkpoint}", "species=[print,silicone]", name="evaluate"))
-    for bad in ("level=clip", "threshold=best"):
-        with pytest.raises(ValueError, match=bad.split("=")[1]):
-            evaluate.evaluate(config(f"weights={checkpoint}", bad, name="evaluate"))
-
-
-def test_evaluate_refuses_other_files(tmp_path):
-    torch.save({"model": {}}, tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match="it lacks config, modalities"):
-        evaluate.load(str(tmp_path / "x.ckpt"))
-
-
-@pytest.mark.parametrize("names", [["rgb"], ["rgb", "depth", "ir"]])
-def test_export_of_one_branch_and_of_all(names, checkpoint, tmp_path, capsys):
-    out = tmp_path / "model.onnx"
-    export.export(config(f"weights={checkpoint}", f"modalities={names}", f"out={out}", name="export"))
-    whole = sum(v.numel() for v in runs.load_checkpoint(checkpoint)["model"].values())
-    printed = capsys.readouterr().out
-    parameters = int(printed.split(" parameters")[0].split()[-1].replace(",", ""))
-    assert parameters * 3 == whole * len(names) and out.exists()
-    with pytest.raises(ValueError, match="sonar"):
-        export.export(config(f"weights={checkpoint}", "modalities=[sonar]", name="export"))
-
-
-def test_predict_uses_the_threshold_of_the_subset(checkpoint, tmp_path, capsys):
-    for m in ("rgb", "ir"):
-        for i in range(3 if m == "rgb" else 2):
-            picture(tmp_path / m / f"{i}.png", i)
-    thresholds = json.loads((checkpoint.parent / "thresholds.json").read_text())
-    base = [f"weights={checkpoint}", f"folders.rgb={tmp_path / 'rgb'}", f"out={tmp_path / 's.csv'}"]
-    predict.score(config(*base, f"folders.ir={tmp_path / 'ir'}", name="predict"))
-    printed = capsys.readouterr().out
-    assert "left out, not in every folder: 2" in printed and f'"threshold": {thresholds["rgb_ir"]}' in printed
-    with (tmp_path / "s.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [r["name"] for r in rows] == ["0", "1"] and {r["decision"] for r in rows} <= {"live", "attack"}
-    predict.score(config(*base, name="predict"))
-    assert f'"threshold": {thresholds["rgb"]}' in capsys.readouterr().out
-    with pytest.raises(ValueError, match="give one or more of rgb, depth, ir"):
-        predict.score(config(f"weights={checkpoint}", name="predict"))
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        predict.score(config(f"weights={checkpoint}", f"folders.ir={tmp_path / 'none'}", name="predict"))
-
-
-def test_bench_gives_ratios(tmp_path):
-    cfg = config("rounds=2", "threads=1", f"out={tmp_path / 'bench.json'}", name="bench")
-    OmegaConf.set_struct(cfg, False)
-    cfg.model.vit = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
-    rows = bench.bench(cfg)
-    assert [r["ratio"] > 0 for r in rows] == [True, True]
-    assert json.loads((tmp_path / "bench.json").read_text()) == rows
