@@ -40,7 +40,7 @@ def constraint(w: Tensor, alpha: Tensor, *, lam: float = 1e-4, const: float = 0.
     return lam / 2 * (w - const * binary_sign(w, zero=zero) * alpha).square().sum()
 
 
-SCALE_GRADS = ("released", "true")
+SCALE_GRADS = ("released", "exact")
 
 
 def bilinear_binarize(
@@ -52,7 +52,7 @@ def bilinear_binarize(
         dL/dalpha = sum(G w) - lam sum(R const sign(w))              (over the entries of a channel)
 
     w: (out, ...); alpha: (out, 1, ...), >= 0. lam: weight of the reconstruction; its pull is in these gradients, the loss value
-    does not contain it. scale_grad: released, as above, pulls alpha like a layer whose weights are real; true, the derivative of
+    does not contain it. scale_grad: released, as above, pulls alpha like a layer whose weights are real; exact, the derivative of
     the forward rule itself, has sum(G const sign(w)) in the place of sum(G w). ValueError for another name."""
     if scale_grad not in SCALE_GRADS:
         raise ValueError(f"scale_grad={scale_grad!r}, allowed: {', '.join(SCALE_GRADS)}")

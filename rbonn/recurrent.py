@@ -33,7 +33,7 @@ class RBConv2d(BinaryConv2d):
       drelu_fixed     the same on the channels with the smallest alpha
       paper           after each step w <- w + U DReLU(w_old, A_old) and U <- |U|; the forward pass uses w
     lam >= 0: weight of the reconstruction; tau: share of DReLU; u_init: all entries of u; const: factor of the published
-    code; zero: value of sign(0); scale_grad: released | true, see `bilinear_binarize`. kernel_size ... padding_mode: of
+    code; zero: value of sign(0); scale_grad: released | exact, see `bilinear_binarize`. kernel_size ... padding_mode: of
     nn.Conv2d. Input (B, in, H, W): any, usually signs. In evaluation the recurrence is off.
     Parameters: weight (out, in/groups, k, k), scale_factor and (unless none) u, both (out, 1, 1, 1).
     `const` makes the output small: a norm has to follow. ValueError for a value out of range."""

@@ -31,7 +31,7 @@ WRONG = [
     ("train", ["+data.sigmas=1"], "sigmas"),
     ("train", ["+model.width=3"], "width"),
     ("train", ["+schedule.warm=3"], "warm"),
-    ("train", ["+method.scale_grad=exact"], "scale_grad='exact', allowed: released, true"),
+    ("train", ["+method.scale_grad=true"], "scale_grad=True, allowed: released, exact"),
     ("train", ["method.lam=-1"], "lam=-1, allowed"),
     ("train", ["method.recurrent=some"], "recurrent='some', allowed"),
     ("train", ["method.weights=ternary"], "weights='ternary', allowed"),

@@ -346,6 +346,16 @@ def test_binarize_keeps_what_a_convolution_is(options):
     torch.testing.assert_close(new(x), conv(x))
 
 
+@pytest.mark.parametrize("zero", [1, 0])
+def test_binarize_gives_the_value_of_sign_zero_to_weights_and_activations(zero):
+    model = nn.Sequential(nn.Conv2d(2, 2, 1, bias=False), nn.BatchNorm2d(2)).eval()
+    binarize_(model, skip_first=False, skip_last=False, recurrent="none", lam=0.0, zero=zero)
+    sign, conv = model[0]
+    assert sign(torch.zeros(1, 2, 1, 1)).eq(zero).all()
+    nn.init.zeros_(conv.weight)
+    assert conv.signs_and_scale()[0].eq(zero).all()
+
+
 def test_binarize_refuses_by_name_what_it_would_change():
     from timm.layers import Conv2dSame
 

@@ -332,3 +332,15 @@ def test_groups_stride_and_bias_follow_the_convolution():
     x = torch.randn(2, 4, 7, 7)
     w = bilinear_binarize(conv.weight, conv.scale_factor.abs())
     torch.testing.assert_close(conv(x), F.conv2d(x, w, conv.bias, 2, 1, 1, 2))
+
+
+def test_the_exact_derivative_by_alpha_reaches_the_scale_factor():
+    x, found = batch()[0], {}
+    for name in ("released", "exact"):
+        conv = layer("none", lam=0.0, scale_grad=name)
+        conv(x).square().sum().backward()
+        found[name] = conv.scale_factor.grad
+    alpha = conv.scale_factor.detach()
+    energy = conv(x).square().sum((0, 2, 3)).detach().view(-1, 1, 1, 1)  # the output is linear in alpha
+    torch.testing.assert_close(found["exact"], 2 * energy / alpha)
+    assert not torch.allclose(found["released"], found["exact"])
