@@ -18,7 +18,8 @@ SHORT = [
 
 
 def config(*overrides, name="config"):
-    short = [*SHORT, "arm=test"] if name == "config" else []
+    real = any(o.startswith("data=") for o in overrides)  # only the canvases have a number to choose
+    short = [*(o for o in SHORT if not (real and o.startswith("data."))), "arm=test"] if name == "config" else []
     with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
         return compose(name, overrides=[*short, *overrides])
 

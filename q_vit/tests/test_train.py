@@ -231,12 +231,9 @@ def test_a_teacher_of_other_classes_or_another_normalisation_is_refused(fabric, 
         torch.save({"model": model.state_dict(), "about": about}, tmp_path / "t.ckpt")
         with pytest.raises(ValueError, match=f"was trained with other {key}"):
             fit(folder_arm(data, f"teacher.weights={tmp_path / 't.ckpt'}"), fabric, tmp_path / "run")
-    pretrained = ["model=deit", "~model.depth", "teacher.weights=null"]
+    given = ["data=folder", f"data.root={data}", "data.workers=0", "data.augment=none", "train.batch_size=12"]
     with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
-        cfg = compose("config", overrides=[
-            "arm=t", "data=folder", f"data.root={data}", "data.workers=0", "data.augment=none", *pretrained[::2],
-            "train.batch_size=12",
-        ])  # fmt: skip
+        cfg = compose("config", overrides=["arm=t", "model=deit", "teacher.weights=null", *given])
     with pytest.raises(ValueError, match="has 1000 classes, the data has 3"):
         fit(cfg, fabric, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -386,7 +383,8 @@ def test_a_wrong_value_names_what_is_allowed_and_writes_nothing(overrides, error
         (["evaluate.batch_size=0"], "evaluate.batch_size=0"), (["evaluate.statistics_images=0"], "statistics_images=0"),
         (["data.workers=-1"], "data.workers=-1"), (["method=bot"], "allowed: .*both"), (["methd=both"], "methd"),
         (["train.save_every=0"], "train.save_every=0"), (["teacher.weights=/no/such.ckpt"], "no teacher at /no/such.ckpt"),
-        (["data=folder", "data.root=/no/such"], "/no/such"), (["model=deit", "data=folder", "data.root=/no"], "/no"),
+        (["data=folder", "data.size=16", "data.root=/no/such"], "/no/such"),
+        (["model=deit", "data=folder", "data.root=/no"], "/no"),
     ],
 )  # fmt: skip
 def test_a_wrong_command_line_is_one_clear_line_and_leaves_nothing(overrides, error, tmp_path, monkeypatch, capfd):
