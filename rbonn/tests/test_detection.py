@@ -143,6 +143,9 @@ def test_a_detector_is_evaluated_used_and_packed_from_its_checkpoint(fabric, tra
     assert all(float(r["x1"]) <= (60 if r["path"].endswith("a.png") else 40) for r in rows)
     with pytest.raises(ValueError, match="a detector is exported packed only"):
         export(composed("export", weights), fabric)
+    with pytest.raises(ValueError, match="differ from the network by more than tolerance=1e-12"):
+        export(composed("export", weights, f"out={tmp_path / 'd.packed.pt'}", "tolerance=1e-12"), fabric)
+    assert not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob(".*"))
     found = export(composed("export", weights, f"out={tmp_path / 'd.packed.pt'}"), fabric)
     assert max(found["deployed"], found["packed"]) < 1e-4
     packed = load(tmp_path / "d.packed.pt")
@@ -190,3 +193,40 @@ def test_preflight_needs_no_backbone_and_writes_nothing(fabric, tmp_path, capsys
     cfg = composed("detect", *DETECTOR, "preflight=true", "init.weights=required", "detector.frozen_stages=1")
     fit(cfg, fabric, tmp_path / "run")
     assert "preflight: data found, 4 images" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+class Oracle(nn.Module):
+    """A detector that finds every object of a set, in the order in which it is asked: boxes, labels from 1."""
+
+    def __init__(self, dataset):
+        super().__init__()
+        self.targets = iter([dataset.target(i) for i in range(len(dataset))])
+
+    def forward(self, images):
+        found = [next(self.targets) for _ in images]
+        return [{"boxes": t["boxes"], "labels": t["labels"] + 1, "scores": torch.ones(len(t["labels"]))} for t in found]
+
+
+def test_a_perfect_detector_is_perfect(fabric):
+    from rbonn.detect import evaluate_detector
+
+    scenes = Scenes(shape_scenes(5, seed=3, sizes=(48,)))
+    metrics = evaluate_detector(fabric, Oracle(scenes).train(), scenes, batch_size=2)
+    assert metrics["AP"] == metrics["map50"] == metrics["map50_11"] == 1.0
+
+
+def test_boxes_carry_the_names_of_their_labels(fabric, tmp_path):
+    from PIL import Image
+
+    from common.data.files import ImageStream
+    from rbonn.predict import boxes
+
+    scenes = Scenes(shape_scenes(3, seed=3, sizes=(48,)))
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, path in enumerate(paths):
+        Image.fromarray(scenes[i][0].permute(1, 2, 0).numpy()).save(path)
+    stream = ImageStream(paths, lambda image: torch.zeros(3, 48, 48), batch_size=2)
+    rows = list(boxes(Oracle(scenes), {"classes": scenes.classes}, stream, fabric, 0.5))
+    expected = [(paths[i], scenes.classes[k]) for i in range(3) for k in scenes.target(i)["labels"].tolist()]
+    assert [(r["path"], r["label"]) for r in rows] == expected and len({r["label"] for r in rows}) > 1
+    assert float(rows[0]["x1"]) == pytest.approx(scenes.target(0)["boxes"][0, 2].item(), abs=0.05)
