@@ -169,7 +169,9 @@ def test_images_without_objects_and_of_different_size_make_a_batch():
     assert all(torch.isfinite(v) for v in losses.values())
 
 
-def test_backbone_loads_a_classifier_and_names_what_does_not_fit(tmp_path):
+@pytest.fixture
+def classifier(tmp_path):
+    """(a classifier with the backbone of TINY, its checkpoint)."""
     from rbonn.network import build_network
 
     shape = {"name": "react_resnet", **{k: list(v) if k != "stem" else v for k, v in TINY["backbone"].items()}}
@@ -177,16 +179,29 @@ def test_backbone_loads_a_classifier_and_names_what_does_not_fit(tmp_path):
     network = build_network(model=shape, method=method, sign_zero=1, classes=4, channels=3)
     nn.init.normal_(network.bn1.running_mean)
     config = {"model": shape, "method": method, "parity": {"sign_zero": 1}}
-    torch.save(
-        {"model": network.state_dict(), "config": config, "about": {"classes": list("abcd"), "channels": 3}},
-        tmp_path / "a.ckpt",
-    )
+    about = {"classes": list("abcd"), "channels": 3}
+    torch.save({"model": network.state_dict(), "config": config, "about": about}, tmp_path / "a.ckpt")
+    return network, tmp_path / "a.ckpt"
+
+
+def test_frozen_stages_begin_with_the_classifier_and_stay(fabric, classifier, tmp_path):
+    network, weights = classifier
+    more = [f"init.weights={weights}", "detector.frozen_stages=2", "train.epochs=1", "schedule.milestones=[]"]
+    fit(composed("detect", *DETECTOR, *more), fabric, tmp_path / "run")
+    trained = runs.load_checkpoint(tmp_path / "run/last.ckpt")["model"]
+    same = {k: torch.equal(v, trained[f"backbone.body.{k}"]) for k, v in network.state_dict().items() if k[:3] != "fc."}
+    assert all(v for k, v in same.items() if k.startswith(("conv1.", "bn1.", "layer1."))), same
+    assert not any(same[k] for k in ("layer2.0.norm.running_mean", "layer2.0.conv.weight"))
+
+
+def test_backbone_loads_a_classifier_and_names_what_does_not_fit(classifier):
+    network, weights = classifier
     model = faster_rcnn(num_classes=3, **BUILDERS, **TINY)
-    load_backbone(model, tmp_path / "a.ckpt")
+    load_backbone(model, weights)
     assert torch.equal(model.backbone.body["bn1"].running_mean, network.bn1.running_mean)
     wide = faster_rcnn(num_classes=3, **BUILDERS, **{**TINY, "backbone": {**TINY["backbone"], "widths": (8, 8, 8, 16)}})
     with pytest.raises(ValueError, match="does not fit the backbone"):
-        load_backbone(wide, tmp_path / "a.ckpt")
+        load_backbone(wide, weights)
 
 
 def test_preflight_needs_no_backbone_and_writes_nothing(fabric, tmp_path, capsys):
