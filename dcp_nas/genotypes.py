@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.runs import RunError, read_json
+from common.data.files import read_json
+from common.runs import RunError
 from common.scripts import arm_name, override
 from dcp_nas.search_space import GENOTYPES, Genotype, random_genotype
 
@@ -78,7 +79,8 @@ def genotype_for(cfg: Any, *, world_size: int, source: Mapping[str, Any]) -> Gen
         search_first(cfg, path, world_size=world_size)
     genotype = find_genotype(cfg)
     path = path or (Path(cfg.genotype.file) if cfg.genotype.file is not None else None)
-    if path is not None and (found := (read_json(path) or {}).get("found")) and found["data"] != dict(source):
+    found = None if path is None else read_json(path.expanduser()).get("found")
+    if found and found["data"] != dict(source):
         text = f"the cell of {path} was searched on {described(found['data'])}, this training is on {described(source)}"
         if cfg.genotype.arm is not None:
             raise ValueError(

@@ -401,6 +401,7 @@ def test_two_ranks_train_one_network_and_evaluate_reads_it(tmp_path):
     extra = ["genotype=random", "train.epochs=1", "fabric.accelerator=cpu", f"hydra.run.dir={tmp_path / 'two'}"]
     done = run_script(*torchrun, *SHORT, *extra)
     assert done.returncode == 0 and "2 devices x 1 micro-steps x 16" in done.stdout, done.stderr
+    assert "notice: batch norm uses the statistics of each of the 2 ranks" in done.stdout
     weights = tmp_path / "two/last.ckpt"
     done = run_script(
         "evaluate.py", f"weights={weights}", "record=true", f"record_to={tmp_path}", "fabric.accelerator=cpu"

@@ -88,8 +88,8 @@ class PeopleSet(Dataset):
 
 
 def market1501(root: str | Path | None) -> tuple[People, People, People]:
-    """(train, query, gallery) of root/bounding_box_train, query, bounding_box_test; files such as 0002_c1s1_000451_03.jpg, with any
-    ending of an image; hidden files are none.
+    """(train, query, gallery) of root/bounding_box_train, query, bounding_box_test; files such as 0002_c1s1_000451_03.jpg, of any
+    image format.
 
     FileNotFoundError with the layout, ValueError naming a file whose name holds no identity and camera."""
     path = data_root(root)
