@@ -181,6 +181,9 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
         seed=cfg.seed, **{k: v for k, v in cfg.data.items() if k not in ("workers", "repeat")}
     )
     parts = training.datasets if isinstance(training, ConcatDataset) else [training]
+    for split, sets in ((cfg.data.train, parts), (cfg.data.test, [held_out])):
+        if not any(part.coco["annotations"] for part in sets):
+            raise ValueError(f"the split {split} of {cfg.data.name} under data.root={cfg.data.root} names no object")
     training = ConcatDataset([training] * cfg.data.repeat)  # passes over the training set per epoch
     plan = Plan.of(cfg.train, len(training), fabric, seed=cfg.seed)
     network = sync_norm(fabric, build(cfg, len(held_out.classes)))

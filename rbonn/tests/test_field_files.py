@@ -12,10 +12,11 @@ from PIL import Image
 from common.data import check
 from rbonn.checkpoint import load
 from rbonn.data import build_data
+from rbonn.detect import fit as fit_detector
 from rbonn.detect import test_scenes
 from rbonn.evaluate import evaluate
 from rbonn.predict import predict
-from rbonn.tests.layouts import composed, config, folder_config, write_class_folders
+from rbonn.tests.layouts import DETECTOR, composed, config, folder_config, write_class_folders
 from rbonn.train import fit
 
 RAMP = np.add.outer(np.arange(40), np.arange(36)).astype(np.uint8) * 3
@@ -202,6 +203,37 @@ def test_voc_lists_of_any_editor_and_names_with_blanks(tmp_path):
     assert len(found) == 2 and found[0][1]["labels"].tolist() == [11]
     with pytest.raises(ValueError, match="generated; name the set"):
         test_scenes({"name": "scenes", "root": "/x"}, seed=0)
+
+
+def write_coco(root, split, *, objects):
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    (root / split).mkdir()
+    images = [{"id": i, "file_name": f"{i}.jpg", "width": 60, "height": 48} for i in range(1, 5)]
+    for image in images:
+        Image.new("RGB", (60, 48), (50 * image["id"], 90, 0)).save(root / split / image["file_name"])
+    boxes = [
+        {"id": i, "image_id": i, "category_id": 7, "bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 0}
+        for i in range(1, 5)
+    ]
+    content = {"images": images, "annotations": boxes if objects else [], "categories": [{"id": 7, "name": "cup"}]}
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def test_a_coco_folder_trains_and_a_split_without_objects_is_named_before(fabric, tmp_path):
+    write_coco(tmp_path, "train", objects=True)
+    write_coco(tmp_path, "val", objects=True)
+    write_coco(tmp_path, "bare", objects=False)
+    short = [o for o in DETECTOR if not o.startswith("data.")]
+    data = ["data.name=coco", f"data.root={tmp_path}", "data.train=train", "train.epochs=1", "schedule.milestones=[]"]
+    with pytest.raises(ValueError, match="the split bare of coco under data.root=.* names no object"):
+        fit_detector(composed("detect", *short, *data, "data.test=bare"), fabric, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    fit_detector(composed("detect", *short, *data, "data.test=val"), fabric, tmp_path / "run")
+    recorded = json.loads((tmp_path / "run/result.json").read_text())
+    assert recorded["data"]["objects"] == 4 and load(tmp_path / "run/last.ckpt").about["classes"] == ["cup"]
+    weights = f"weights={tmp_path / 'run/last.ckpt'}"
+    (tmp_path / "train").rename(tmp_path / "gone")  # the test images are enough
+    assert evaluate(composed("evaluate", weights, "batch_size=2"), fabric)["AP"] == recorded["metrics"]["AP"]
 
 
 def test_digits_take_no_folder(fabric, tmp_path):

@@ -37,6 +37,12 @@ def test_every_arm_trains_and_reports(method, fabric, tmp_path, stage1):
     start = [] if method in ("real", "activations") else [f"init.weights={stage1}"]
     fit(config(f"method={method}", *start), fabric, tmp_path)
     found = result(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for name in {"flip_rate", "active_share", "lookahead_flips"} & set(rows[0]):
+        assert found["metrics"][name] == pytest.approx(sum(r[name] for r in rows) / 2), "the mean over the epochs"
+    assert (
+        found["metrics"]["last_loss"] == rows[1]["loss"] and found["metrics"]["train_ce"] != found["metrics"]["test_ce"]
+    )
     assert found["status"] == "finished" and 0 <= found["metrics"]["top1"] <= found["metrics"]["top5"] <= 100
     assert (
         ("flip_rate" in found["metrics"])

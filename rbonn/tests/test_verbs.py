@@ -18,6 +18,7 @@ from rbonn.data import inference_transform
 from rbonn.deploy import FORMAT
 from rbonn.evaluate import evaluate
 from rbonn.export import export
+from rbonn.metrics import classification_metrics
 from rbonn.network import build_network
 from rbonn.predict import predict
 from rbonn.tests.layouts import composed
@@ -64,6 +65,17 @@ def test_no_option_of_the_model_is_dropped_on_the_way_back(key, value, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluate
+def test_metrics_in_closed_form():
+    logits = torch.zeros(4, 8)
+    logits[torch.arange(4), torch.tensor([0, 1, 2, 3])] = 2.0
+    logits[:, 4:] = torch.tensor([1.0, 0.9, 0.8, -1.0])
+    logits[:, :4] += torch.tensor([0.1, 0.2, 0.3, 0.4])
+    found = classification_metrics(logits, torch.tensor([0, 1, 4, 7]))  # two right, one among five, one last
+    assert found["top1"] == 50 and found["top5"] == 75
+    picked = logits.softmax(1)[torch.arange(4), torch.tensor([0, 1, 4, 7])]
+    assert found["test_ce"] == pytest.approx(-picked.log().mean().item())
+
+
 def test_evaluating_a_checkpoint_gives_the_metrics_of_its_run(checkpoint, folder_checkpoint, folders, fabric, capsys):
     for weights in (checkpoint, folder_checkpoint):
         recorded = json.loads((weights.parent / "result.json").read_text())["metrics"]
