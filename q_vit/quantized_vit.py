@@ -65,12 +65,7 @@ def quantize_vit(
     bits=32 without rectification returns a copy of the float network as it is, bit for bit.
     Calibrate before evaluation: one forward pass in training mode, or `common.quant.lsq.calibrate`.
     Raises ValueError for other values, or a model in which nothing can be quantised."""
-    if bits not in BITS or edge_bits not in BITS:
-        raise ValueError(f"bits={bits}, edge_bits={edge_bits}, allowed: 2..8, or 32 for no quantisation")
-    if parts not in PARTS:
-        raise ValueError(f"parts={parts!r}, allowed: {', '.join(PARTS)}")
-    if gelu_clip is not None and gelu_clip <= 0:
-        raise ValueError(f"gelu_clip={gelu_clip}, allowed: > 0 or None")
+    _check(bits, edge_bits, parts, gelu_clip)
     rules, rows = _rules(preset, symmetric, weight_init, init=init, zp_init=zp_init, grad_scale=grad_scale)
     model = copy.deepcopy(model)
     attentions: list[Any] = [m for m in model.modules() if isinstance(m, Attention | WindowAttention)]
@@ -81,16 +76,8 @@ def quantize_vit(
     on = {part: bits < 32 and parts in ("all", part) for part in ("mlp", "mhsa_weights", "mhsa_acts")}
     whole = parts == "all"
     for m in attentions:
-        if getattr(m, "gate", None) is not None:
-            raise ValueError("gated attention is not supported")
-        m.__class__ = QuantAttention if isinstance(m, Attention) else QuantWindowAttention  # pyright: ignore
         _add_rectification(m, irm, irm_form, irm_stats)
-        for name in ("q", "k", "v", "p"):
-            quantizer = nn.Identity()
-            if on["mhsa_acts"]:
-                quantizer = LSQQuantizer(bits, "activation", axis=1, groups=m.num_heads, **rules)
-            setattr(m, f"{name}_quantizer", quantizer)
-        m.integer = preset == "deployable"  # pyright: ignore
+        _quantize_attention(m, bits if on["mhsa_acts"] else 32, preset, rules)
         if on["mhsa_weights"]:
             for layer in (m.qkv, m.proj):
                 _quantize_layer(layer, bits, preset, rules, rows, inputs=whole)
@@ -107,6 +94,15 @@ def quantize_vit(
         for layer in edge_layers(model):
             _quantize_layer(layer, edge_bits, preset, rules, rows)
     return model
+
+
+def _check(bits: int, edge_bits: int, parts: str, gelu_clip: float | None) -> None:
+    if bits not in BITS or edge_bits not in BITS:
+        raise ValueError(f"bits={bits}, edge_bits={edge_bits}, allowed: 2..8, or 32 for no quantisation")
+    if parts not in PARTS:
+        raise ValueError(f"parts={parts!r}, allowed: {', '.join(PARTS)}")
+    if gelu_clip is not None and gelu_clip <= 0:
+        raise ValueError(f"gelu_clip={gelu_clip}, allowed: > 0 or None")
 
 
 def _rules(
@@ -129,6 +125,19 @@ def edge_layers(model: nn.Module) -> list[nn.Module]:
     heads = heads if isinstance(heads, tuple) else (heads,)
     found = [model.patch_embed.proj, *heads]  # pyright: ignore[reportAttributeAccessIssue]
     return [layer for layer in found if isinstance(layer, nn.Linear | nn.Conv2d)]
+
+
+def _quantize_attention(m: Any, bits: int, preset: str, rules: dict[str, Any]) -> None:
+    """Give an attention layer its quantisers of q, k, v and the attention map, one step per head, in place; 32 bits: none."""
+    if getattr(m, "gate", None) is not None:
+        raise ValueError("gated attention is not supported")
+    m.__class__ = QuantAttention if isinstance(m, Attention) else QuantWindowAttention
+    for name in ("q", "k", "v", "p"):
+        quantizer = nn.Identity()
+        if bits < 32:
+            quantizer = LSQQuantizer(bits, "activation", axis=1, groups=m.num_heads, **rules)
+        setattr(m, f"{name}_quantizer", quantizer)
+    m.integer = preset == "deployable"
 
 
 def _add_rectification(m: Any, irm: bool, form: Form, stats: Stats) -> None:
