@@ -308,7 +308,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                     raise ValueError(f"damaged at {broken}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        what = str(error).splitlines()[0]
+        what = next(iter(str(error).splitlines()), "") or type(error).__name__
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise RunError(
                 f"refused {path}: it holds pickled objects, not only tensors and plain types ({what})"
