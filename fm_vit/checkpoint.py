@@ -12,7 +12,7 @@ from common import runs
 from common.data.batches import stream
 from common.loop import Loaded
 from fm_vit.baselines import ConcatFusion, CrossAttentionFusion, SharedViT, TwoBranchCMFL
-from fm_vit.data import Data, build_data, check_data
+from fm_vit.data import SPLITS, Data, build_data, check_data
 from fm_vit.model import FMViT
 
 MODELS: dict[str, Any] = {
@@ -67,15 +67,20 @@ def load(path: str | Path) -> Loaded:
     return Loaded(model.eval(), found["config"], about)
 
 
-def data_of(trained: Loaded, data: Mapping[str, Any]) -> Data:
-    """The data set that a checkpoint was trained on, with the keys of `data` that are not null in place of its own; with another
-    `data.name` these keys alone, and the modalities and the look of the checkpoint.
+def data_of(trained: Loaded, data: Mapping[str, Any], *, splits: Sequence[str] = SPLITS) -> Data:
+    """The data set that a checkpoint was trained on, with the keys of `data` that are not null in place of its own (of lists and
+    splits the ones that are named); with another `data.name` these keys alone, and the modalities and the look of the
+    checkpoint. splits: those that are read.
 
     ValueError for modalities that the network does not have, or for a root where the set is embedded."""
     given = {k: v for k, v in data.items() if v is not None}
     own, about = trained.config["data"], trained.about
     if given.get("name", own["name"]) == own["name"]:
-        options = own | {k: {**own[k], **v} if _both(own.get(k), v) else v for k, v in given.items()}
+        if "protocol" in given and "lists" not in given:
+            raise ValueError(
+                f"data.protocol={given['protocol']}: the lists are those of the training; give +data.lists={{...}}"
+            )
+        options = own | {k: {**own[k], **v} if k in ("lists", "splits") else v for k, v in given.items()}
     else:
         look = {k: about[k] for k in ("size", "depth_max", "outline_only")}
         options = {"modalities": about["modalities"], **look, **given}
@@ -86,8 +91,4 @@ def data_of(trained: Loaded, data: Mapping[str, Any]) -> Data:
     if options["size"] != about["size"]:
         raise ValueError(f"data.size={options['size']}: the network was made for images of {about['size']}")
     check_data(**options)
-    return build_data(seed=trained.config["seed"], **options)
-
-
-def _both(*values: Any) -> bool:
-    return all(isinstance(v, Mapping) for v in values)
+    return build_data(seed=trained.config["seed"], read=splits, **options)

@@ -93,12 +93,12 @@ class _First:
             yield images, labels
 
 
-def build_data(*, name: str, seed: int, **options: Any) -> Data:
-    """The data of a configuration. ValueError for another name; what the readers raise."""
+def build_data(*, name: str, seed: int, read: Sequence[str] = SPLITS, **options: Any) -> Data:
+    """The data of a configuration. read: the splits that are needed. ValueError for another name; what the readers raise."""
     check_data(name=name, **options)
     if name == "faces":
-        return _faces(seed=seed, **options)
-    return _lists(**options) if name == "lists" else _folders(**options)
+        return _faces(seed=seed, read=read, **options)
+    return _lists(read=read, **options) if name == "lists" else _folders(read=read, **options)
 
 
 def check_data(*, name: str, **options: Any) -> None:
@@ -134,12 +134,14 @@ def check_data(*, name: str, **options: Any) -> None:
 
 
 def _faces(
-    *, seed: int, modalities: Sequence[str], size: int, train: int, validation: int, test: int, domain: str = "studio",
-    test_domain: str | None = None, attacks: Sequence[str] = ATTACKS, test_attacks: Sequence[str] | None = None,
-    cue: float = 1.0, padding: int = 2, workers: int = 0, root: str | None = None,
+    *, seed: int, read: Sequence[str], modalities: Sequence[str], size: int, train: int, validation: int, test: int,
+    domain: str = "studio", test_domain: str | None = None, attacks: Sequence[str] = ATTACKS,
+    test_attacks: Sequence[str] | None = None, cue: float = 1.0, padding: int = 2, workers: int = 0, root: str | None = None,
 ) -> Data:  # fmt: skip
     splits = {}
     for split, n in zip(SPLITS, (train, validation, test), strict=True):
+        if split not in read:
+            continue
         final = split == "test"
         made = spoof_faces(
             n, split=split, seed=seed, size=size, cue=cue, domain=(test_domain if final else None) or domain,
@@ -159,14 +161,14 @@ def _three(x: Tensor) -> Tensor:
 
 
 def _lists(
-    *, root: str | None, lists: Mapping[str, Any], live_label: int, format: str = "triplets",
+    *, root: str | None, read: Sequence[str], lists: Mapping[str, Any], live_label: int, format: str = "triplets",
     columns: Sequence[str] = ("rgb", "depth", "ir"), folders: Mapping[str, str] | None = None, video: str | None = None,
     subject: str | None = None, species: str | None = None, species_names: Mapping[str, str] | None = None,
     exclude: Sequence[str] = (), expected: Mapping[str, Any] | None = None, protocol: str | None = None, every: int = 1,
     modalities: Sequence[str], **shape: Any,
 ) -> Data:  # fmt: skip
     base, wanted, frames = data_root(root), expected_counts(expected, protocol), {}
-    for split in SPLITS:
+    for split in read:
         frames[split] = read_list(
             base / lists[split], base, modalities=modalities, live_label=live_label, kind=format, columns=columns,
             folders=folders, video=video, subject=subject, species=species, species_names=species_names, exclude=exclude,
@@ -184,7 +186,7 @@ def expected_counts(expected: Mapping[str, Any] | None, protocol: str | None) ->
 
 
 def _folders(
-    *, root: str | None, modalities: Sequence[str], splits: Mapping[str, str], live_class: str = "live",
+    *, root: str | None, read: Sequence[str], modalities: Sequence[str], splits: Mapping[str, str], live_class: str = "live",
     subject: str | None = None, video: str | None = None, expected: Mapping[str, Any] | None = None, **shape: Any,
 ) -> Data:  # fmt: skip
     base = data_root(root)
@@ -193,7 +195,7 @@ def _folders(
             base, splits[split], modalities=modalities, live_class=live_class, subject=subject, video=video,
             expected=(expected or {}).get(split),
         )
-        for split in SPLITS
+        for split in read
     }  # fmt: skip
     return _data("folder", base, frames, modalities=modalities, **shape)
 

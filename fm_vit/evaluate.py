@@ -40,7 +40,8 @@ def evaluate(cfg: DictConfig, fabric: Fabric) -> Rows:
     """Prints, writes and returns {subset: metrics}; see configs/evaluate.yaml."""
     check(cfg)
     trained = load(cfg.weights)
-    data = data_of(trained, OmegaConf.to_container(cfg.data, resolve=True))  # type: ignore[arg-type]
+    given: Any = OmegaConf.to_container(cfg.data, resolve=True)
+    data = data_of(trained, given, splits=("validation", "test"))
     fabric.print(str(data))
     model = fabric.setup_module(trained.model)
     development, _ = predict(fabric, model, data, "validation", batch_size=cfg.batch_size)

@@ -1,4 +1,4 @@
-"""Draws pictures/idea.png: the four sensors' view of live faces and attacks, and which patches a branch reads.
+"""Draws pictures/idea.png: what three sensors see of live faces and attacks, and how the branches of FM-ViT use it.
 
 python picture.py
 """
@@ -8,44 +8,37 @@ from pathlib import Path
 import torch
 from lightning_fabric import Fabric
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 from omegaconf import DictConfig
 
 from common.data.presentation_attacks import CHANNELS, spoof_faces
 from common.scripts import script
-from fm_vit.checkpoint import load
 
-NAMES = ["rgb", "depth", "ir"]
-TITLES = {"rgb": "colour", "depth": "depth", "ir": "infrared"}
+NAMES = {"rgb": "colour", "depth": "depth", "ir": "infrared"}
+ROWS = {0: "live", 1: "print", 4: "fake eyes"}  # by species
+COLOURS = {"rgb": "#4878cf", "depth": "#6acc65", "ir": "#d65f5f"}
 
 
 def draw(cfg: DictConfig) -> Path:
-    """Three faces (live, print, glasses) by three sensors; red: the patches that the class token of every branch reads, the
-    union of what each finds informative, in the network of cfg.weights."""
-    model, config, about = load(cfg.weights)
-    options = {k: config["data"][k] for k in ("size", "cue")}
-    faces = spoof_faces(200, split="test", seed=cfg.seed, **options)
+    """Left: three faces of the generator by three sensors, and the patches in which the attack is: hardly to be seen in colour,
+    clear and at the same place in depth and infrared. Right: one branch per sensor and what each class token reads."""
+    faces = spoof_faces(60, split="test", seed=cfg.seed, size=48)
     kinds = faces.extra["attack"].tolist()
-    chosen = [kinds.index(k) for k in (0, 1, 4)]
-    images = {m: faces.images[chosen][:, CHANNELS[m]].expand(-1, 3, -1, -1) for m in NAMES}
-    with torch.no_grad():
-        alone, masks = model({m: x * 2 - 1 for m, x in images.items()}, [[m] for m in NAMES] + [NAMES], with_masks=True)
-    grid = about["size"] // config["model"]["vit"]["patch_size"]
-    figure = Figure(figsize=(8.4, 4.3), layout="constrained")
-    axes = figure.subplots(3, 7)
-    for i, kind in enumerate(("live", "print attack", "fake eyes")):
-        for j, m in enumerate(NAMES):
-            axes[i][j].imshow(images[m][i].permute(1, 2, 0).numpy())
-            axes[i][j].set_title(TITLES[m] if i == 0 else "", fontsize=9)
-            own = masks[j][-1][m][i].reshape(1, 1, grid, grid).float()
-            show(axes[i][3 + j], images[m][i], own, about["size"])
-            axes[i][3 + j].set_title(f"{TITLES[m]}'s own" if i == 0 else "", fontsize=9)
-        union = masks[-1][-1]["rgb"][i].reshape(1, 1, grid, grid).float()
-        show(axes[i][6], images["rgb"][i], union, about["size"])
-        axes[i][6].set_title("all together" if i == 0 else "", fontsize=9)
-        axes[i][0].set_ylabel(kind, fontsize=9)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-    figure.suptitle("three sensors, and the patches (bright) that mutual attention lets a branch read", fontsize=10)
+    figure = Figure(figsize=(9.2, 3.7), layout="constrained")
+    grid = figure.add_gridspec(3, 8)
+    for i, (kind, row) in enumerate(ROWS.items()):
+        k = kinds.index(kind)
+        images = {m: faces.images[k, CHANNELS[m]].expand(3, -1, -1) for m in NAMES}
+        where = torch.nn.functional.max_pool2d(faces.masks[k][None].float(), 8)  # patches of 8 x 8
+        wide = where.repeat_interleave(8, 1).repeat_interleave(8, 2)
+        shown = [*images.values(), images["rgb"] * (0.15 + 0.85 * wide)]
+        for j, (title, image) in enumerate(zip([*NAMES.values(), "where it is"], shown, strict=True)):
+            ax = figure.add_subplot(grid[i, j])
+            ax.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
+            ax.set(xticks=[], yticks=[])
+            ax.set_title(title if i == 0 else "", fontsize=9)
+            ax.set_ylabel(row if j == 0 else "", fontsize=9)
+    branches(figure.add_subplot(grid[:, 4:]))
     out = Path(cfg.out).expanduser()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
@@ -53,10 +46,32 @@ def draw(cfg: DictConfig) -> Path:
     return out
 
 
-def show(ax, image: torch.Tensor, mask: torch.Tensor, size: int) -> None:
-    """The image, dark where the mask (1, 1, grid, grid) is 0."""
-    wide = torch.nn.functional.interpolate(mask, size=(size, size), mode="nearest")[0, 0]
-    ax.imshow((image * (0.15 + 0.85 * wide)).permute(1, 2, 0).numpy())
+def branches(ax) -> None:
+    """Three branches, the cross-modal block, and the score of whichever sensors are there."""
+    ax.set(xlim=(0, 10), ylim=(0, 9.4))
+    ax.axis("off")
+    for i, (m, name) in enumerate(NAMES.items()):
+        y = 7.2 - 2.6 * i
+        box(ax, 0.2, y, 2.5, f"{name}\nViT", COLOURS[m])
+        box(ax, 7.6, y, 2.2, "class token\nlive?", COLOURS[m])
+        for j in range(3):  # every branch reads the patches of all
+            ax.annotate(
+                "", (7.5, y + 0.6), (5.9, 7.8 - 2.6 * j), arrowprops={"arrowstyle": "->", "color": "0.6", "lw": 0.8}
+            )
+        ax.annotate("", (3.5, y + 0.6), (2.9, y + 0.6), arrowprops={"arrowstyle": "->", "color": "0.3"})
+    ax.add_patch(FancyBboxPatch((3.5, 1.7), 2.3, 7.0, boxstyle="round,pad=0.1", facecolor="0.95", edgecolor="0.4"))
+    text = "mutual attention:\nread the patches\nthat ANY sensor\nfinds informative\n\nfusion attention:\nthen those of all"
+    ax.text(4.65, 5.2, text, ha="center", va="center", fontsize=8.5)
+    ax.text(
+        5, 0.5, "score: mean over the sensors that are there; absent is absent, not zeros", ha="center", fontsize=8.5
+    )
+
+
+def box(ax, x: float, y: float, width: float, text: str, colour: str) -> None:
+    ax.add_patch(
+        FancyBboxPatch((x, y), width, 1.3, boxstyle="round,pad=0.1", facecolor=colour, alpha=0.35, edgecolor=colour)
+    )
+    ax.text(x + width / 2, y + 0.65, text, ha="center", va="center", fontsize=8.5)
 
 
 @script("picture")

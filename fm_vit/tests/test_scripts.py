@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -107,6 +108,7 @@ def test_evaluate_refuses_what_it_cannot_do(checkpoint, fabric, tmp_path):
 @pytest.mark.filterwarnings("ignore:a false positive rate")
 def test_a_network_is_evaluated_on_own_folders_by_video(checkpoint, fabric, tmp_path):
     write_own(tmp_path / "own")
+    shutil.rmtree(tmp_path / "own/train")  # nothing of it is needed
     own = ["+data.name=folder", f"data.root={tmp_path / 'own'}", "+data.video='(.*)'", "level=video", "bootstrap=0"]
     rows = measured(fabric, checkpoint, tmp_path / "out", *own)
     assert len(rows) == 7 and len(rows_of(tmp_path / "out/scores_test_video.csv")) == 9
