@@ -1,13 +1,14 @@
 """Accuracy, and what quantisation does to queries and keys."""
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from common.quant.lsq import LSQQuantizer
 from q_vit.information_rectification import code_entropy
-from q_vit.quantized_vit import QuantAttention, QuantWindowAttention
+from q_vit.quantized_vit import QuantAttention, QuantWindowAttention, Tapped
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -15,6 +16,53 @@ def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     result = {"top1": 100 * ranked[:, 0].double().mean().item()}
     return result | ({"top5": 100 * ranked.any(1).double().mean().item()} if logits.shape[1] > 5 else {})
+
+
+# ------------------------------------------------------------------------------------------------------ attention maps
+@torch.no_grad()
+def attention_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """softmax(q k^T / sqrt(D)) of every block (B, H, N, N), with the quantised q and k where a network has them."""
+    quantised = any(isinstance(m, QuantAttention | QuantWindowAttention) for m in model.modules())
+    taps = Tapped(model.eval(), "post_quant" if quantised else "raw")
+    qk = taps(images)[1]
+    taps.remove()
+    return [(q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) for q, k in qk]
+
+
+def attention_distance(attention: Tensor, grid: tuple[int, int], *, prefix: int = 0) -> float:
+    """How far a patch looks, in patches: the distance to the patches that it attends to, weighted by its attention to them,
+    mean over images, heads and patches. attention: (B, H, N, N) whose first `prefix` tokens are no patches."""
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    places = torch.stack([rows.flatten(), columns.flatten()], dim=1).to(attention.device)
+    p = attention[..., prefix:, prefix:].double()
+    if p.shape[-1] != len(places):
+        raise ValueError(f"{p.shape[-1]} patches for a grid of {grid[0]} x {grid[1]}")
+    return (p / p.sum(-1, keepdim=True) * torch.cdist(places, places)).sum(-1).mean().item()
+
+
+def attention_divergence(teacher: Tensor, student: Tensor) -> float:
+    """KL(teacher || student) in nats of attention maps (B, H, N, N), mean over images, heads and tokens."""
+    p, q = teacher.double(), student.double().clamp(min=1e-12)
+    return (torch.special.xlogy(p, p) - p * q.log()).sum(-1).mean().item()
+
+
+@torch.no_grad()
+def code_entropies(model: nn.Module, images: Tensor, which: Literal["q", "k"]) -> list[float]:
+    """Entropy in bits of the codes of the queries or keys of every block, mean over heads; [] where they are not quantised."""
+    attentions: list[Any] = [m for m in model.modules() if isinstance(m, QuantAttention | QuantWindowAttention)]
+    if not all(isinstance(getattr(m, f"{which}_quantizer"), LSQQuantizer) for m in attentions):
+        return []
+    if not attentions:
+        return []
+    taps = Tapped(model.eval(), "pre_quant")
+    qk = taps(images)[1]
+    taps.remove()
+    found = []
+    for m, pair in zip(attentions, qk, strict=True):
+        quantizer = getattr(m, f"{which}_quantizer")
+        codes = quantizer.codes(pair["qk".index(which)])
+        found.append(sum(code_entropy(codes[:, h], *quantizer.bounds) for h in range(codes.shape[1])) / codes.shape[1])
+    return found
 
 
 @torch.no_grad()

@@ -14,8 +14,10 @@ from common import runs
 from q_vit.bench import bench
 from q_vit.checkpoint import load
 from q_vit.data import build_data
+from q_vit.diagnose import run as diagnose
 from q_vit.evaluate import evaluate
 from q_vit.export import export
+from q_vit.metrics import attention_distance, attention_divergence
 from q_vit.model import build_float, build_student
 from q_vit.packing import pack, quantised_weights, unpack
 from q_vit.predict import class_names, classify
@@ -173,6 +175,35 @@ def test_own_class_folders_from_training_to_names(fabric, tmp_path):
     os.rename(only_test / "val/red", only_test / "val/violet")
     with pytest.raises(ValueError, match="different: red, violet"):
         evaluate(config(f"weights={weights}", f"data.root={only_test}", name="evaluate"), fabric)
+
+
+def test_attention_distance_and_divergence_in_closed_form():
+    own = torch.eye(4).expand(1, 1, 4, 4)
+    even = torch.full((1, 1, 4, 4), 0.25)
+    assert attention_distance(own, (2, 2)) == 0
+    assert attention_distance(even, (2, 2)) == pytest.approx((2 + math.sqrt(2)) / 4)
+    padded = torch.zeros(1, 1, 6, 6)
+    padded[..., 2:, 2:], padded[..., :2] = even / 2, 0.25  # attention to tokens that are no patches does not count
+    assert attention_distance(padded, (2, 2), prefix=2) == pytest.approx((2 + math.sqrt(2)) / 4)
+    with pytest.raises(ValueError, match="6 patches for a grid of 2 x 2"):
+        attention_distance(padded, (2, 2))
+    assert attention_divergence(even, even) == pytest.approx(0) and attention_divergence(own, even) == pytest.approx(
+        math.log(4)
+    )
+
+
+def test_diagnose_sets_networks_side_by_side(fabric, root, checkpoint, tmp_path):
+    teacher = root / "mini/fp/seed0/last.ckpt"
+    found = diagnose(
+        config(
+            f"weights=[{teacher},{checkpoint}]", f"out={tmp_path / 'd.png'}", "statistics_images=8", name="diagnose"
+        ),
+        fabric,
+    )
+    assert list(found) == ["fp", "test"] and json.loads((tmp_path / "d.json").read_text()) == found
+    assert found["fp"]["q_entropy"] == [] and 0 < found["test"]["q_entropy"][0] <= 4
+    assert found["fp"]["attention_distance"][0] > 0 and found["test"]["attention_divergence"][0] > 0
+    assert (tmp_path / "d.png").stat().st_size > 5000
 
 
 def test_bench_writes_its_rows(tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -389,9 +390,9 @@ def test_a_wrong_value_names_what_is_allowed_and_writes_nothing(overrides, error
 )  # fmt: skip
 def test_a_wrong_command_line_is_one_clear_line_and_leaves_nothing(overrides, error, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["train.py", f"run_root={tmp_path / 'runs'}", *overrides])
-    monkeypatch.setattr(train.teachers, "find", lambda *_: pytest.fail("a teacher was looked for"))
+    monkeypatch.setattr(teacher, "find", lambda *_: pytest.fail("a teacher was looked for"))
     with pytest.raises(SystemExit) as stop:
-        train.main()
+        runpy.run_path(str(PAPER / "train.py"), run_name="__main__")
     said = capfd.readouterr().err.strip().splitlines()
     assert stop.value.code == 1 and len(said) == 1 and said[0].startswith("error: ") and error.split(".*")[0] in said[0]
     assert not (tmp_path / "runs").exists()
