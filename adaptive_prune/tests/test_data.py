@@ -15,9 +15,9 @@ CPU = torch.device("cpu")
 def test_digit_grids_are_new_in_every_epoch_and_equal_for_a_seed():
     data = build_data(name="digit_grids", seed=1, train_images=32, test_images=8)
     plan = Plan(32, 16, seed=1)
-    first, again, second = (next(iter(data.epoch(plan, e, CPU)))[0] for e in (1, 1, 2))
+    first, again, second = (next(data.batches(plan, e, CPU))[0] for e in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first.sort(0).values, second.sort(0).values)
-    assert data.truth["k"].shape == (8,) and data.classes == 10
+    assert data.truth["k"].shape == (8,) and data.classes == [str(c) for c in range(10)]
     with pytest.raises(ValueError, match="repeated augmentation"):
         build_data(name="digit_grids", seed=0, repeats=3)
 

@@ -1,4 +1,4 @@
-"""The whole model: timm parity, removal against masking, batch invariance, counts, limits, bad input (section 8)."""
+"""The whole model: timm parity, removal against masking, batch invariance, counts, limits, bad input."""
 
 import copy
 import itertools
@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from adaptive_prune import lvvit
+from adaptive_prune import lvvit, removal
 from adaptive_prune.backbones import build_vit, cost_of
 from adaptive_prune.calibrate import calibrate
 from adaptive_prune.distillation import teacher_outputs
@@ -55,6 +55,16 @@ def test_nothing_pruned_is_the_timm_model_and_everything_pruned_works(inference)
     logits, info = model(images(), details=True)
     assert logits.isfinite().all() and (info.kept == 0).all()
     assert info.macs.tolist() == pytest.approx([model.cost.floor((4, 7, 10)) * model.cost.dense] * 5)
+
+
+@pytest.mark.parametrize("rule", ["threshold", "topk", "evit", "tome", "none"])
+def test_an_empty_batch_has_logits_of_its_shape(rule):
+    model = PrunedViT(vit(), rule=rule, budget=0.6)
+    for mode in (True, False):
+        logits, info = model.train(mode)(images(0), details=True)
+        assert logits.shape == (0, 7) and info.macs.shape == (0,)
+        assert info.kept.shape == (0, len(model.locations))
+    assert model(images(0)).shape == (0, 7)
 
 
 def test_one_surviving_token_works_everywhere():
@@ -156,6 +166,20 @@ def test_one_synchronisation_per_threshold(inference, family, monkeypatch):
     assert waits.seen == ["_local_scalar_dense" if inference == "batch_topk" else "tolist"] * len(model.locations)
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "there", "kernel"),
+    [
+        ("cpu", torch.bfloat16, None, True, "loop"), ("cuda", torch.float16, (8, 0), True, "varlen"),
+        ("cuda", torch.bfloat16, (9, 0), True, "varlen"), ("cuda", torch.float16, (7, 5), True, "padded"),
+        ("cuda", torch.float32, (9, 0), True, "padded"), ("cuda", torch.float16, (9, 0), False, "padded"),
+    ],
+)  # fmt: skip
+def test_the_kernel_follows_what_the_card_can(device, dtype, capability, there, kernel, monkeypatch):
+    monkeypatch.setattr(removal, "_capability", lambda _: capability)
+    monkeypatch.setattr(removal, "_has_varlen", lambda: there)
+    assert removal.ragged_kernel(torch.device(device), dtype) == kernel
+
+
 def test_attention_on_padded_queries_is_attention_per_image():
     q, k, v = torch.randn(3, 9, 2, 4, generator=torch.Generator().manual_seed(0))
     expected = ragged_attention(q, k, v, [2, 1, 6], scale=0.5)
@@ -200,11 +224,20 @@ def test_the_budget_alone_moves_thresholds_to_the_target():
     assert loss.item() < 0.05
 
 
-def test_activation_masks_leave_dropped_tokens_as_keys():
+def test_activation_masks_leave_dropped_tokens_as_keys_of_value_zero():
+    """Against the plain formula: attend to everything, then set dropped tokens to zero after every block."""
     model = pruned().train()
-    attention = model(images())
+    attention, info = model(images(), details=True)
     model.mask = "activation"
-    assert not torch.allclose(model(images()), attention, atol=1e-3)
+    found, seen = model(images(), details=True)
+    assert not torch.allclose(found, attention, atol=1e-3) and info.kept.min() < 36
+    x, s = model.embed(images()), -1
+    for i, block in enumerate(model.vit.blocks):
+        s += i in model.locations
+        x = block(x)
+        if s >= 0:
+            x = x * torch.cat([torch.ones(len(x), 1), seen.masks[:, s].float()], 1)[..., None]
+    torch.testing.assert_close(found, model.vit.forward_head(model.vit.norm(x)), rtol=1e-4, atol=1e-4)
     model.theta.data.fill_(-1.0)
     torch.testing.assert_close(model(images()), model.vit(images()), rtol=1e-5, atol=1e-5)
 
@@ -214,6 +247,19 @@ def test_autocast_computes_the_decision_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         logits, info = model(images(), details=True)
     assert info.scores.dtype == torch.float32 and info.macs.dtype == torch.float32 and logits.isfinite().all()
+
+
+def test_thresholds_and_temperature_of_a_model_scale_with_its_tokens():
+    model = prune(vit(), budget=0.5)
+    assert model.temperature == pytest.approx(1e4 * 36 / 196)
+    assert model.theta.tolist() == pytest.approx([0.001 * k * 196 / 36 for k in (1, 2, 3)])
+
+
+def test_calibration_corrects_towards_the_budget():
+    """The first guess is off, as counts that vary cost more than their mean: each correction must come nearer."""
+    x = [images(20) * torch.linspace(0.2, 3, 20).view(-1, 1, 1, 1)]
+    off = [abs(calibrate(prune(vit(), budget=0.6), x, 0.6, rounds=r) - 0.6) for r in (1, 4)]
+    assert off[0] > 0.003 and off[1] < off[0] / 2
 
 
 def test_calibration_meets_the_budget():
@@ -307,7 +353,7 @@ def test_counts_of_the_paper(name, params):
     assert cost.dense_without_prefix == pytest.approx(code, rel=1e-6)
 
 
-def test_the_miniature_of_the_specification():
+def test_the_miniature():
     model = prune(vit(6), locations=(2, 3, 4), budget=0.5)
     head = 32 * 7 + 7
     assert sum(p.numel() for p in model.parameters()) - head == 53421 - (32 * 10 + 10)

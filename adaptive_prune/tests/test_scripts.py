@@ -1,4 +1,4 @@
-"""evaluate.py, predict.py, export.py, counts.py and bench.py, on a checkpoint trained here."""
+"""evaluate.py, predict.py, export.py, counts.py, bench.py and what a checkpoint says, on a checkpoint trained here."""
 
 import csv
 import hashlib
@@ -8,31 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from adaptive_prune import bench, counts, evaluate, export, predict
-from adaptive_prune.backbones import build_vit
+from adaptive_prune import checkpoint as checkpoints
+from adaptive_prune.checkpoint import load
+from adaptive_prune.settings import composed, options
+from adaptive_prune.tests.contract import sharp_vit
 from adaptive_prune.train import fit
 from common import runs
 from common.metrics.claims import load_document
+from common.onnx_export import read_about
 
 PAPER = Path(__file__).resolve().parents[1]
-CONFIGS = PAPER / "configs"
-SHORT = ["data.train_images=96", "data.test_images=40", "train.batch_size=32", "train.epochs=2", "budget.target=0.6"]
 THETA = [0.01, 0.015, 0.02]
-
-
-def config(name, *overrides):
-    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
-        return compose(name, overrides=list(overrides))
-
-
-def start(script, *overrides):
-    """A script's main as its command line would call it."""
-    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
-        script.main(compose(script.__name__.rpartition(".")[2], overrides=list(overrides)))
 
 
 def table(path):
@@ -40,47 +31,23 @@ def table(path):
         return list(csv.DictReader(file))
 
 
-def sharp_vit(channels, classes):
-    """A bare ViT for 24 x 24 images, random, with attention far from uniform."""
-    vit = {"name": "vit", "img_size": 24, "patch_size": 4, "embed_dim": 32, "depth": 6, "num_heads": 4, "mlp_ratio": 2}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = build_vit(**vit, num_classes=classes, in_chans=channels)
-        for block in model.blocks:
-            torch.nn.init.normal_(block.attn.qkv.weight, std=0.5)
-    return model
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """AS-ViT trained for six steps on digit grids."""
-    out = tmp_path_factory.mktemp("trained")
-    torch.save(sharp_vit(1, 10).state_dict(), out / "start.pth")
-    cfg = config("config", "arm=as", f"start.checkpoint={out / 'start.pth'}", f"method.thresholds={THETA}", *SHORT)
-    fit(cfg, runs.launch({"accelerator": "cpu", "devices": 1}), out / "run")
-    return out / "run/last.ckpt"
+def counts_of(rows, keys=("kept_1", "kept_2", "kept_3")):
+    return torch.tensor([[int(r[k]) for k in keys] for r in rows]).double()
 
 
 @pytest.fixture
-def measured(capsys, tmp_path):
-    """What evaluate.py prints for its overrides: {metric: value}."""
-
-    def run(*overrides):
-        capsys.readouterr()
-        start(evaluate, f"out={tmp_path / 'evaluation'}", *overrides)
-        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-        return {words[0]: float(words[1]) for words in lines if len(words) == 2 and words[0].isidentifier()}
-
-    return run
+def measured(script_config, fabric):
+    """The metrics of evaluate.py for its overrides."""
+    return lambda *overrides: evaluate.run(script_config("evaluate", *overrides), fabric)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def colour(tmp_path_factory):
     """A bare ViT's weights for colour images of five classes as they are published, with thresholds."""
     file = tmp_path_factory.mktemp("colour") / "bare.pth"
     weights = {f"module.{k}": v for k, v in sharp_vit(3, 5).state_dict().items()}
     torch.save({"model": weights | {"theta": torch.tensor(THETA)}}, file)
-    return [f"weights={file}", "vit=mini", "set=imagenet", "+data.size=24"]
+    return [f"weights={file}", "vit=mini"]
 
 
 def photos(folder, n=3):
@@ -88,107 +55,157 @@ def photos(folder, n=3):
     for i in range(n):
         (folder / "sub").mkdir(parents=True, exist_ok=True)
         pixels = generator.integers(0, 256, (30, 40, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / ("sub" if i else "") / f"photo{i}.png")
+        Image.fromarray(pixels).save(folder / ("sub" if i else "") / f"photo{i % 2}.png")
     return folder
 
 
-# ----------------------------------------------------------------------------------------------------------- evaluate
-def test_evaluate_gives_the_numbers_of_the_run_and_the_counts_behind_them(checkpoint, measured, tmp_path):
-    found = measured(f"weights={checkpoint}")
-    recorded = json.loads((checkpoint.parent / "result.json").read_text())["metrics"]
-    assert found == pytest.approx(recorded, rel=1e-4) and {"top1", "macs", "gmacs", "recall_lift"} <= found.keys()
-    rows = table(tmp_path / "evaluation/kept.csv")
-    kept = torch.tensor([[int(r[f"kept_{s}"]) for s in (1, 2, 3)] for r in rows]).double()
-    assert len(rows) == 40 and kept.std(0).max() > 0, "the test needs different counts"
-    assert 100 * np.mean([int(r["right"]) for r in rows]) == pytest.approx(found["top1"])
-    assert [found[f"kept_{s}"] for s in (1, 2, 3)] == pytest.approx((kept.mean(0) / 36).tolist(), rel=1e-4)
-    cost = evaluate.load(checkpoint)[0].cost
-    macs = [cost.staged(k, (2, 3, 4)) / cost.dense for k in kept.tolist()]
-    assert found["macs"] == pytest.approx(np.mean(macs), rel=1e-4) and found["macs"] < 1
-    histogram = table(tmp_path / "evaluation/histogram.csv")
-    for stage in (1, 2, 3):
-        bins = [r for r in histogram if r["stage"] == str(stage)]
-        assert sum(int(r["images"]) for r in bins) == 40
-        assert float(bins[0]["low"]) == kept[:, stage - 1].min()
-
-
-def test_evaluate_with_other_thresholds_inference_data_and_calibration(checkpoint, measured, tmp_path):
-    weights = f"weights={checkpoint}"
-    whole = measured(weights, "thresholds=[-1,-1,-1]", "histogram=false")
-    assert whole["macs"] == 1 and whole["kept_3"] == 1 and not (tmp_path / "evaluation").exists()
-    none = measured(weights, "thresholds=[1,1,1]")
-    assert none["kept_1"] == 0 and none["macs"] == pytest.approx(
-        evaluate.load(checkpoint)[0].cost.floor((2, 3, 4)), rel=1e-4
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+def test_a_checkpoint_rebuilds_exactly_the_options_that_were_trained(checkpoint):
+    trained = load(checkpoint)
+    model = trained.model
+    assert (model.score, model.row_max, model.eps, model.cost.extended, model.inference) == (
+        "mean",
+        "all",
+        1e-6,
+        True,
+        "padded",
     )
-    packed = json.loads((checkpoint.parent / "result.json").read_text())["metrics"]
-    assert measured(weights, "inference=masked") == pytest.approx(packed, rel=1e-4)
-    retargeted = measured(weights, "calibrate=0.6", "calibration_images=64")
-    assert retargeted["calibrated_macs"] == pytest.approx(0.6, abs=0.02)
-    assert retargeted["macs_of_topk"] == pytest.approx(retargeted["calibrated_macs"], abs=0.02)
+    assert model.theta.tolist() != THETA, "the learned thresholds, not those that training began with"
+    torch.testing.assert_close(model.theta, runs.load_checkpoint(checkpoint)["model"]["theta"])
+    assert not model.training and trained.about["classes"] == [str(c) for c in range(10)]
+    assert trained.about["size"] == 24 and trained.about["crop"] is None and trained.about["channels"] == 1
+    assert set(options(trained.config)) == {
+        "rule", "locations", "thresholds", "temperature", "score", "mask", "inference", "budget", "extended_cost", "cumulative",
+        "row_max", "eps",
+    }  # fmt: skip
 
 
-def test_released_weights_are_evaluated_dense(checkpoint, measured, tmp_path):
-    weights = {k.removeprefix("vit."): v for k, v in runs.load_checkpoint(checkpoint)["model"].items() if k != "theta"}
-    torch.save({"state_dict": {f"module.{k}": v for k, v in weights.items()}}, tmp_path / "bare.pth")
-    what = ["vit=mini", "set=digit_grids", "arm=dense", "+data.test_images=40"]
-    bare = measured(f"weights={tmp_path / 'bare.pth'}", *what)
-    dense = measured(f"weights={checkpoint}", "thresholds=[-1,-1,-1]")
-    assert bare["nll"] == pytest.approx(dense["nll"], rel=1e-4) and bare["macs"] == 1 and "kept_1" not in bare
+def test_counts_of_a_matched_arm_come_with_the_checkpoint(checkpoint, tmp_path):
+    state = runs.load_checkpoint(checkpoint)
+    state["config"]["method"] |= {"rule": "topk", "match": "as"}
+    state["about"]["keep"] = [9, 8, 7]
+    del state["model"]["theta"]
+    torch.save(state, tmp_path / "m.ckpt")
+    assert load(tmp_path / "m.ckpt").model.keep == [9, 8, 7]
 
 
-def test_the_record_names_weights_and_claim(checkpoint, measured, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
-    found = measured(f"weights={checkpoint}", "record=true", "claim=deit_s_weights")
-    (file,) = (tmp_path / "results/external").iterdir()
-    record = json.loads(file.read_text())
-    assert record["weights_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    assert record["claim"] == "deit_s_weights" and record["n"] == 40
-    assert record["value"] == pytest.approx(found["top1"], rel=1e-4)
-
-
-@pytest.mark.parametrize("script", [evaluate, predict, export])
-def test_a_missing_checkpoint_is_named(script, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere\.ckpt"):
-        start(script, f"weights={tmp_path / 'nowhere.ckpt'}")
+def test_published_weights_are_known_by_their_shapes(tmp_path):
+    for name, vit in (("deit_tiny", "deit_tiny_patch16_224"), ("lvvit_s", "lvvit_s")):
+        with torch.device("meta"):
+            weights = checkpoints.build_vit(name=vit, num_classes=1000).state_dict()
+        assert checkpoints.recognise(weights) == name
+    weights = checkpoints.build_vit(name="deit_tiny_patch16_224", num_classes=1000).state_dict()
+    torch.save({"model": weights}, tmp_path / "deit.pth")
+    model, config, about = load(tmp_path / "deit.pth")
+    assert model.rule == "none" and about["classes"][0].startswith("tench") and about["size"] == 224
+    assert about["crop"] == 0.875 and about["normalise"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    assert config["data"]["name"] == "folder" and load(tmp_path / "deit.pth", way="as").model.rule == "threshold"
 
 
 def test_checkpoints_of_another_kind_are_named(checkpoint, tmp_path):
-    bare = {"model": "mini", "method": "dense", "dataset": "digit_grids"}
     (tmp_path / "half.ckpt").write_bytes(checkpoint.read_bytes()[:1000])
     head = {"head.weight": torch.zeros(10, 32)}
     torch.save({"model": {}, "config": {"model": {}}}, tmp_path / "foreign.ckpt")
     torch.save(head, tmp_path / "head.pth")
     torch.save(head | {"patch_embed.proj.weight": torch.zeros(32, 1, 4, 4)}, tmp_path / "parts.pth")
-    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
-        for file, names, kind, error in (
-            (tmp_path / "half.ckpt", {}, runs.RunError, r"half\.ckpt: truncated"),
-            (tmp_path / "foreign.ckpt", {}, ValueError, r"foreign\.ckpt.*lacks channels, classes, keep"),
-            (checkpoint.parent / "evaluation.ckpt", {}, ValueError, "not written by train.py: say what it is"),
-            (checkpoint.parent / "evaluation.ckpt", bare, ValueError, "holds no head weights"),
-            (tmp_path / "head.pth", bare, ValueError, "holds no patch_embed weights"),
-            (tmp_path / "parts.pth", bare, ValueError, r"does not fit vit: missing \['vit\.cls_token'"),
-        ):
-            with pytest.raises(kind, match=error):
-                evaluate.load(file, **names)
-
-
-def test_evaluate_names_bad_values_and_missing_folders(checkpoint, tmp_path):
-    weights = f"weights={checkpoint}"
-    folder = ["+data.name=folder", "+data.size=24"]
-    for name in ("ant", "bee", "cat"):
-        for split in ("train", "val"):
-            (tmp_path / "d" / split / name).mkdir(parents=True)
-            Image.new("RGB", (24, 24)).save(tmp_path / "d" / split / name / "0.png")
-    for overrides, kind, error in (
-        (["inference=sparse"], ValueError, "inference='sparse', allowed: packed"),
-        (["ema=true"], ValueError, "no averaged weights"),
-        (["thresholds=[0.1,0.2]"], RuntimeError, "size"),
-        ([*folder, f"data.root={tmp_path / 'gone'}"], FileNotFoundError, r"no folder .*gone"),
-        ([*folder, f"data.root={tmp_path / 'd/train'}"], FileNotFoundError, r"no folder .*d/train/train"),
-        ([*folder, f"data.root={tmp_path / 'd'}"], ValueError, "10 classes, the data set 3"),
+    for file, names, kind, error in (
+        (tmp_path / "half.ckpt", {}, runs.RunError, r"half\.ckpt"),
+        (tmp_path / "foreign.ckpt", {}, ValueError, r"foreign\.ckpt.*lacks about"),
+        (checkpoint.parent / "evaluation.ckpt", {}, ValueError, "holds no head weights"),
+        (tmp_path / "head.pth", {}, ValueError, "holds no patch_embed weights"),
+        (tmp_path / "parts.pth", {}, ValueError, r"is none of deit_tiny.*name its architecture, vit="),
+        (tmp_path / "parts.pth", {"vit": "mini"}, ValueError, r"does not fit mini: missing \['vit\.cls_token'"),
+        (tmp_path / "parts.pth", {"ema": True}, ValueError, "no averaged weights"),
+        (checkpoint, {"ema": True}, ValueError, "no averaged weights"),
+        (checkpoint, {"vit": "mini"}, ValueError, "knows its architecture"),
+        (tmp_path / "nowhere.ckpt", {}, FileNotFoundError, "no checkpoint at"),
     ):
         with pytest.raises(kind, match=error):
-            start(evaluate, weights, *overrides)
+            load(file, **names)
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluate
+def test_evaluate_gives_the_numbers_of_the_run_and_the_counts_behind_them(checkpoint, measured, tmp_path):
+    found = measured(f"weights={checkpoint}", f"out={tmp_path}")
+    recorded = json.loads((checkpoint.parent / "result.json").read_text())["metrics"]
+    assert found == pytest.approx(recorded, rel=1e-4) and {"top1", "macs", "gmacs", "recall_lift"} <= found.keys()
+    rows = table(tmp_path / "kept.csv")
+    kept = counts_of(rows)
+    assert len(rows) == 40 and kept.std(0).max() > 0, "the test needs different counts"
+    assert 100 * np.mean([int(r["right"]) for r in rows]) == pytest.approx(found["top1"])
+    assert [found[f"kept_{s}"] for s in (1, 2, 3)] == pytest.approx((kept.mean(0) / 36).tolist(), rel=1e-4)
+    cost = load(checkpoint).model.cost
+    assert found["macs"] == pytest.approx(
+        np.mean([cost.staged(k, (2, 3, 4)) / cost.dense for k in kept.tolist()]), rel=1e-4
+    )
+    bins = [r for r in table(tmp_path / "histogram.csv") if r["stage"] == "1"]
+    assert sum(int(r["images"]) for r in bins) == 40 and float(bins[0]["low"]) == kept[:, 0].min()
+
+
+def test_evaluate_with_other_thresholds_inference_and_calibration(checkpoint, measured):
+    weights = f"weights={checkpoint}"
+    assert measured(weights, "thresholds=[-1,-1,-1]")["macs"] == 1
+    none = measured(weights, "thresholds=[1,1,1]")
+    assert none["kept_1"] == 0 and none["macs"] == pytest.approx(load(checkpoint).model.cost.floor((2, 3, 4)), rel=1e-4)
+    packed = json.loads((checkpoint.parent / "result.json").read_text())["metrics"]
+    assert measured(weights, "inference=packed")["macs"] == pytest.approx(packed["macs"], rel=1e-4)
+    retargeted = measured(weights, "calibrate=0.6", "calibration_images=64")
+    assert retargeted["calibrated_macs"] == pytest.approx(0.6, abs=0.02)
+    assert retargeted["macs_of_topk"] == pytest.approx(retargeted["calibrated_macs"], abs=0.02)
+    assert measured(weights, "way=dense")["macs"] == 1, "a dense way of the same weights"
+
+
+def test_evaluate_sees_the_score_of_the_checkpoint(checkpoint, measured, tmp_path):
+    """The same weights and thresholds with the other score keep other tokens."""
+    state = runs.load_checkpoint(checkpoint)
+    state["config"]["method"]["score"] = "weighted"
+    torch.save(state, tmp_path / "other.ckpt")
+    assert measured(f"weights={tmp_path / 'other.ckpt'}")["gmacs"] != measured(f"weights={checkpoint}")["gmacs"]
+
+
+def test_evaluate_needs_the_test_pictures_only(folder_arm, pictures, fabric, measured, tmp_path):
+    more = ["train.epochs=1", "start.arm=null", "start.random=true", "method=no_distillation"]
+    fit(composed(*folder_arm, *more, "arm=as"), fabric, tmp_path / "run")
+    recorded = json.loads((tmp_path / "run/result.json").read_text())["metrics"]
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved/val").symlink_to(pictures / "val")
+    weights = f"weights={tmp_path / 'run/last.ckpt'}"
+    assert measured(weights, f"data.root={tmp_path / 'moved'}") == pytest.approx(recorded, rel=1e-4)
+    (tmp_path / "other/val/blue").mkdir(parents=True)
+    (tmp_path / "other/val/.ipynb_checkpoints").mkdir()
+    for name in ("green", "blue"):
+        (tmp_path / "other/val" / name).mkdir(exist_ok=True)
+        Image.new("RGB", (40, 32)).save(tmp_path / "other/val" / name / "0.png")
+    with pytest.raises(ValueError, match="other classes.*blue"):
+        measured(weights, f"data.root={tmp_path / 'other'}")
+    with pytest.raises(ValueError, match="no folder|no class|train"):
+        measured(weights, f"data.root={tmp_path / 'moved'}", "calibrate=0.9", "+data.test_dir=train")
+
+
+def test_the_record_names_weights_and_claim(checkpoint, measured, tmp_path):
+    found = measured(f"weights={checkpoint}", "record=true", f"record_to={tmp_path}", "claim=deit_s_weights")
+    (file,) = tmp_path.iterdir()
+    record = json.loads(file.read_text())
+    assert record["weights_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert record["claim"] == "deit_s_weights" and record["n"] == 40 and record["value"] == found["top1"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error"),
+    [
+        (["inference=sparse"], "inference='sparse', allowed: packed"),
+        (["thresholds=[0.1,0.2]"], "2 thresholds for 3"),
+        (["calibrate=0.1"], "below the floor"),
+        (["calibrate=0.6", "way=topk"], "way=as makes it AS-ViT"),
+        (["claim=as_beats_topk"], "claim=as_beats_topk, allowed"),
+        (["data.root=/somewhere"], "digit_grids is embedded"),
+        (["way=nonsense"], "nonsense"),
+        (["out=x", "way=dense"], "drops no tokens to be counted"),
+    ],
+)
+def test_evaluate_names_bad_values(overrides, error, checkpoint, measured):
+    with pytest.raises(Exception, match=error):
+        measured(f"weights={checkpoint}", *overrides)
 
 
 # ------------------------------------------------------------------------------------------------------------ predict
@@ -201,98 +218,130 @@ def test_overlay_whitens_the_dropped_patches_only():
     np.testing.assert_allclose(shown[:4, :4, 2], scaled[:4, :4], atol=1e-6)
 
 
-def test_predict_draws_test_images_and_counts_their_tokens(checkpoint, measured, tmp_path):
-    start(predict, f"weights={checkpoint}", "count=3", f"out={tmp_path / 'out'}")
-    rows = table(tmp_path / "out/kept_tokens.csv")
-    measured(f"weights={checkpoint}")
-    kept = table(tmp_path / "evaluation/kept.csv")[:3]
-    assert [[r[f"kept_{s}"] for s in (1, 2, 3)] for r in rows] == [[r[f"kept_{s}"] for s in (1, 2, 3)] for r in kept]
-    picture = np.asarray(Image.open(tmp_path / "out/kept_tokens.png"))
-    assert min(picture.shape[:2]) > 300 and picture.std() > 10
+def test_predict_sees_pictures_as_evaluation_does(checkpoint, script_config, fabric, tmp_path):
+    """Test images written as files come back with the logits of the test set."""
+    trained = load(checkpoint)
+    data = evaluate.data_of(trained, {})
+    (tmp_path / "in").mkdir()
+    for i in range(6):
+        grey = (data.test[i][0][0].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+        Image.fromarray(grey).save(tmp_path / f"in/{i}.png")
+    args = [f"weights={checkpoint}", f"images={tmp_path / 'in'}", f"out={tmp_path / 'p.csv'}", "top=2", "batch_size=4"]
+    predict.run(script_config("predict", *args), fabric)
+    rows = table(tmp_path / "p.csv")
+    x = torch.stack([(data.test[i][0].clamp(0, 1) * 255).round() / 255 for i in range(6)])
+    with torch.no_grad():
+        logits, info = trained.model(x, details=True)
+    best = logits.softmax(1).topk(2)
+    assert [int(r["label"]) for r in rows] == best.indices.flatten().tolist()
+    np.testing.assert_allclose([float(r["probability"]) for r in rows], best.values.flatten(), atol=1e-5)
+    assert torch.equal(counts_of(rows[::2]), info.kept.double())
 
 
-def test_predict_on_a_folder_of_photographs(colour, tmp_path):
+def test_predict_on_folders_lists_and_broken_files(colour, script_config, fabric, tmp_path, capsys):
     folder = photos(tmp_path / "in")
-    start(predict, *colour, "arm=as", f"images={folder}", f"out={tmp_path / 'out'}")
-    rows = table(tmp_path / "out/kept_tokens.csv")
-    assert [r["image"] for r in rows] == ["photo0", "photo1", "photo2"]
-    start(predict, *colour, "arm=as", f"images=[{folder / 'sub'},{folder / 'photo0.png'}]", f"out={tmp_path / 'list'}")
-    again = table(tmp_path / "list/kept_tokens.csv")
-    assert again == [rows[1], rows[2], rows[0]], "an image must not depend on its batch"
-    counts = [[int(r[f"kept_{s}"]) for s in (1, 2, 3)] for r in rows]
-    assert all(36 >= a >= b >= c >= 0 for a, b, c in counts) and min(min(counts)) < 36 < sum(map(sum, counts))
-    assert (tmp_path / "out/kept_tokens.png").stat().st_size > 1000
+    (folder / "sub/broken.png").write_bytes(b"no image")
+    (folder / ".hidden.png").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("no image")
+    args = [
+        *colour,
+        "way=as",
+        f"images={folder}",
+        f"out={tmp_path / 'p.json'}",
+        f"pictures={tmp_path / 'kept'}",
+        "batch_size=2",
+    ]
+    with pytest.raises(SystemExit):
+        predict.run(script_config("predict", *args), fabric)
+    assert "1 of 4 files could not be read" in capsys.readouterr().err
+    rows = json.loads((tmp_path / "p.json").read_text())
+    assert [Path(r["path"]).relative_to(folder).as_posix() for r in rows] == [
+        "photo0.png",
+        "sub/photo0.png",
+        "sub/photo1.png",
+    ]
+    names = {p.name for p in (tmp_path / "kept").iterdir()}
+    assert names == {"photo0.png", "sub__photo0.png", "sub__photo1.png"}, "equal names must not collide"
+    assert Image.open(tmp_path / "kept/photo0.png").size[0] > 4 * 150
+    alone = [*colour, "way=as", f"images={folder / 'photo0.png'}", f"out={tmp_path / 'one.json'}"]
+    predict.run(script_config("predict", *alone), fabric)
+    assert json.loads((tmp_path / "one.json").read_text())[0] == rows[0], "an image must not depend on its batch"
 
 
-def test_predict_refuses_bad_input(checkpoint, colour, tmp_path):
+def test_predict_refuses_bad_input(checkpoint, colour, script_config, fabric, tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/broken.png").write_bytes(b"no image")
-    grey = [f"weights={checkpoint}", f"out={tmp_path / 'out'}"]
     folder = photos(tmp_path / "in", 1)
     for overrides, kind, error in (
-        ([*colour, "arm=as", f"images={tmp_path / 'gone'}"], FileNotFoundError, "no file or folder .*gone"),
-        ([*colour, "arm=as", f"images={tmp_path / 'empty'}"], FileNotFoundError, r"no image in .*empty.*\.png"),
-        ([*colour, "arm=as", f"images={tmp_path / 'broken'}"], ValueError, r"cannot decode image .*broken\.png"),
-        ([*grey, "photos=true"], ValueError, "1 channel, photographs have 3"),
-        ([*grey, "count=41"], ValueError, r"count=41, allowed: 1\.\.40"),
-        ([*colour, "arm=dense", f"images={folder}"], ValueError, "rule='none' drops no tokens"),
+        ([*colour, f"images={tmp_path / 'gone'}"], FileNotFoundError, "no file or folder .*gone"),
+        ([*colour, f"images={tmp_path / 'empty'}"], ValueError, r"no image in .*empty"),
+        ([*colour, f"images={folder}", "top=6"], ValueError, r"top=6, allowed: 1\.\.5"),
+        ([*colour, f"images={folder}", f"pictures={tmp_path / 'p'}"], ValueError, "rule='none' drops no tokens"),
+        ([*colour, f"images={folder}", f"out={tmp_path / 'x.txt'}"], ValueError, r"\.csv or \.json"),
     ):
+        out = [] if any(o.startswith("out=") for o in overrides) else [f"out={tmp_path / 'o.csv'}"]
         with pytest.raises(kind, match=error):
-            start(predict, *overrides)
-    assert not (tmp_path / "out").exists()
+            predict.run(script_config("predict", *overrides, *out), fabric)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "in"]
 
 
 # ------------------------------------------------------------------------------------------------------------- export
 @pytest.mark.parametrize("batch", [False, True])
-def test_onnx_drops_the_same_tokens(batch, checkpoint, tmp_path, capsys):
+def test_onnx_drops_the_same_tokens_and_says_what_it_is(batch, checkpoint, script_config, tmp_path):
+    import onnxruntime
+
     out = tmp_path / "as.onnx"
-    start(export, f"weights={checkpoint}", f"out={out}", f"batch={batch}")
-    assert "largest difference to torch on 4 images" in capsys.readouterr().out
-    model, _ = evaluate.load(checkpoint)
+    export.run(script_config("export", f"weights={checkpoint}", f"out={out}", f"batch={str(batch).lower()}"))
+    model, _, about = load(checkpoint)
+    assert read_about(out) == about
     x = torch.randn(6, 1, 24, 24, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected, info = model(x, details=True)
     assert info.kept.std(0).max() > 0, "the test needs different counts"
-    np.testing.assert_allclose(export.onnx_logits(out, x, batch=batch), expected.numpy(), atol=1e-4)
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    found = [session.run(None, {"images": part.numpy()})[0] for part in ([x] if batch else x.split(1))]
+    np.testing.assert_allclose(np.concatenate(found), expected.numpy(), atol=1e-4)
+    assert [p.name for p in tmp_path.iterdir()] == ["as.onnx"]
 
 
 def test_onnx_with_no_and_with_one_survivor(checkpoint, tmp_path):
-    model, _ = evaluate.load(checkpoint)
+    import onnxruntime
+
+    model = load(checkpoint).model
     x = torch.randn(3, 1, 24, 24, generator=torch.Generator().manual_seed(1))
-    model.inference = "masked"
     with torch.no_grad():
+        model.inference = "masked"
         best = model(x, details=True)[1].scores[:, 0].topk(2, 1).values
         model.theta.copy_(torch.tensor([best[0].mean(), -1.0, -1.0]))
         model.inference = "packed"
         expected, info = model(x, details=True)
-        assert info.kept[0, 0] == 1
-        export.export(model, x[1:], tmp_path / "one.onnx")
-        np.testing.assert_allclose(export.onnx_logits(tmp_path / "one.onnx", x), expected.numpy(), atol=1e-4)
-        model.theta.fill_(1.0)
-        export.export(model, x, tmp_path / "none.onnx")
-        np.testing.assert_allclose(export.onnx_logits(tmp_path / "none.onnx", x), model(x).numpy(), atol=1e-4)
+    assert info.kept[0, 0] == 1
+    export.export(model, x[:1], tmp_path / "one.onnx", about={})
+    session = onnxruntime.InferenceSession(str(tmp_path / "one.onnx"), providers=["CPUExecutionProvider"])
+    found = np.concatenate([session.run(None, {"images": part.numpy()})[0] for part in x.split(1)])
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+    model.theta.data.fill_(1.0)
+    assert export.export(model, x[:1], tmp_path / "none.onnx", about={}) < 1e-4
 
 
-def test_export_refuses_what_it_cannot_trace(checkpoint, tmp_path):
+def test_export_refuses_what_it_cannot_trace_and_a_file_that_differs(checkpoint, script_config, tmp_path):
     with pytest.raises(ValueError, match="only rule=threshold.*'topk'"):
-        start(export, f"weights={checkpoint}", "arm=topk", f"out={tmp_path / 'm.onnx'}")
+        export.run(script_config("export", f"weights={checkpoint}", "way=topk", f"out={tmp_path / 'm.onnx'}"))
+    with pytest.raises(ValueError, match="onnxruntime differs from torch"):
+        export.run(script_config("export", f"weights={checkpoint}", "tolerance=0", f"out={tmp_path / 'm.onnx'}"))
     assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------------- counts
 @pytest.fixture(scope="module")
-def counted():
-    cfg = config("counts")
-    rows = {str(n): counts.measure(str(n), list(at), cfg.keep_rate) for n, at in cfg.locations.items()}
-    return {f"{key}_{name}": value for name, found in rows.items() for key, value in found.items()}
+def counted(script_config):
+    return counts.count(script_config("counts"))
 
 
-def test_counts_are_the_published_ones(counted):
+def test_counts_are_those_of_the_claims(counted):
     exact = [c for c in load_document(PAPER)["claims"] if c["kind"] == "exact"]
     assert len(exact) >= 18
     for claim in exact:
-        assert claim["arms"] == ["counts"] and claim["published"]["source"] == "code"
+        assert claim["arms"] == ["counts"] and claim["published"]["source"] == "ours"
         assert abs(counted[claim["metric"]] - claim["published"]["value"]) <= claim.get("tol", 0), claim["id"]
 
 
@@ -308,47 +357,29 @@ def test_two_ways_of_counting_agree_and_thresholds_are_the_only_new_parameters(c
 
 
 # -------------------------------------------------------------------------------------------------------------- bench
-def small_vit(name):
-    return VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=12, num_heads=3, mlp_ratio=2, num_classes=5)
+def test_bench_rows_are_complete_and_at_equal_cost(script_config, fabric, tmp_path, monkeypatch):
+    def small(name):
+        return VisionTransformer(
+            img_size=32, patch_size=8, embed_dim=24, depth=12, num_heads=3, mlp_ratio=2, num_classes=5
+        )
 
-
-def test_bench_rows_are_complete(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench.timm, "create_model", small_vit)
+    monkeypatch.setattr(bench.timm, "create_model", small)
     out = tmp_path / "bench.json"
+    args = ["model=deit_tiny_patch16_224", "batches=[1,3]", "rounds=3", f"out={out}"]
     with torch.random.fork_rng():
-        bench.main(["model=small", "batches=1,3", "seconds=0.1", f"out={out}"])
-    rows = json.loads(out.read_text())
-    keys = {"name", "ours", "baseline", "ratio", "unit", "threads", "batch", "isa", "machine"}
-    assert all(set(row) == keys and row["ratio"] == pytest.approx(row["ours"] / row["baseline"]) for row in rows)
-    assert {row["batch"] for row in rows} == {1, 3}
-    names = {row["name"].removeprefix("small ") for row in rows}
-    arms = {"packed", "padded", "batch_topk", "evit", "tome"}
-    assert names >= {f"{a} against dense" for a in arms} | {
-        "packed against tome",
-        "packed, share of the ideal MAC ratio",
-    }
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if " rounds" in line]
-    macs = [float(line[line.index("MACs") - 1]) for line in lines if line[0] != "dense"]
-    assert len(macs) == 2 * len(arms) and macs == pytest.approx([0.65] * len(macs), abs=0.06)
-
-
-def test_bench_keeps_to_its_time_and_shuffles(monkeypatch):
-    clock, calls = [0.0], []
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
-
-    def model(name, cost):
-        return lambda x: (calls.append(name), clock.__setitem__(0, clock[0] + cost))
-
-    models = {"a": model("a", 1.0), "b": model("b", 3.0)}
-    times = bench.measure(models, torch.zeros(1), end=18.0)
-    assert times == {"a": [1.0] * 5, "b": [3.0] * 5}  # the fifth round begins at 16 s
-    pairs = {tuple(calls[i : i + 2]) for i in range(0, 10, 2)}
-    assert pairs == {("a", "b"), ("b", "a")}
-    assert len(bench.measure(models, torch.zeros(1), end=0.0)["a"]) == 3
-
-
-def test_bench_refuses_unknown_options():
-    with pytest.raises(SystemExit, match=r"unknown \['second'\]; known: model"):
-        bench.main(["second=3"])
-    with pytest.raises(SystemExit, match=r"\['fast'\] is not of the form"):
-        bench.main(["fast"])
+        rows = bench.bench(script_config("bench", *args), fabric)
+    assert json.loads(out.read_text()) == json.loads(json.dumps(rows))
+    names = {r["name"].removeprefix("deit_tiny_patch16_224 ") for r in rows if r["batch"] == 3}
+    rivals = {"packed", "padded", "batch_topk", "topk", "evit", "tome", "unpruned"}
+    assert names >= {f"{a} vs dense" for a in rivals} | {f"packed vs {a}" for a in ("topk", "evit", "tome")}
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["baseline"] / row["ours"])
+        assert row["macs"] == (1.0 if "unpruned" in row["name"] else pytest.approx(0.65, abs=0.06))
+    for wrong, error in (
+        ("precision=int8", "allowed: float32"),
+        ("batches=[0]", "at least 1"),
+        ("model=nonsense", "allowed: vit"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            bench.bench(script_config("bench", wrong), fabric)
+    assert OmegaConf.to_container(script_config("bench"))["rounds"] == 20 and bench.WARMUP == 5

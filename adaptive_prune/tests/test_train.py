@@ -1,165 +1,306 @@
-"""The script as people run it: every arm, resume, two ranks, errors, and what it leaves behind."""
+"""The script as people run it: every arm, its dense start, two ranks, errors, and what it leaves behind."""
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
-from PIL import Image
 
-from adaptive_prune.data import build_data
+from adaptive_prune import stages, train
+from adaptive_prune.data import build_data, mixed
+from adaptive_prune.settings import CONFIGS, composed
+from adaptive_prune.stages import dense_config, find
+from adaptive_prune.tests import contract
+from adaptive_prune.tests.contract import config
 from adaptive_prune.train import build, fit, loss_terms
 from common import runs
 from common.data.batches import Plan
 
 PAPER = Path(__file__).resolve().parents[1]
-CONFIGS = PAPER / "configs"
 ARMS = sorted(p.stem for p in (CONFIGS / "method").glob("*.yaml") if p.stem != "pretrain")
-SHORT = ["data.train_images=96", "data.test_images=40", "train.batch_size=32", "train.epochs=2", "train.save_every=1"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+SMALL = ["data.train_images=64", "data.test_images=16", "train.batch_size=32", "train.epochs=1"]
+CUT = "method.thresholds=[0.01,0.015,0.02]"
 
 
-def config(*overrides):
-    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
-        short = [
-            o for o in SHORT if not any("data=" in x or "experiment=" in x for x in overrides) or o.startswith("train")
-        ]
-        return compose("config", overrides=[*short, "arm=test", *overrides])
+def own(root, *overrides, arm="as"):
+    """A short run whose dense start is an arm of this folder."""
+    return composed(*SMALL, f"run_root={root}", f"arm={arm}", "start.epochs=1", "start.batch_size=32", *overrides)
 
 
-@pytest.fixture(scope="module")
-def fabric():
-    return runs.launch({"accelerator": "cpu", "devices": 1})
+def metrics_of(out):
+    return json.loads((out / "result.json").read_text())["metrics"]
 
 
 @pytest.fixture(scope="module")
 def root(fabric, tmp_path_factory):
-    """A run root that holds the dense start and an AS-ViT run."""
+    """A run root that holds a dense start, trained by the way, and an AS-ViT run."""
     where = tmp_path_factory.mktemp("runs")
-    for arm in ("pretrain", "as"):
-        fit(config(f"method={arm}", f"run_root={where}"), fabric, where / f"default/{arm}/seed0")
+    fit(own(where), fabric, where / "default/as/seed0")
     return where
 
 
+# -------------------------------------------------------------------------------------------------------- the dense start
+def test_a_start_is_trained_once_and_found_by_its_configuration(root, fabric, tmp_path, monkeypatch, capsys):
+    (place,) = (root / "default/pretrain").glob("for-*/seed0")
+    assert json.loads((place / "result.json").read_text())["status"] == "finished"
+    place.parent.rename(
+        root / "default/pretrain/data.train_images-64"
+    )  # as `python train.py method=pretrain ...` names it
+    inner = train.fit
+
+    def no_training(cfg, *args):
+        assert cfg.arm != "pretrain", "the start is there"
+        inner(cfg, *args)
+
+    monkeypatch.setattr(train, "fit", no_training)
+    inner(
+        own(root, "optim.lr=1e-3", "train.accumulation=2", "method.score=mean", "force=true"), fabric, tmp_path / "run"
+    )
+    assert "data.train_images-64" in capsys.readouterr().out
+    other = dense_config(own(root, "data.noise=0.2"))
+    assert find(runs.plain(other), runs.plain(other), {}, arm="pretrain") is None, "other data need another start"
+
+
+def test_the_default_start_has_the_directory_of_its_arm(tmp_path):
+    cfg = composed(
+        "arm=as", f"run_root={tmp_path}", "scale=mini", "seed=100", "optim.lr=1", "train.batch_size=8", "method=topk"
+    )
+    wanted = dense_config(cfg)
+    assert stages.dense_place(cfg, wanted, {}) == tmp_path / "mini/pretrain/seed100"
+    sweep = composed("method=pretrain", "arm=pretrain", "scale=mini", "seed=100", f"run_root={tmp_path}", "threads=1")
+    assert runs.fingerprint(wanted) == runs.fingerprint(sweep), "what the sweep of that scale trains"
+    assert "for-" in str(stages.dense_place(cfg, wanted, {"kind": "folder", "sha": "1"}))
+
+
+def test_own_folders_train_with_a_start_of_their_own(fabric, folder_arm, tmp_path):
+    """The reported defect: an own folder has other keys than the digit grids."""
+    cfg = composed(*folder_arm, "train.epochs=1", "arm=as", f"run_root={tmp_path / 'runs'}")
+    fit(cfg, fabric, tmp_path / "run")
+    state = runs.load_checkpoint(tmp_path / "run/last.ckpt")
+    assert state["about"]["classes"] == ["green", "red"] and state["about"]["channels"] == 3
+    (start,) = (tmp_path / "runs").rglob("pretrain/for-*/seed0/last.ckpt")
+    assert runs.load_checkpoint(start)["about"]["classes"] == ["green", "red"]
+
+
+def test_student_and_teacher_begin_with_the_weights_of_the_start(fabric):
+    cfg = config()
+    data = build_data(seed=0, **cfg.data)
+    model, teacher = build(cfg, data, contract.start(), None)
+    start = torch.load(contract.start(), weights_only=True)
+    for network in (model.vit, teacher):
+        found = network.state_dict()
+        assert all(torch.equal(found[k], v) for k, v in start.items()), "not the start"
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error"),
+    [
+        (["start.checkpoint=null", "start.arm=null"], "no start: set start.arm=pretrain"),
+        (["start.checkpoint=null", "start.arm=null", "method=no_distillation"], "no start: set"),
+        (["start.checkpoint=null", "start.arm=null", "start.random=true"], "needs a teacher"),
+        (["start.pretrained=true"], "two starts"),
+    ],
+)
+def test_no_arm_begins_or_learns_from_random_weights_in_silence(overrides, error, fabric, tmp_path):
+    with pytest.raises(ValueError, match=error):
+        fit(config(*overrides), fabric, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretrained_weights_that_are_out_of_reach_are_named_at_once(fabric, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr("adaptive_prune.backbones.socket.create_connection", refuse)
+    monkeypatch.setattr("adaptive_prune.backbones.try_to_load_from_cache", lambda *_: None)
+    for name in ("HTTPS_PROXY", "https_proxy", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    more = ["start.checkpoint=null", "start.arm=null", "start.pretrained=true", "method=no_distillation"]
+    vit = "model.vit={name:deit_tiny_patch16_224,img_size:32}"
+    with pytest.raises(ValueError, match=r"out of reach.*start\.checkpoint"):
+        fit(config(*more, vit, "data.size=32", "data.grid=4", "budget.target=0.9"), fabric, tmp_path / "run")
+
+
+def test_weights_of_another_shape_or_other_data_are_refused(root, fabric, tmp_path):
+    start = next((root / "default/pretrain").rglob("last.ckpt"))
+    for overrides, error in (
+        ([f"start.checkpoint={start}", "data.noise=0.2"], r"other data.*noise: 0\.1 -> 0\.2"),
+        (["data.size=32", "data.grid=4"], r"pos_embed is \(1, 37, 32\), not \(1, 65, 32\)"),
+        (["model.vit.depth=7"], r"does not fit.*missing \['vit\.blocks\.6"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            fit(config(*overrides), fabric, tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=r"no dense start .*start\.make=true"):
+        fit(own(tmp_path / "none", "start.make=false"), fabric, tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="no finished run of method=as"):
+        fit(own(root, "method=topk_matched", "data.noise=0.2", arm="topk_matched"), fabric, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- the arms
 @pytest.mark.parametrize("method", ARMS)
 def test_every_arm_trains_and_reports(method, root, fabric, tmp_path):
-    fit(config(f"method={method}", f"run_root={root}"), fabric, tmp_path)
-    result = json.loads((tmp_path / "result.json").read_text())
-    metrics = result["metrics"]
-    assert result["status"] == "finished" and 0 <= metrics["top1"] <= 100
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [r["epoch"] for r in rows] == [1, 2]
-    assert ("distill" in rows[0]) == (method != "no_distillation")
+    matched = method in ("topk_matched", "topk_geometric")
+    more = [] if matched else [f"start.checkpoint={contract.start()}", CUT]
+    fit(own(root, f"method={method}", *more, arm=method), fabric, tmp_path)
+    metrics = metrics_of(tmp_path)
+    (row,) = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert 0 <= metrics["top1"] <= 100 and ("distill" in row) == (method != "no_distillation")
     learned = method in ("as", "mean_score", "activation_mask", "early_positions", "no_distillation")
-    assert ("budget" in rows[0]) == ("theta_1" in rows[0]) == learned
-    if method in ("topk", "evit", "tome"):
-        assert metrics["macs"] == pytest.approx(0.45, abs=0.01) and metrics["kept_corr"] == 0
+    assert ("budget" in row) == learned and ("theta_1" in row) == (learned or method == "frozen_quantiles")
+    if method in ("topk", "evit", "evit_no_fusion", "tome", "frozen_quantiles"):
+        assert metrics["macs"] == pytest.approx(0.45, abs=0.03)
     if method == "dense":
         assert metrics["macs"] == 1
-    if method == "topk_matched":
-        target = json.loads((root / "default/as/seed0/result.json").read_text())["metrics"]["macs"]
+    if matched:
+        target = metrics_of(root / "default/as/seed0")["macs"]
         assert 0 <= metrics["macs"] - target < 0.02 and 0 <= metrics["mcnemar_p"] <= 1
-    if method == "early_positions":
-        assert runs.load_checkpoint(tmp_path / "last.ckpt")["config"]["method"]["locations"] == [1, 2, 3]
 
 
-def test_every_term_falls_on_one_batch(root, fabric):
-    cfg = config(f"run_root={root}", "budget.target=0.6")
+def test_the_two_matched_schedules(fabric, tmp_path):
+    """The run's own counts per stage, or counts that fall by one factor; both cost no less than the run."""
+    model = build(config(), build_data(seed=0, **config().data), contract.start(), None)[0]
+    macs = model.cost.staged([8.0, 8.0, 7.0], model.locations) / model.cost.dense
+    torch.save({"kept": torch.tensor([[9.0, 8, 7], [7, 8, 7]]), "macs": macs}, tmp_path / "evaluation.ckpt")
+    assert stages.matched_counts(model, tmp_path, "stages") == [8, 8, 7]
+    geometric = stages.matched_counts(model, tmp_path, "geometric")
+    assert geometric[0] > 8 > geometric[2] and model.cost.staged(geometric, model.locations) / model.cost.dense >= macs
+
+
+def test_frozen_thresholds_follow_the_scores_and_do_not_learn(fabric, tmp_path):
+    fit(config("method=frozen_quantiles", "method.calibrate=32"), fabric, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["theta_1"] != rows[1]["theta_1"], "renewed after every epoch"
+    state = runs.load_checkpoint(tmp_path / "last.ckpt")
+    assert len(state["optimizer"]["state"]) == len(state["model"]) - 1, (
+        "the thresholds are no parameters of the optimizer"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ the losses
+def terms_of(cfg, fabric, labels=None):
     data = build_data(seed=0, **cfg.data)
-    model, teacher = build(cfg, data)
-    model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=2e-3))
-    images, labels = next(data.epoch(Plan(96, 32, seed=0), 1, fabric.device))
-    values = []
-    for _ in range(80):
-        terms = loss_terms(fabric, cfg, model, teacher, images, labels)
-        fabric.backward(sum(terms.values()))
-        optimizer.step()
-        optimizer.zero_grad()
-        values.append({name: value.item() for name, value in terms.items()})
-    assert values[-1]["ce"] < 0.6 * values[0]["ce"] and values[-1]["budget"] < 0.3 * values[0]["budget"]
+    model, teacher = build(cfg, data, contract.start(), None)
+    model = fabric.setup_module(model.train())
+    images, y = next(data.batches(Plan(64, 32, seed=0), 1, fabric.device))
+    return (
+        loss_terms(fabric, cfg, model, teacher, images, y if labels is None else labels(y)),
+        model,
+        teacher,
+        images,
+        y,
+    )
 
 
-def test_equal_seeds_give_equal_numbers_and_others_do_not(fabric, tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        fit(config("method=pretrain", f"seed={seed}"), fabric, tmp_path / name)
-    a, b, c = ((tmp_path / name / "metrics.jsonl").read_text() for name in "abc")
-    assert a == b != c
+def test_loss_terms_are_their_formulas_times_their_weights(fabric):
+    cfg = config(CUT, "method.losses.budget=3", "method.losses.distill=0.25", "train.label_smoothing=0.1")
+    terms, model, teacher, images, y = terms_of(cfg, fabric)
+    logits, info = model(images, details=True)
+    pruned = model.module
+    torch.testing.assert_close(terms["budget"], 3 * (info.macs.mean() / pruned.cost.dense - 0.45).abs())
+    p, q = teacher(images).softmax(1), logits.softmax(1)
+    torch.testing.assert_close(terms["distill"], 0.25 * (p * (p / q).log()).sum(1).mean(), rtol=1e-4, atol=1e-6)
+    log = logits.log_softmax(1)
+    hard = -log.gather(1, y[:, None]).mean()
+    torch.testing.assert_close(terms["ce"], 0.9 * hard - 0.1 * log.mean())
 
 
-def test_resumed_equals_uninterrupted_bit_for_bit(root, fabric, tmp_path, monkeypatch):
-    cfg = config(f"run_root={root}", "train.epochs=3", "train.ema=0.9")
-    fit(cfg, fabric, tmp_path / "whole")
-    log = runs.Run.log
-
-    def killed(self, **row):
-        log(self, **row)
-        if row["epoch"] == 2:
-            raise KeyboardInterrupt  # after the epoch, before its checkpoint
-
-    monkeypatch.setattr(runs.Run, "log", killed)
-    with pytest.raises(KeyboardInterrupt):
-        fit(cfg, fabric, tmp_path / "parts")
-    monkeypatch.setattr(runs.Run, "log", log)
-    fit(cfg, fabric, tmp_path / "parts")
-    whole, parts = (runs.load_checkpoint(tmp_path / n / "last.ckpt") for n in ("whole", "parts"))
-    for key in ("model", "ema"):
-        torch.testing.assert_close(parts[key], whole[key], rtol=0, atol=0)
-    assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
+def test_mixed_labels_are_smoothed_once(fabric):
+    """Mixup smooths; smoothing its soft labels again would."""
+    soft = torch.full((32, 10), 0.1)
+    cfg = config(CUT, "train.label_smoothing=0.2")
+    terms, model, _, images, _ = terms_of(cfg, fabric, lambda y: torch.nn.functional.one_hot(y, 10).float())
+    target = torch.nn.functional.one_hot(terms_of(cfg, fabric)[4], 10).float()
+    torch.testing.assert_close(terms["ce"], -(target * model(images).log_softmax(1)).sum(1).mean())
+    same, labels = mixed(None, images, soft, 0)
+    assert same is images and labels is soft
 
 
-def test_thresholds_are_not_decayed(root, fabric, tmp_path):
-    overrides = ["method.losses.budget=0", "method.losses.distill=0", "optim.lr=1e-3", "optim.weight_decay=100"]
-    fit(config(f"run_root={root}", *overrides, "method.thresholds=[0.9,0.91,0.92]"), fabric, tmp_path)
+def test_the_score_teaches_the_network(fabric):
+    """A score detached from the graph would leave queries and keys without the gradient of the budget."""
+    cfg = config(CUT, "method.temperature=200")
+    terms, model, *_ = terms_of(cfg, fabric)
+    terms["budget"].backward()
+    block = model.module.vit.blocks[1]
+    assert block.attn.qkv.weight.grad is not None and block.attn.qkv.weight.grad.abs().sum() > 0
+
+
+class Ranks:
+    """Stands for several ranks whose images cost `mean` together."""
+
+    world_size = 2
+
+    def __init__(self, mean):
+        self.mean = mean
+
+    def all_reduce(self, value, reduce_op):
+        return torch.tensor(self.mean, dtype=value.dtype)
+
+
+def test_the_budget_is_that_of_all_ranks_with_ranks_on_both_sides_of_it(fabric):
+    """This rank is above the budget, all together below: its thresholds must fall."""
+    for per_rank, sign in ((False, -1), (True, 1)):
+        cfg = config(CUT, "budget.target=0.4", f"parity.budget_per_rank={per_rank}".lower())
+        _, model, teacher, images, y = terms_of(cfg, fabric)
+        own_cost = model(images, details=True)[1].macs.mean()
+        assert own_cost / model.module.cost.dense > 0.4
+        terms = loss_terms(Ranks(0.36 * model.module.cost.dense), cfg, model, teacher, images, y)  # type: ignore[arg-type]
+        (grad,) = torch.autograd.grad(terms["budget"], model.module.theta, retain_graph=True)
+        (cost,) = torch.autograd.grad(model(images, details=True)[1].macs.mean(), model.module.theta)
+        assert torch.equal(grad.sign(), sign * cost.sign()), f"per rank: {per_rank}"
+
+
+def test_thresholds_are_not_decayed(fabric, tmp_path):
+    more = ["method.losses.budget=0", "method.losses.distill=0", "optim.lr=1e-3", "optim.weight_decay=100"]
+    fit(config("method.thresholds=[0.9,0.91,0.92]", *more), fabric, tmp_path)
     state = runs.load_checkpoint(tmp_path / "last.ckpt")["model"]
-    torch.testing.assert_close(state["theta"], torch.tensor([0.9, 0.91, 0.92]), rtol=0, atol=1e-3)
-    before = runs.load_checkpoint(root / "default/pretrain/seed0/last.ckpt")["model"]
-    name = "vit.blocks.0.mlp.fc1.weight"
-    assert state[name].norm() < 0.9 * before[name].norm()
+    torch.testing.assert_close(state["theta"], torch.tensor([0.9, 0.91, 0.92]), rtol=0, atol=2e-3)
+    name = "blocks.0.mlp.fc1.weight"
+    assert state[f"vit.{name}"].norm() < 0.9 * torch.load(contract.start(), weights_only=True)[name].norm()
 
 
-def folder(root):
-    for split, n in (("train", 6), ("val", 2)):
-        for c, name in enumerate(("red", "green")):
-            for i in range(n):
-                path = root / split / name / f"{i}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.new("RGB", (40, 40), tuple(40 * i + 15 if k == c else 20 for k in range(3))).save(path)
-    return root
+# --------------------------------------------------------------------------------------------------------- every model
+LV = "model.vit={name:lvvit_s,img_size:32,embed_dim:24,depth:4,num_heads:3}"
+METHODS = [*ARMS, "pretrain"]
 
 
-def folder_arm(where):
-    return [
-        "data=imagenet", f"data.root={where}", "data.size=32", "data.workers=0", "train.batch_size=4", "start.arm=null",
-        "model.vit={name:vit,img_size:32,patch_size:8,embed_dim:24,depth:4,num_heads:3}", "model.locations=[1,2,3]",
-        "budget.target=0.8",
-        "method.losses.distill=0.0", "method.losses.token=0.0",
-    ]  # fmt: skip
+@pytest.mark.parametrize("family", ["timm", "lvvit"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("topk_matched", "topk_geometric")])
+def test_every_parameter_that_could_learn_has_a_gradient(method, family, fabric):
+    """DDP waits for all of them; LV-ViT's auxiliary head is only read by some arms."""
+    lv = (
+        [LV, "model.locations=[1,2,3]", "data.size=32", "data.grid=4", "budget.target=0.9"] if family == "lvvit" else []
+    )
+    cfg = config(f"method={method}", *lv, "start.checkpoint=null", "start.arm=null",
+                 "start.random=true", "start.pretrained=false")  # fmt: skip
+    data = build_data(seed=0, **cfg.data)
+    model, teacher = build(cfg, data, None, None)
+    model = fabric.setup_module(model.train())
+    images, labels = next(data.batches(Plan(64, 8, seed=0), 1, fabric.device))
+    if family == "lvvit":
+        images = images.expand(-1, 1, -1, -1)
+    terms = loss_terms(fabric, cfg, model, teacher, images, labels)
+    sum(terms.values()).backward()
+    idle = [n for n, p in model.module.named_parameters() if p.requires_grad and p.grad is None]
+    assert not idle
+    assert ("aux" in terms) == (family == "lvvit" and method == "pretrain")
+    token = family == "lvvit" and cfg.method.losses.token > 0 and cfg.method.rule == "threshold"
+    assert ("token" in terms) == token
 
 
-def test_image_folders_with_the_whole_recipe(fabric, tmp_path):
-    mix = "train.mixup={mixup_alpha:0.8,cutmix_alpha:1.0,prob:1.0,switch_prob:0.5,mode:batch}"
-    more = ["train.label_smoothing=0.1", mix, "budget.form=absolute_gmacs", "train.eval_every=1"]
-    more += ["parity={separate_masks:true,softmax:true,extended_cost:true,budget_per_rank:true}"]
-    fit(config(*folder_arm(folder(tmp_path / "data")), *more), fabric, tmp_path / "run")
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert "top1" in rows[0] and rows[0]["ce"] > 0
-
-
-def test_two_ranks_equal_one_process_at_equal_global_batch(root, fabric, tmp_path):
-    """The budget's mean is that of all ranks: |mean| is not the mean of |.|."""
-    args = ["start.checkpoint=" + str(root / "default/pretrain/seed0/last.ckpt"), "budget.target=0.9"]
-    fit(config(*args, "arm=as"), fabric, tmp_path / "one")
+def test_two_ranks_equal_one_process_at_equal_global_batch(fabric, tmp_path):
+    args = [f"start.checkpoint={contract.start()}", "budget.target=0.9", CUT, "data.test_images=15"]
+    fit(composed(*SMALL[:1], *SMALL[2:], *args, "arm=as"), fabric, tmp_path / "one")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     two = subprocess.run(
-        [*torchrun, *SHORT, *args, "fabric.accelerator=cpu", f"run_root={tmp_path / 'two'}"],
+        [*torchrun, *SMALL[:1], *SMALL[2:], *args, "fabric.accelerator=cpu", f"run_root={tmp_path / 'two'}"],
         cwd=PAPER, env=ENV, capture_output=True, text=True,
     )  # fmt: skip
     assert two.returncode == 0, two.stderr
@@ -167,44 +308,12 @@ def test_two_ranks_equal_one_process_at_equal_global_batch(root, fabric, tmp_pat
     found = [tmp_path / "one/last.ckpt", next((tmp_path / "two").rglob("last.ckpt"))]
     a, b = (runs.load_checkpoint(f) for f in found)
     torch.testing.assert_close(a["model"], b["model"], rtol=1e-3, atol=2e-5)
-    metrics = [json.loads((f.parent / "result.json").read_text())["metrics"] for f in found]
-    assert metrics[0] == pytest.approx(metrics[1], abs=1e-3)
-
-
-def test_a_killed_run_goes_on_from_inside_its_folder_and_trains_its_start_first(tmp_path):
-    args = [sys.executable, "train.py", *SHORT, "train.epochs=24", f"run_root={tmp_path}"]
-    process = subprocess.Popen(args, cwd=PAPER, env=ENV, stdout=subprocess.DEVNULL)
-    checkpoint = None
-    for _ in range(900):
-        time.sleep(0.1)
-        if checkpoint := next(tmp_path.rglob("as/**/last.ckpt"), None):
-            break
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert checkpoint is not None, "no checkpoint within 90 seconds"
-    reached = runs.load_checkpoint(checkpoint)["epoch"]
-    again = subprocess.run(args, cwd=PAPER, env=ENV, capture_output=True, text=True)
-    assert again.returncode == 0 and f"epochs {reached + 1}..24" in again.stdout, again.stdout + again.stderr
-    start = next(tmp_path.rglob("pretrain/seed0/result.json"))
-    assert json.loads(start.read_text())["status"] == "finished" and "dense start" not in again.stdout
+    assert metrics_of(found[0].parent) == pytest.approx(metrics_of(found[1].parent), abs=1e-3)
+    rows = [json.loads((f.parent / "metrics.jsonl").read_text().splitlines()[0]) for f in found]
+    assert rows[0] == pytest.approx(rows[1], rel=1e-3), "logged losses are means over ranks"
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
-def test_a_misspelt_arm_lists_the_choices():
-    with pytest.raises(MissingConfigException, match=r"(?s)topkk.*topk"):
-        config("method=topkk")
-
-
-@pytest.mark.parametrize(
-    ("override", "error"),
-    [("+data.kmin=1", "kmin"), ("+model.vit.widht=3", "widht"), ("+train.mixup={alfa:1.0}", "alfa")],
-)
-def test_a_misspelt_key_fails_with_its_name(override, error, fabric, tmp_path):
-    with pytest.raises(TypeError, match=error):
-        fit(config("method=pretrain", override.replace("+train", "train")), fabric, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize(
     ("overrides", "error"),
     [
@@ -213,53 +322,87 @@ def test_a_misspelt_key_fails_with_its_name(override, error, fabric, tmp_path):
         (["method.locations=[0,2,3]"], r"locations=\[0, 2, 3\]"),
         (["method.rule=randomly"], r"rule='randomly', allowed"),
         (["method.inference=sparse"], r"inference='sparse', allowed"),
+        (["method.score=max"], r"score='max', allowed"),
+        (["method.losses.budget=-1"], r"method\.losses\.budget=-1 must be >= 0"),
+        (["method.schedule=own"], r"method\.schedule='own', allowed: stages, geometric"),
+        (["method.match=as"], "needs rule=topk"),
+        (["method.calibrate=64"], r"losses\.budget=0"),
+        (["method.rule=topk"], "learns no thresholds"),
+        (["method=topk", "method.keep=[5,9,1]"], "not increasing"),
         (["data.name=digits"], r"data\.name='digits', allowed"),
+        (["data.root=/somewhere"], r"data\.root=/somewhere: digit_grids is embedded"),
         (["data.size=32"], r"data\.size=32.*has 24"),
         (["train.accumulation=3"], r"batch_size=32.*multiple of"),
         (["train.batch_size=4096"], r"fewer than train\.batch_size=4096"),
-        (["start.arm=null"], "needs a teacher"),
-        (["data.noise=0.2"], r"other data.*noise: 0\.1 -> 0\.2"),
+        (["train.clip=0"], "clip above 0"),
+        (["train.epochs=0"], "epochs must be >= 1"),
+        (["train.ema=1.5"], r"train\.ema=1\.5"),
+        (["optim.betas=[0.9,1.0]"], r"optim\.betas"),
+        (["train.mixup={mixup_alpha:0.8}", "train.batch_size=32", "train.accumulation=32"], "must be even"),
         (["budget.form=flops"], r"budget\.form='flops', allowed"),
+        (["data=folder", "data.root=null"], r"data\.root is not set"),
+        (["model.vit.patch_size=5"], "cannot be cut into patches of 5"),
     ],
-)
-def test_a_wrong_value_names_what_is_allowed(overrides, error, root, fabric, tmp_path):
+)  # fmt: skip
+def test_a_wrong_value_names_what_is_allowed_and_leaves_nothing(overrides, error, fabric, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "dense_start", lambda *_: pytest.fail("a start was looked for first"))
     with pytest.raises(ValueError, match=error):
-        fit(config(f"run_root={root}", *overrides), fabric, tmp_path / "run")
+        fit(config(f"run_root={tmp_path / 'runs'}", *overrides), fabric, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_start_or_match_says_where(fabric, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"pretrain/seed0/last\.ckpt"):
-        fit(config(f"run_root={tmp_path}"), fabric, tmp_path / "run")
-    with pytest.raises(FileNotFoundError, match=r"as/seed0/evaluation\.ckpt"):
-        fit(config(f"run_root={tmp_path}", "method=topk_matched"), fabric, tmp_path / "run")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        fit(config("data=imagenet", f"data.root={tmp_path / 'nowhere'}"), fabric, tmp_path / "run")
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [("+data.kmin=1", "kmin"), ("+model.vit.widht=3", "widht"), ("train.mixup={alfa:1.0}", "alfa")],
+)
+def test_a_misspelt_key_fails_with_its_name(override, error, fabric, tmp_path):
+    with pytest.raises(TypeError, match=error):
+        fit(config(override), fabric, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+WRONG_LINES = [
+    (["train.py", "train.epochs=abc"], "train.epochs"),
+    (["evaluate.py", "weights=/nowhere.ckpt"], "no checkpoint at"),
+]
+
+
+@pytest.mark.parametrize(("line", "says"), WRONG_LINES)
+def test_a_wrong_command_is_one_line(line, says, tmp_path):
+    """As a process; the other kinds of wrong lines are tested above and in test_scripts.py without one."""
+    where = [f"run_root={tmp_path}"] if line[0] == "train.py" else []
+    found = subprocess.run([sys.executable, *line, *where], cwd=PAPER, env=ENV, capture_output=True, text=True)
+    assert found.returncode == 1 and says in found.stderr and found.stderr.count("\n") == 1, found.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_nan_loss_stops_the_run_and_names_the_term(fabric, tmp_path):
     with pytest.raises(FloatingPointError, match=r"step \d+: .*(ce|norm)=(nan|inf)"):
-        fit(config("method=pretrain", "optim.lr=1e18", "train.epochs=20"), fabric, tmp_path)
+        fit(config("optim.lr=1e18", "train.epochs=20"), fabric, tmp_path)
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "failed"
 
 
-def test_preflight_writes_nothing(root, fabric, tmp_path, capsys):
-    fit(config(f"run_root={root}", "preflight=true"), fabric, tmp_path / "run")
-    assert "preflight: data found" in capsys.readouterr().out and not (tmp_path / "run").exists()
+def test_preflight_writes_and_trains_nothing(fabric, tmp_path, capsys):
+    fit(own(tmp_path, "preflight=true"), fabric, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "a random network of its shape stands for it" in said and "preflight: data found" in said
+    assert not list(tmp_path.iterdir())
 
 
-def test_every_config_composes_and_builds():
+def test_every_config_composes_and_is_valid():
+    hours = {}
+    for file in (CONFIGS / "experiment").glob("*.yaml"):
+        for method in ("as", "topk"):
+            more = ["start.checkpoint=x"] if file.stem.startswith("lvvit") else []
+            cfg = composed(f"experiment={file.stem}", f"method={method}", "arm=test", "data.root=/x", *more)
+            hours[file.stem, method] = cfg.estimate.gpu_hours
+            if cfg.model.vit.name in ("vit", "deit_tiny_patch16_224"):
+                train.check(cfg)
+    assert all(h and h > 0 for h in hours.values()), hours
+    assert all(hours[e, "topk"] < hours[e, "as"] for e, _ in hours), "an arm that drops tokens in training costs less"
     with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
-        for file in (CONFIGS / "experiment").glob("*.yaml"):
-            more = ["start.checkpoint=null"] if file.stem.startswith("lvvit") else []
-            off = ["start.pretrained=false", "start.arm=null", "method.losses.distill=0", "method.losses.token=0"]
-            cfg = compose("config", overrides=[f"experiment={file.stem}", "arm=test", "data.root=/x", *more, *off])
-            OmegaConf.to_container(cfg, resolve=True)
-            small = cfg.model.vit.name in ("vit", "deit_tiny_patch16_224")
-            if small:  # the wide ones take seconds each to draw; their sizes are checked by the counts
-                fake = build_data(name="digit_grids", seed=0, train_images=64, test_images=4)
-                assert build(cfg, fake)[0].locations == tuple(cfg.model.locations)
         for sweep in (CONFIGS / "reproduce").rglob("*.yaml"):
             scale, name = sweep.parent.name, "counts" if "counts" in sweep.stem else "config"
             cfg = compose(name, overrides=[f"+reproduce/{scale}={sweep.stem}", "arm=test"], return_hydra_config=True)
             assert cfg.scale == scale and cfg.hydra.sweeper.params
+            OmegaConf.to_container(cfg.hydra.sweeper.params)
