@@ -33,6 +33,18 @@ def test_lighting_official_hardly_changes_a_grey_level_and_the_correct_one_does(
     assert change[True] <= 1 < 3 < change[False]
 
 
+def test_training_images_of_folders_are_cropped_at_random_and_test_images_are_not(folders):
+    data = build_data(name="folder", seed=0, root=str(folders), size=32)
+    ramp = Image.fromarray(np.repeat(np.arange(0, 240, 4, dtype=np.uint8)[:, None], 60, axis=1)).convert("RGB")
+    torch.manual_seed(0)
+    drawn = torch.stack([data.transform(ramp) for _ in range(20)])  # a flip changes nothing here
+    rise = drawn[:, 0, -1, 16] - drawn[:, 0, 0, 16]
+    assert drawn.shape == (20, 3, 32, 32) and rise.min() > 0 and rise.max() > 1.5 * rise.min()
+    torch.testing.assert_close(drawn, drawn.flip(-1))
+    image, label = data.test[0]
+    assert torch.equal(image, data.test[0][0]) and label == 0
+
+
 def test_digits_depend_on_the_seed_by_their_noise_only():
     a, b = (build_data(name="digits", seed=s) for s in (0, 1))
     assert len(a) == 1000 and len(a.test) == 797 and torch.equal(a.tensors[1], b.tensors[1])

@@ -92,7 +92,9 @@ def test_gradients_are_clipped_and_rates_warm_up_and_fall(fabric, tmp_path):
         seen.append((torch.stack([g.norm() for g in grads]).norm().item(), [g["lr"] for g in optimizer.param_groups]))
 
     handle = register_optimizer_step_pre_hook(before_step)
-    cfg = composed("detect", *DETECTOR, "train.clip_norm=0.1", "schedule.warmup=4", "schedule.warmup_factor=0.2")
+    cfg = composed(
+        "detect", *DETECTOR, "train.clip_norm=0.1", "schedule.warmup=4", "schedule.warmup_factor=0.2", "data.test=1"
+    )
     fit(cfg, fabric, tmp_path)
     handle.remove()
     assert len(seen) == 6 and all(0.09 < norm < 0.1001 for norm, _ in seen)

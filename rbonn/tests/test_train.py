@@ -220,10 +220,15 @@ def test_preflight_writes_nothing_and_missing_data_says_where(fabric, tmp_path, 
         fit(folder_config(tmp_path / "nowhere"), fabric, tmp_path / "run")
 
 
-def test_preflight_stands_in_for_stages_that_are_not_there_and_trains_none(fabric, tmp_path, capsys):
+def test_preflight_stands_in_for_stages_that_are_not_there_and_trains_none(fabric, tmp_path, capsys, monkeypatch):
+    from rbonn import train
+
+    taught, loss = [], train.distribution_loss
+    monkeypatch.setattr(train, "distribution_loss", lambda *logits: taught.append(logits) or loss(*logits))
     runs_at = tmp_path / "runs"
     cfg = config("preflight=true", "init.arm=activations", "teacher.arm=real", f"run_root={runs_at}")
     fit(cfg, fabric, tmp_path / "run")
+    assert len(taught) >= 2, "the teacher's forward pass is on the clock"
     fit(config("preflight=true", "init.weights=required"), fabric, tmp_path / "run")
     said = capsys.readouterr().out
     assert "init.weights is not set, fresh weights" in said
@@ -299,6 +304,16 @@ def test_pretrained_teachers_offline_name_the_option_for_a_file(fabric, tmp_path
         build(cfg, build_data(seed=0, **cfg.data))
     cfg = config("teacher.timm=resnet10t", "teacher.weights=/nowhere.safetensors")
     with pytest.raises(FileNotFoundError, match="no file /nowhere.safetensors"):
+        build(cfg, build_data(seed=0, **cfg.data))
+
+
+def test_a_timm_teacher_of_other_classes_is_refused(monkeypatch):
+    import timm
+
+    make = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: make(name, **options | {"pretrained": False}))
+    cfg = config("teacher.timm=resnet10t")
+    with pytest.raises(ValueError, match="the teacher resnet10t has 1000 classes, the data 10"):
         build(cfg, build_data(seed=0, **cfg.data))
 
 
