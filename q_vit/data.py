@@ -132,7 +132,7 @@ def train_transform(
     if augment == "deit":
         if channels != 3:
             raise ValueError("data.augment=deit is for colour images; use crop or none")
-        return create_transform(
+        return create_transform(  # pyright: ignore[reportReturnType]
             size, is_training=True, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic",
             re_prob=0.25, re_mode="pixel", re_count=1, mean=tuple(normalise["mean"]), std=tuple(normalise["std"]),
         )  # fmt: skip

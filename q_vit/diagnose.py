@@ -45,8 +45,7 @@ def diagnose(
         "q_variance": [q.double().var(correction=0).item() for q, _ in qk],
         "k_variance": [k.double().var(correction=0).item() for _, k in qk],
     }
-    for which in "qk":
-        found[f"{which}_entropy"] = code_entropies(model, images, which)
+    found |= {"q_entropy": code_entropies(model, images, "q"), "k_entropy": code_entropies(model, images, "k")}
     if reference is not None and [p.shape for p in reference] == [p.shape for p in maps]:
         found["attention_divergence"] = [attention_divergence(a, b) for a, b in zip(reference, maps, strict=True)]
     return found, maps, qk

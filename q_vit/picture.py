@@ -59,10 +59,9 @@ def draw(teacher: torch.nn.Module, out: Path) -> None:
     axes[1].set(xticks=range(-2, 2), xlabel="2-bit code of a key", ylabel="share of the values (%)")
     axes[1].set_title("IRM: normalised keys use the codes\n(badly distributed q and k; at most 2 bit)", fontsize=9)
     axes[1].legend(frameon=False, fontsize=8)
-    for axis, network, at, title in (
-        (axes[2], teacher.eval(), "raw", "teacher"), (axes[3], students["baseline"].eval(), "pre_quant", "2-bit student"),
-    ):  # fmt: skip
-        q = Tapped(network, at)(images[:1])[1][LAYER][0][0, HEAD]
+    taps = {"teacher": Tapped(teacher.eval(), "raw"), "2-bit student": Tapped(students["baseline"].eval(), "pre_quant")}
+    for axis, (title, network) in zip(axes[2:], taps.items(), strict=True):
+        q = network(images[:1])[1][LAYER][0][0, HEAD]
         axis.imshow(similarity(q), cmap="viridis")
         axis.set(xticks=[], yticks=[], xlabel="tokens")
         axis.set_title(f"DGD: similarity of queries,\n{title}", fontsize=9)

@@ -131,13 +131,13 @@ def _quantize_attention(m: Any, bits: int, preset: str, rules: dict[str, Any]) -
     """Give an attention layer its quantisers of q, k, v and the attention map, one step per head, in place; 32 bits: none."""
     if getattr(m, "gate", None) is not None:
         raise ValueError("gated attention is not supported")
-    m.__class__ = QuantAttention if isinstance(m, Attention) else QuantWindowAttention
+    m.__class__ = QuantAttention if isinstance(m, Attention) else QuantWindowAttention  # pyright: ignore
     for name in ("q", "k", "v", "p"):
         quantizer = nn.Identity()
         if bits < 32:
             quantizer = LSQQuantizer(bits, "activation", axis=1, groups=m.num_heads, **rules)
         setattr(m, f"{name}_quantizer", quantizer)
-    m.integer = preset == "deployable"
+    m.integer = preset == "deployable"  # pyright: ignore
 
 
 def _add_rectification(m: Any, irm: bool, form: Form, stats: Stats) -> None:
