@@ -435,3 +435,16 @@ def test_every_config_composes_and_builds():
             base = script_name if script_name != "train" else "config"
             cfg = compose(base, overrides=[f"+reproduce/{scale}={sweep.stem}", "arm=test"], return_hydra_config=True)
             assert cfg.scale == scale and cfg.hydra.sweeper.params
+
+
+def test_the_hours_of_a_recipe_follow_the_cost_of_its_arm():
+    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
+        for file in (CONFIGS / "experiment").glob("*.yaml"):
+            table = compose("config", overrides=[f"experiment={file.stem}", "arm=x"]).estimate.by_arm
+            if "both" in table:
+                assert (
+                    table.no_kd < table.baseline <= table.irm < table.both and table.baseline < table.dgd <= table.both
+                )
+        cfg = compose("config", overrides=["experiment=deit_small", "method=dgd", "arm=dgd"])
+        assert cfg.estimate.gpu_hours == cfg.estimate.by_arm.dgd
+        assert compose("config", overrides=["arm=both"]).estimate.gpu_hours is None
