@@ -10,6 +10,7 @@ from lightning_fabric import Fabric
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from omegaconf import DictConfig
+from PIL import Image
 
 from common.data.presentation_attacks import CHANNELS, spoof_faces
 from common.scripts import script
@@ -42,6 +43,9 @@ def draw(cfg: DictConfig) -> Path:
     out = Path(cfg.out).expanduser()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
+    with Image.open(out) as image:  # 128 colours are a third of the bytes
+        small = image.convert("RGB").quantize(128)
+    small.save(out, optimize=True)
     print(f"written to {out}")
     return out
 
@@ -61,7 +65,7 @@ def branches(ax) -> None:
         ax.annotate("", (3.5, y + 0.6), (2.9, y + 0.6), arrowprops={"arrowstyle": "->", "color": "0.3"})
     ax.add_patch(FancyBboxPatch((3.5, 1.7), 2.3, 7.0, boxstyle="round,pad=0.1", facecolor="0.95", edgecolor="0.4"))
     text = "mutual attention:\nread the patches\nthat ANY sensor\nfinds informative\n\nfusion attention:\nthen those of all"
-    ax.text(4.65, 5.2, text, ha="center", va="center", fontsize=8.5)
+    ax.text(4.65, 5.2, text, ha="center", va="center", fontsize=7.8)
     ax.text(
         5, 0.5, "score: mean over the sensors that are there; absent is absent, not zeros", ha="center", fontsize=8.5
     )
