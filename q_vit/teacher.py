@@ -67,7 +67,8 @@ def find(cfg: DictConfig, fabric: Fabric, fit: Callable[[DictConfig, Fabric, Pat
             try:
                 fit(OmegaConf.merge(own, {"force": cfg.teacher.force}), fabric, path)  # type: ignore[arg-type]
             except (ValueError, runs.RunError) as error:
-                raise type(error)(
+                kind = ValueError if isinstance(error, ValueError) else runs.RunError
+                raise kind(
                     f"the teacher: {error}. Set its own keys, +teacher.settings.<key>=..., or give teacher.weights=<checkpoint>"
                 ) from error
     else:

@@ -158,6 +158,13 @@ def test_other_teachers_have_directories_of_their_own_and_are_found_again(fabric
     assert own.train.batch_size == 8 and own.train.epochs == 12
 
 
+def test_what_is_wrong_with_the_teacher_is_said_of_the_teacher(fabric, tmp_path):
+    cfg = config(f"run_root={tmp_path}", "+teacher.settings.train.batch_size=10000")
+    with pytest.raises(ValueError, match=r"^the teacher: .*9600 images.*teacher\.settings\.<key>"):
+        fit(cfg, fabric, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_preflight_trains_no_teacher_and_says_so(fabric, tmp_path, capsys):
     fit(config(f"run_root={tmp_path}", "preflight=true"), fabric, tmp_path / "run")
     assert "the teacher is a network of its shape, not trained" in capsys.readouterr().out and not list(
