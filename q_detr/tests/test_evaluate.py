@@ -202,7 +202,7 @@ def test_sweeps_start_from_what_earlier_stages_write(scale):
     written = {}
 
     def any_bits(path):
-        return re.sub(r"bits=\d", "bits=*", str(Path(path)))
+        return re.sub(r"bits-\d", "bits-*", str(Path(path)))
 
     for file in stages(HERE, scale):
         script = file.stem.split("_")[1]
