@@ -42,6 +42,7 @@ WRONG = [
     ("train", ["data=casia_surf", "data.size=24"], "data.root is not set"),
     ("train", SURF, "no folder /nowhere"),
     ("train", [*SURF, "data.live_label=2"], "data.live_label=2"),
+    ("train", [*SURF, "data.lists.validation=null"], "no list for validation"),
     ("train", [*SURF, "data.subject='CLKJ'"], "has no group"),
     ("train", [*SURF, "data.format=frames"], "data.format='frames'"),
     ("train", [*SURF, "data.workers=-1"], "data.workers=-1, allowed"),

@@ -124,12 +124,6 @@ def test_two_ranks_equal_one_process_and_the_script_runs_from_inside_its_folder(
         (["data.root=/data"], "these faces are generated"),
         (["data.modalities=[rgb,rgb]"], "different names"),
         (["data.validation=0"], "data.validation=0"),
-        (["data=casia_surf", "data.root=/nowhere", "data.subject='CLKJ'", "data.size=24"], "has no group"),
-        (["data=casia_surf", "data.root=/nowhere", "data.live_label=2", "data.size=24"], "data.live_label=2"),
-        (
-            ["data=casia_surf", "data.root=/nowhere", "data.lists.validation=null", "data.size=24"],
-            "no list for validation",
-        ),
         (["model.vit.patch_size=5"], "24 x 24 are no multiple of patches of 5 x 5"),
     ],
 )
