@@ -2,23 +2,24 @@
 
 python align.py landmarks=points.csv root=photos/ out=aligned/ [size=224]
 
-points.csv: path,x1,y1,...,x5,y5 in pixels: left eye, right eye, tip of the nose, left and right corner of the mouth, as seen
-in the image. No detector is included; any that gives five points will do (the paper: MTCNN)."""
+points.csv: path,x1,y1,...,x5,y5 in pixels of the upright image: left eye, right eye, tip of the nose, left and right corner of
+the mouth, as seen in the image. No detector is included; any that gives five points will do (the paper: MTCNN)."""
 
-import csv
-import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from lightning_fabric import Fabric
+from omegaconf import DictConfig
 from PIL import Image
 from skimage.transform import SimilarityTransform, warp
 
-from common.data.vision import open_image
+from common.data.files import number, open_image, read_table
+from common.scripts import script
 
 TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
-DEFAULTS = {"landmarks": "", "root": ".", "out": "aligned", "size": "224"}
 
 
 def align(image: np.ndarray, points: np.ndarray, *, size: int = 224) -> np.ndarray:
@@ -36,30 +37,42 @@ def align(image: np.ndarray, points: np.ndarray, *, size: int = 224) -> np.ndarr
     return np.round(255 * warp(image, transform, output_shape=(size, size), order=1)).astype(np.uint8)
 
 
-def main(args: list[str]) -> None:
-    if odd := [a for a in args if "=" not in a]:
-        raise SystemExit(f"{odd} is not of the form option=value")
-    options = DEFAULTS | dict(a.split("=", 1) for a in args)
-    if unknown := set(options) - set(DEFAULTS):
-        raise SystemExit(f"unknown {sorted(unknown)}; known: {', '.join(DEFAULTS)}")
-    table, root, out = Path(options["landmarks"]), Path(options["root"]), Path(options["out"])
-    if not table.is_file():
-        raise SystemExit(f"no landmarks at {table}; expected rows path,x1,y1,...,x5,y5")
-    done = 0
-    with table.open(newline="") as file:
-        for number, row in enumerate(csv.reader(file), 1):
-            if not row or row[0] == "path":
-                continue
-            if len(row) != 11:
-                raise SystemExit(f"{table}, line {number}: expected a path and ten numbers, got {len(row)} columns")
-            points = np.array(row[1:], dtype=float).reshape(5, 2)
-            face = align(np.asarray(open_image(root / row[0])), points, size=int(options["size"]))
-            target = out / row[0]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(face).save(target)
-            done += 1
-    print(f"{done} faces in {out}")
+def read_landmarks(table: str | Path) -> dict[str, np.ndarray]:
+    """{path as listed, and file name: points (5, 2)} of a CSV of path,x1,y1,...,x5,y5. ValueError naming file and line; a file
+    name that two rows share is only known by its path."""
+    found: dict[str, np.ndarray] = {}
+    names: Counter[str] = Counter()
+    for line, row in read_table(Path(table).expanduser()):
+        if row[0].lower() == "path":
+            continue
+        where = f"{table}, line {line}"
+        if len(row) != 11:
+            raise ValueError(f"{where}: expected a path and ten numbers, got {len(row)} columns")
+        found[row[0]] = np.array([number(v, where) for v in row[1:]]).reshape(5, 2)
+        names[Path(row[0]).name] += 1
+    return found | {Path(p).name: points for p, points in found.items() if names[Path(p).name] == 1}
+
+
+def align_all(cfg: DictConfig) -> int:
+    """Aligns every listed face below cfg.out; returns their number."""
+    done, root, out = 0, Path(cfg.root).expanduser(), Path(cfg.out).expanduser()
+    listed = [row[0] for _, row in read_table(Path(cfg.landmarks).expanduser()) if row[0].lower() != "path"]
+    points = read_landmarks(cfg.landmarks)
+    for name in listed:
+        face = align(np.asarray(open_image(root / name)), points[name], size=cfg.size)
+        target = out / Path(name).relative_to(Path(name).anchor)
+        if ".." in Path(name).parts:
+            raise ValueError(f"{cfg.landmarks}: {name} leaves the folder root={cfg.root}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(face).save(target)
+        done += 1
+    return done
+
+
+@script("align")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    print(f"{align_all(cfg)} faces in {cfg.out}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,4 +1,4 @@
-"""Attentive Patch Pooling (APP): keep the k patches whose feature vectors are largest (section 3.3).
+"""Attentive Patch Pooling (APP): keep the k patches whose feature vectors are largest.
 
     s_p = sum_c |X_cp|          the published score of patch p, from the projected features X before the position embedding
     z   = (X + P)[k largest s]  the position is added first, so a kept patch keeps its place code

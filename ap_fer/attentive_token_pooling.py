@@ -1,4 +1,4 @@
-"""Attentive Token Pooling (ATP): between attention and MLP of a block, keep the tokens CLS attends to most (section 3.5).
+"""Attentive Token Pooling (ATP): between attention and MLP of a block, keep the tokens CLS attends to most.
 
     A   = q k^T / sqrt(d_h)                 (B, h, 1+N, 1+N)
     u   = z + W_o softmax(A) v              attention uses all tokens of the block

@@ -9,15 +9,11 @@ from torch import nn
 
 from ap_fer.cost import vit_macs
 from ap_fer.model import APViT
+from ap_fer.stages import stem_place
 from ap_fer.weights import load_ir50, load_released, load_vit_small, read_state
 from common.data.batches import stream
 
 TOKENS = ("vit.cls_token", "vit.cls_pos_embed", "vit.patch_pos_embed")
-
-
-def sibling(cfg: DictConfig, name: str) -> Path:
-    """A file of the run that `start.arm` names, of this scale and seed."""
-    return Path(cfg.run_root) / cfg.scale / cfg.start.arm / f"seed{cfg.seed}" / name
 
 
 def rebuild(config: dict[str, Any], num_classes: int) -> APViT:
@@ -33,12 +29,12 @@ def build(cfg: DictConfig, num_classes: int) -> APViT:
     """The model of a configuration, drawn from its seed, with the weights that `start` names."""
     torch.manual_seed(stream(cfg.seed))
     model = rebuild(OmegaConf.to_container(cfg, resolve=True), num_classes)  # type: ignore[arg-type]
-    if cfg.start.arm:
-        path = sibling(cfg, "last.ckpt")
+    if cfg.start.arm and not cfg.preflight:  # a preflight trains no stem first
+        path = stem_place(cfg) / "last.ckpt"
         state = {k: v for k, v in read_state(path).items() if k.startswith("extractor.")}
         own = {k for k in model.state_dict() if k.startswith("extractor.")}
         if set(state) != own or any(v.shape != model.state_dict()[k].shape for k, v in state.items()):
-            raise ValueError(f"the stem in {path} is not this model's: delete that run, or set start.arm=null")
+            raise ValueError(f"the stem in {path} is not this model's: give another run_root, or start.arm=null")
         model.load_state_dict(state, strict=False)
     if cfg.start.ir50:
         load_ir50(model.extractor, read_state(_weights(cfg, "ir50")))
@@ -87,6 +83,3 @@ def build_optimizer(model: nn.Module, cfg: DictConfig) -> torch.optim.Optimizer:
     if o.name == "sgd":
         return torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
     return torch.optim.AdamW(groups, lr=o.lr, betas=(o.momentum, 0.999), weight_decay=o.weight_decay)
-
-
-__all__ = ["build", "build_optimizer", "macs", "rebuild", "sibling"]

@@ -1,4 +1,4 @@
-"""What a setting costs: multiply-accumulates by formula, and the convention behind the published "12.67 G FLOPs" (section 4)."""
+"""What a setting costs: multiply-accumulates by formula, and the convention behind the published "12.67 G FLOPs"."""
 
 from collections.abc import Sequence
 from itertools import pairwise

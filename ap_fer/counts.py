@@ -1,21 +1,20 @@
 """Parameters and multiply-accumulates of the published network, measured on the model:  python counts.py
 
-The models live on the meta device, and two counts must agree: the formula of section 4, and the operations that torch
+The models live on the meta device, and two counts must agree: the formula of cost.py, and the operations that torch
 dispatches. `gflops` adds norms as fvcore counts them: the convention of the published 12.67 G."""
 
 from pathlib import Path
 
-import hydra
 import torch
-from hydra.core.hydra_config import HydraConfig
+from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
 from ap_fer.cost import norm_elements, published_flops, vit_macs
 from ap_fer.expressions import RAF_DB_COUNTS, repeat_factors
 from ap_fer.model import APViT
 from ap_fer.token_selection import token_schedule
-from common import runs
-from common.metrics.ops import count_macs, count_parameters
+from common.metrics.ops import count_macs, count_parameters, record_counts
+from common.scripts import script
 
 
 def measure(app: dict, atp: dict) -> dict[str, float]:
@@ -42,7 +41,7 @@ def measure(app: dict, atp: dict) -> dict[str, float]:
 
 
 def parts() -> dict[str, float]:
-    """Parameters of the parts in section 4's table, and the epoch length of RAF-DB's balancing."""
+    """Parameters of the parts, and the epoch length of RAF-DB's balancing."""
     with torch.device("meta"):
         model = APViT()
     vit, stem = model.vit, model.extractor
@@ -58,22 +57,17 @@ def parts() -> dict[str, float]:
     return {**size, "raf_db_epoch": sum(f * n for f, n in zip(factors, RAF_DB_COUNTS, strict=True))}
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="counts")
-def main(cfg: DictConfig) -> None:
-    out = Path(HydraConfig.get().runtime.output_dir)
-    try:
-        run = runs.Run.open(out, cfg, runs.launch(cfg.fabric))
-        if run is None:
-            return
-        with run:
-            metrics = parts()
-            for name, setting in OmegaConf.to_container(cfg.settings, resolve=True).items():  # type: ignore[union-attr]
-                metrics |= {f"{key}_{name}": value for key, value in measure(setting["app"], setting["atp"]).items()}
-            for name, value in metrics.items():
-                print(f"{name:28s} {value:,.6g}" if value < 1e4 else f"{name:28s} {value:,.0f}")
-            run.finish(metrics)
-    finally:
-        runs.remove_if_empty(out, cfg.run_root)
+def all_counts(settings: DictConfig) -> dict[str, float]:
+    """`parts`, and `measure` of every setting as <key>_<setting>."""
+    found = parts()
+    for name, setting in OmegaConf.to_container(settings, resolve=True).items():  # type: ignore[union-attr]
+        found |= {f"{key}_{name}": value for key, value in measure(setting["app"], setting["atp"]).items()}
+    return found
+
+
+@script("counts")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    record_counts(cfg, fabric, out, lambda: all_counts(cfg.settings))
 
 
 if __name__ == "__main__":

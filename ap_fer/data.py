@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from ap_fer.layouts import READERS, Labelled, read_split
 from ap_fer.transforms import MEAN, STD, build_transforms, check_image
 from common.data.batches import CropFlip, Plan, SeededBatches, TensorBatches, Views, stream
 from common.data.faces import expression_faces
-from common.data.vision import data_root, open_image
+from common.data.files import identity, open_image
+from common.data.vision import data_root
 
 SETS = ("faces", *READERS)
 
@@ -24,7 +26,7 @@ class Data:
     """names: class names in our order; counts: training images per class; indices: those of an epoch, with repeats.
 
     test: yields (image (3, S, S) normalised, label). parts: named slices of it that are also reported alone. truth: for
-    parametric faces {"face", "background", "occluder"} masks (N, S, S) of the test images."""
+    parametric faces {"face", "background", "occluder"} masks (N, S, S) of the test images. source: the identity of the files."""
 
     names: tuple[str, ...]
     counts: list[int]
@@ -33,6 +35,7 @@ class Data:
     make: Callable[[Plan, torch.device], TensorBatches | SeededBatches]
     parts: Mapping[str, slice] = field(default_factory=dict)
     truth: Mapping[str, Tensor] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
 
 
 class FaceFiles(Dataset):
@@ -48,7 +51,7 @@ class FaceFiles(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path = self.found.paths[index]
-        image = open_image(path)
+        image = open_image(path, upright=not self.found.boxes)  # boxes are in stored coordinates
         if self.found.boxes:
             image = image.crop(self.found.boxes[index])
         try:
@@ -66,7 +69,7 @@ def build_data(
     folder: str = "",
     workers: int = 0,
     size: int = 112,
-    num_classes: int = 7,
+    num_classes: int | None = 7,
     balance: bool = True,
     augment: str = "raf",
     train_images: int = 1200,
@@ -85,40 +88,54 @@ def build_data(
         draw of the faces. draw: 1 gives other training images (the stem's pre-training).
     raf_db (images: aligned | aligned_224), ferplus, affectnet, expw (test_share), affwild2 (every), folder, csv: see `layouts`.
     Sets are looked for in root/`folder` where that exists, so that one root can hold several.
-    size: pixels; num_classes: 7, or 8 with contempt; balance: repeat rare classes as RAF-DB's recipe does; augment: see
-        `transforms.build_transforms` (faces: flip | none).
+    size: pixels; num_classes: 7, 8 with contempt, or null: the class folders as they are; balance: repeat rare classes as
+        RAF-DB's recipe does; augment: see `transforms.build_transforms` (faces: flip | none).
     Raises ValueError for an unknown name, a wrong label or an empty class, FileNotFoundError for missing files."""
     if name not in SETS:
         raise ValueError(f"data.name={name!r}, allowed: {', '.join(SETS)}")
-    if num_classes not in (7, 8):
-        raise ValueError(f"data.num_classes={num_classes}, allowed: 7, or 8 with contempt")
-    names = EXPRESSIONS[:num_classes]
+    if num_classes not in (7, 8) and not (name == "folder" and num_classes is None):
+        raise ValueError(f"data.num_classes={num_classes}, allowed: 7, 8 with contempt, or for own class folders null")
     if name == "faces":
+        if root is not None:
+            raise ValueError(f"data.root={root}: faces is embedded; name the set that lies there, e.g. data=folder")
         if num_classes != 7 or augment not in ("flip", "none"):
             raise ValueError("data.name=faces has 7 classes and data.augment=flip or none")
         if counts not in ("raf_db", "equal"):
             raise ValueError(f"data.counts={counts!r}, allowed: raf_db, equal")
         shares = imbalanced_counts(train_images, *([[1] * 7] if counts == "equal" else []))
-        return _faces(names, seed, size, shares, test_images, occluded, draw, balance=balance, augment=augment)
+        return _faces(
+            EXPRESSIONS[:7], seed, size, shares, test_images, occluded, draw, balance=balance, augment=augment
+        )
     base = data_root(root)
     base = base / folder if (base / folder).is_dir() else base
     options = {"num_classes": num_classes, "images": images, "test_share": test_share, "every": every}
+    return _files(name, base, options, size=size, balance=balance, augment=augment, workers=workers)
+
+
+def _files(
+    name: str, base: Path, options: dict[str, Any], *, size: int, balance: bool, augment: str, workers: int
+) -> Data:
+    """The sets of `layouts` under `base`."""
     train, test = (read_split(name, base, split, **options) for split in ("train", "test"))
+    if train.names != test.names:
+        raise ValueError(f"{base}: the splits have different classes: {sorted(set(train.names) ^ set(test.names))}")
+    names = tuple(train.names) or EXPRESSIONS[: options["num_classes"]]
     for split, found in (("train", train), ("test", test)):
-        if (largest := max(found.targets)) >= num_classes:
+        if (largest := max(found.targets)) >= len(names):
             raise ValueError(
                 f"{name}: the {split} split has {EXPRESSIONS[largest]}: data.num_classes={largest + 1} is needed"
             )
     transform, testing = build_transforms(augment, size=size)
-    per_class = torch.tensor(train.targets).bincount(minlength=num_classes).tolist()
+    per_class = torch.tensor(train.targets).bincount(minlength=len(names)).tolist()
     if empty := [names[c] for c, n in enumerate(per_class) if n == 0]:
         raise ValueError(f"{name} under {base}: no training image for {', '.join(empty)}")
-    indices = repeated_indices(train.targets, repeat_factors(per_class) if balance else [1] * num_classes)
+    indices = repeated_indices(train.targets, repeat_factors(per_class) if balance else [1] * len(names))
 
     def make(plan: Plan, device: torch.device) -> SeededBatches:
         return SeededBatches(Views(FaceFiles(train), [transform], indices), plan, device=device, workers=workers)
 
-    return Data(names, per_class, indices, FaceFiles(test, testing), make)
+    source = identity(name, [*train.paths, *test.paths], root=base, classes=len(names))
+    return Data(names, per_class, indices, FaceFiles(test, testing), make, source=source)
 
 
 def normalise(images: Tensor) -> Tensor:

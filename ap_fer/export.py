@@ -5,16 +5,20 @@ python export.py weights=runs/default/app_atp/seed0/last.ckpt out=apvit.onnx
 The number of tokens of every block is a constant of the configuration, so the poolings are TopK and GatherElements."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import hydra
 import numpy as np
 import torch
+from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from ap_fer.evaluate import load
+from ap_fer.checkpoint import load
 from ap_fer.model import APViT
+from common.onnx_export import difference, write_about
+from common.scripts import script
 
 
 class Logits(nn.Module):
@@ -28,8 +32,8 @@ class Logits(nn.Module):
         return self.model(images)
 
 
-def export(model: APViT, path: str | Path) -> None:
-    """Write an ONNX file (opset 17). ValueError for random scores, which have no fixed answer."""
+def export(model: APViT, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
+    """Write an ONNX file (opset 17) with `about` in its metadata. ValueError for random scores, which have no fixed answer."""
     vit = model.vit
     random = vit is not None and (
         vit.app.score in ("noise", "channel") or any(b.atp.score == "random" and b.atp.rate < 1 for b in vit.blocks)
@@ -43,6 +47,8 @@ def export(model: APViT, path: str | Path) -> None:
             Logits(model).eval(), (example,), str(path), input_names=["images"], output_names=["logits"], opset_version=17,
             dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}}, dynamo=False,
         )  # fmt: skip
+    if about is not None:
+        write_about(path, about)
 
 
 def onnx_logits(path: str | Path, images: Tensor, *, threads: int = 0) -> np.ndarray:
@@ -55,20 +61,28 @@ def onnx_logits(path: str | Path, images: Tensor, *, threads: int = 0) -> np.nda
     return session.run(None, {"images": images.numpy()})[0]  # type: ignore[return-value]
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="export")
 @torch.no_grad()
-def main(cfg: DictConfig) -> None:
-    model, _ = load(cfg.weights, data_set=cfg.set)
-    export(model, cfg.out)
-    generator, gap = torch.Generator().manual_seed(0), 0.0
-    for batch in (1, 4):
-        x = torch.randn(batch, 3, model.image_size, model.image_size, generator=generator)
-        gap = max(gap, float(np.abs(onnx_logits(cfg.out, x) - model(x).numpy()).max()))
-    print(
-        f"{cfg.out}: {Path(cfg.out).stat().st_size / 1e6:.1f} MB, largest difference to torch at batch 1 and 4: {gap:.2g}"
-    )
-    if gap > 1e-4:
-        raise SystemExit("the exported model differs by more than 1e-4")
+def export_checkpoint(cfg: DictConfig) -> float:
+    """Writes cfg.out; returns the largest difference of onnxruntime to torch. ValueError, and no file, above cfg.tolerance."""
+    model, _, about = load(cfg.weights)
+    out = Path(cfg.out).expanduser()
+    beside = out.with_name(f".{out.name}.tmp.onnx")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        export(model, beside, about)  # type: ignore[arg-type]
+        worst = difference(Logits(model), beside, torch.zeros(1, 3, about["size"], about["size"]), (1, 4))  # type: ignore[arg-type]
+        if not worst <= cfg.tolerance:
+            raise ValueError(f"onnxruntime differs from torch by {worst:.2g}, allowed: tolerance={cfg.tolerance:g}")
+        beside.replace(out)
+    finally:
+        beside.unlink(missing_ok=True)
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, largest difference to torch at batch 1 and 4: {worst:.2g}")
+    return worst
+
+
+@script("export")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    export_checkpoint(cfg)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""IR-50, the "improved ResNet" of ArcFace and face.evoLVe: its first three stages are APViT's stem (section 4)."""
+"""IR-50, the "improved ResNet" of ArcFace and face.evoLVe: its first three stages are APViT's stem."""
 
 import math
 from collections.abc import Sequence

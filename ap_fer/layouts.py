@@ -1,15 +1,15 @@
-"""The label files of the facial-expression data sets, as people have them (section 6). Each reader returns `Labelled`.
+"""The label files of the facial-expression data sets, as people have them. Each reader returns `Labelled`.
 
 A missing file is one error with the path looked for and the layout expected."""
 
-import csv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
+import numpy as np
 
 from ap_fer.expressions import AFFECTNET, EXPRESSIONS, EXPW, FERPLUS, RAF_DB, expression, our_label
+from common.data.files import ENDINGS, folders, images_below, read_lines, read_table, read_text
 from common.data.vision import data_root
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -22,6 +22,7 @@ class Labelled:
     paths: list[Path] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     boxes: list[Box] = field(default_factory=list)  # one per image, or none at all
+    names: list[str] = field(default_factory=list)  # of own class folders; none: the expressions in our order
 
     def add(self, path: Path, target: int, *box: Box) -> None:
         self.paths.append(path)
@@ -37,9 +38,17 @@ def _need(path: Path, layout: str) -> Path:
 
 def _rows(path: Path, layout: str) -> Iterator[tuple[str, list[str]]]:
     """(place for messages, fields) of the lines that are not empty."""
-    for number, line in enumerate(_need(path, layout).read_text(encoding="utf-8-sig").splitlines(), 1):
-        if line.strip():
-            yield f"{path}, line {number}", line.split()
+    for number, line in read_lines(_need(path, layout)):
+        yield f"{path}, line {number}", line.split()
+
+
+def _table(path: Path, layout: str, columns: set[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """(place for messages, {column: cell}) of the rows of a CSV file with a header that has `columns`."""
+    (_, header), *rows = read_table(_need(path, layout)) or [(1, [])]
+    if not columns <= set(header):
+        raise ValueError(f"{path}: needs the columns {', '.join(sorted(columns))}, has {', '.join(header) or 'none'}")
+    for number, row in rows:
+        yield f"{path}, line {number}", dict(zip(header, row, strict=False))
 
 
 def _integer(text: str, where: str) -> int:
@@ -66,12 +75,18 @@ def raf_db(root: Path, split: str, *, images: str = "aligned", **_: object) -> L
     base = next((b for b in (root / "basic", root) if (b / "EmoLabel").is_dir()), root / "basic")
     both = base / "EmoLabel/list_patition_label.txt"
     listed = both if both.is_file() else base / f"EmoLabel/{split}.txt"
-    folder, found = _need(base / f"Image/{images}", layout), Labelled()
+    if not (base / f"Image/{images}").is_dir() and (base / "Image/aligned").is_dir():
+        raise FileNotFoundError(
+            f"no folder {base / f'Image/{images}'}, but Image/aligned is there: set data.images=aligned"
+        )
+    folder, found, labels = _need(base / f"Image/{images}", layout), Labelled(), {}
     for where, row in _rows(listed, layout):
         if len(row) != 2:
             raise ValueError(f"{where}: expected 'train_00001.jpg 5', got {' '.join(row)!r}")
         if both.is_file() and not row[0].startswith(f"{split}_"):
             continue
+        if labels.setdefault(row[0], row[1]) != row[1]:
+            raise ValueError(f"{where}: {row[0]} has the labels {labels[row[0]]} and {row[1]}")
         name = row[0].replace("_aligned", "")
         name = name.replace(".jpg", "_aligned.jpg") if images == "aligned" else name
         found.add(folder / name, _label(RAF_DB, _integer(row[1], where) - 1, where))
@@ -85,41 +100,64 @@ def ferplus(root: Path, split: str, **_: object) -> Labelled:
     "unknown" or "not a face", is left out."""
     layout = "FERPlus (from its authors, on request): fer2013new.csv and FER2013{Train,Valid,Test}/fer0000000.png"
     usage, folder = {"train": ("Training", "FER2013Train"), "test": ("PrivateTest", "FER2013Test")}[split]
-    found = Labelled()
     _need(root / folder, layout)
-    with _need(root / "fer2013new.csv", layout).open(newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), 2):
-            if row.get("Usage") is None or "Image name" not in row:
-                raise ValueError(
-                    f"{root / 'fer2013new.csv'}: needs the columns Usage, Image name, {', '.join(FERPLUS)}"
-                )
-            if row["Usage"] != usage or not row["Image name"].strip():
-                continue
-            where = f"{root / 'fer2013new.csv'}, line {number}"
-            votes = [_integer(row[c], where) for c in (*FERPLUS, "unknown", "NF")]
-            votes = [v if v > 1 else 0 for v in votes]
-            best = max(range(len(votes)), key=votes.__getitem__)
-            if best < len(FERPLUS) and votes[best] > sum(votes) / 2:
-                found.add(root / folder / row["Image name"].strip(), our_label(FERPLUS, best))
+    found, votes_of = Labelled(), (*FERPLUS, "unknown", "NF")
+    for where, row in _table(root / "fer2013new.csv", layout, {"Usage", "Image name", *votes_of}):
+        if row["Usage"] != usage or not row["Image name"]:
+            continue
+        votes = [_integer(row[c], where) for c in votes_of]
+        votes = [v if v > 1 else 0 for v in votes]
+        best = max(range(len(votes)), key=votes.__getitem__)
+        if best < len(FERPLUS) and votes[best] > sum(votes) / 2:
+            found.add(root / folder / row["Image name"], our_label(FERPLUS, best))
     return found
 
 
 def affectnet(root: Path, split: str, *, num_classes: int = 7, **_: object) -> Labelled:
-    """training.csv and validation.csv (subDirectory_filePath, ..., expression), images in Manually_Annotated_Images/.
-    Expressions 8 to 10 (none, uncertain, no face), and contempt with seven classes, are left out."""
+    """training.csv and validation.csv (subDirectory_filePath, face_x, face_y, face_width, face_height, expression), in the root
+    or in Manually_Annotated_file_lists/, with the images in Manually_Annotated_Images/, cropped to their face box; or the
+    release {train_set,val_set}/images/<n>.jpg with annotations/<n>_exp.npy. Expressions 8 to 10 (none, uncertain, no face), and
+    contempt with seven classes, are left out."""
     layout = (
         "AffectNet (from its authors, on request): training.csv, validation.csv (subDirectory_filePath, expression) and "
-        "Manually_Annotated_Images/"
+        "Manually_Annotated_Images/, or {train_set,val_set}/images and annotations"
     )
-    table, found = root / {"train": "training.csv", "test": "validation.csv"}[split], Labelled()
-    folder = _need(root / "Manually_Annotated_Images", layout)
-    with _need(table, layout).open(newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), 2):
-            if not {"subDirectory_filePath", "expression"} <= row.keys():
-                raise ValueError(f"{table}: needs the columns subDirectory_filePath and expression, has {list(row)}")
-            label = _integer(row["expression"], f"{table}, line {number}")
-            if 0 <= label < num_classes:
-                found.add(folder / row["subDirectory_filePath"], our_label(AFFECTNET, label))
+    release = root / {"train": "train_set", "test": "val_set"}[split]
+    if release.is_dir():
+        return _affectnet_release(release, layout, num_classes)
+    name = {"train": "training.csv", "test": "validation.csv"}[split]
+    listed = root / "Manually_Annotated_file_lists" / name
+    folder, found = _need(root / "Manually_Annotated_Images", layout), Labelled()
+    boxed = ("face_x", "face_y", "face_width", "face_height")
+    for where, row in _table(
+        listed if listed.is_file() else root / name, layout, {"subDirectory_filePath", "expression"}
+    ):
+        label = _integer(row["expression"], where)
+        if not 0 <= label < num_classes:
+            continue
+        box: tuple[int, ...] = ()
+        if set(boxed) <= row.keys():
+            x, y, width, height = (_integer(row[c], where) for c in boxed)
+            if width <= 0 or height <= 0:
+                raise ValueError(f"{where}: the face box {x}, {y}, {width}, {height} is empty")
+            box = (x, y, x + width, y + height)
+        found.paths.append(folder / row["subDirectory_filePath"])
+        found.targets.append(our_label(AFFECTNET, label))
+        found.boxes += [box] if box else []  # type: ignore[list-item]
+    return found
+
+
+def _affectnet_release(folder: Path, layout: str, num_classes: int) -> Labelled:
+    """images/<n>.jpg (cropped to the face) and annotations/<n>_exp.npy, a text of one number."""
+    found, images = Labelled(), _need(folder / "images", layout)
+    for path in sorted(images_below(images), key=lambda p: (len(p.stem), p.stem)):
+        file = folder / "annotations" / f"{path.stem}_exp.npy"
+        try:
+            label = int(np.load(_need(file, layout), allow_pickle=False).item())
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{file}: not the number of an expression ({error})") from error
+        if 0 <= label < num_classes:
+            found.add(path, our_label(AFFECTNET, label))
     return found
 
 
@@ -157,7 +195,7 @@ def affwild2(root: Path, split: str, *, every: int = 1, **_: object) -> Labelled
         raise FileNotFoundError(f"no annotation in {folder}. Expected {layout}")
     found = Labelled()
     for file in files:
-        names, *labels = file.read_text().split()
+        names, *labels = read_text(file).split()
         order = [expression(n) for n in names.split(",")]
         for frame, text in enumerate(labels, 1):
             label = _integer(text, f"{file}, frame {frame}")
@@ -168,25 +206,30 @@ def affwild2(root: Path, split: str, *, every: int = 1, **_: object) -> Labelled
     return found
 
 
-def folder(root: Path, split: str, *, num_classes: int = 7, **_: object) -> Labelled:
-    """{train,val}/<class>/*.jpg (SFEW: {Train,Val}/Angry/...). Class folders are matched by name, in any spelling."""
+def folder(root: Path, split: str, *, num_classes: int | None = 7, **_: object) -> Labelled:
+    """{train,val}/<class>/*.jpg (SFEW: {Train,Val}/Angry/...). Class folders are matched to the expressions by name, in any
+    spelling; with num_classes=None they are the classes, whatever their names."""
     names = {"train": ("train", "Train"), "test": ("val", "Val", "test", "Test")}[split]
-    layout = f"{names[0]}/<class>/*.jpg with the classes {', '.join(EXPRESSIONS[:num_classes])}"
+    wanted = ", ".join(EXPRESSIONS[:num_classes]) if num_classes else "your own"
+    layout = f"{names[0]}/<class>/*.jpg with the classes {wanted}"
     base = next((root / n for n in names if (root / n).is_dir()), None)
     if base is None:
         raise FileNotFoundError(f"no folder {root / names[0]} ({', '.join(names)}). Expected {layout}")
-    places = {p: expression(p.name) for p in sorted(base.iterdir()) if p.is_dir()}
-    wrong = sorted(p.name for p, c in places.items() if c is None or c >= num_classes)
-    lacking = sorted(set(range(num_classes)) - set(places.values()))  # type: ignore[arg-type]
-    if wrong or lacking:
-        raise ValueError(
-            f"{base}: class folders do not match: unknown {wrong}, missing {[EXPRESSIONS[c] for c in lacking]}. Expected {layout}"
-        )
-    found = Labelled()
+    places: dict[Path, int | None] = {p: i for i, p in enumerate(folders(base))}
+    if num_classes:
+        places = {p: expression(p.name) for p in places}
+        wrong = sorted(p.name for p, c in places.items() if c is None or c >= num_classes)
+        lacking = sorted(set(range(num_classes)) - set(places.values()))  # type: ignore[arg-type]
+        if wrong or lacking:
+            raise ValueError(
+                f"{base}: class folders do not match: unknown {wrong}, missing {[EXPRESSIONS[c] for c in lacking]}. Expected "
+                f"{layout}, or data.num_classes=null for classes of your own"
+            )
+    found = Labelled(names=[] if num_classes else [p.name for p in places])
     for place, target in places.items():
-        images = sorted(p for p in place.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+        images = images_below(place)
         if not images:
-            raise ValueError(f"class folder {place} holds no image ({', '.join(IMG_EXTENSIONS)})")
+            raise ValueError(f"class folder {place} holds no image ({', '.join(ENDINGS)})")
         for path in images:
             found.add(path, target)  # type: ignore[arg-type]
     return found
@@ -196,20 +239,18 @@ def listed(root: Path, split: str, *, num_classes: int = 7, **_: object) -> Labe
     """train.csv and val.csv, "path,label" with a class name or our class id; paths relative to the root."""
     layout = "train.csv and val.csv with rows path,label"
     table, found = root / {"train": "train.csv", "test": "val.csv"}[split], Labelled()
-    with _need(table, layout).open(newline="") as file:
-        for number, row in enumerate(csv.reader(file), 1):
-            if not row or (number == 1 and row[:2] == ["path", "label"]):
-                continue
-            where = f"{table}, line {number}"
-            if len(row) != 2:
-                raise ValueError(f"{where}: expected path,label, got {len(row)} columns")
-            text = row[1].strip()
-            target = int(text) if text.isdecimal() else expression(text)
-            if target is None or target >= num_classes:
-                raise ValueError(
-                    f"{where}: label {text!r}; allowed are {', '.join(EXPRESSIONS[:num_classes])} or 0..{num_classes - 1}"
-                )
-            found.add(root / row[0].strip(), target)
+    for number, row in read_table(_need(table, layout)):
+        if [c.lower() for c in row[:2]] == ["path", "label"]:
+            continue
+        where = f"{table}, line {number}"
+        if len(row) != 2:
+            raise ValueError(f"{where}: expected path,label, got {len(row)} columns")
+        target = int(row[1]) if row[1].isdecimal() else expression(row[1])
+        if target is None or target >= num_classes:
+            raise ValueError(
+                f"{where}: label {row[1]!r}; allowed are {', '.join(EXPRESSIONS[:num_classes])} or 0..{num_classes - 1}"
+            )
+        found.add(root / row[0], target)
     return found
 
 

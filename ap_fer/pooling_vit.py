@@ -1,4 +1,4 @@
-"""The vision transformer with attentive pooling on CNN features: projection, APP, blocks with ATP, norm (sections 3.2 to 3.6)."""
+"""The vision transformer with attentive pooling on CNN features: projection, APP, blocks with ATP, norm."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,49 +1,40 @@
-"""Score a folder of faces: predictions as csv, and pictures of which patches were dropped by APP and in every block.
+"""Score faces: predictions as CSV or JSON, and pictures of which patches were dropped by APP and in every block.
 
-python predict.py weights=runs/default/app_atp/seed0/last.ckpt                        test images of its data set
-python predict.py weights=runs/.../last.ckpt images=[faces/,me.jpg] out=mine          files, and all images below a folder
-python predict.py weights=APViT_RAF.pth set=raf_db images=[aligned/]
+python predict.py weights=runs/default/app_atp/seed0/last.ckpt images=[faces/,me.jpg] out=predictions.csv pictures=dropped/
+python predict.py weights=APViT_RAF.pth images=photos/ landmarks=points.csv            # aligned as in align.py first
 """
 
-import csv
+from collections.abc import Callable
 from pathlib import Path
 
-import hydra
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig, OmegaConf
+from lightning_fabric import Fabric
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ap_fer.data import build_data
-from ap_fer.evaluate import load
-from ap_fer.expressions import EXPRESSIONS
+from ap_fer.align import align, read_landmarks
+from ap_fer.checkpoint import load
 from ap_fer.pooling_vit import Kept
 from ap_fer.token_selection import to_mask
-from ap_fer.transforms import build_transforms, check_image, denormalise
-from common.data.vision import open_image
+from ap_fer.transforms import check_image, inference_transform
+from common.data.files import ImageStream, Table, find_images, output_names
+from common.scripts import script
 
-
-def find_images(places: list[str]) -> list[Path]:
-    """The images named, and those below the folders named, in sorted order. FileNotFoundError for a place without any."""
-    found: list[Path] = []
-    for place in places:
-        path = Path(place).expanduser()
-        below = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
-        if not below:
-            what = f"no image in {path}" if path.is_dir() else f"no file or folder {path}"
-            raise FileNotFoundError(f"{what} (images={place}); expected {', '.join(IMG_EXTENSIONS)}")
-        found += below
-    return found
+DROPPED = np.array([0.84, 0.15, 0.55])  # a colour that no face has: dark pixels stay dark pixels
 
 
 def overlay(image: Tensor, kept: Tensor) -> np.ndarray:
-    """The image (3, S, S) in 0..1 with the dropped patches of kept (P,) nearly black; (S, S, 3)."""
+    """The image (3, S, S) in 0..1 with the dropped patches of kept (P,) in colour; (S, S, 3)."""
     side = round(len(kept) ** 0.5)
-    full = F.interpolate(kept.view(1, 1, side, side).float(), image.shape[-2:], mode="nearest")[0]
-    return (image * (0.15 + 0.85 * full)).permute(1, 2, 0).numpy()
+    full = (
+        F.interpolate(kept.view(1, 1, side, side).float(), image.shape[-2:], mode="nearest")[0].permute(1, 2, 0).numpy()
+    )
+    pixels = image.permute(1, 2, 0).numpy()
+    return full * pixels + (1 - full) * (0.25 * pixels + 0.75 * DROPPED)
 
 
 def stages(kept: Kept, patches: int) -> list[tuple[str, Tensor]]:
@@ -55,57 +46,72 @@ def stages(kept: Kept, patches: int) -> list[tuple[str, Tensor]]:
     return found
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="predict")
-@torch.no_grad()
-def main(cfg: DictConfig) -> None:
-    model, trained = load(cfg.weights, data_set=cfg.set, data=OmegaConf.to_container(cfg.data))  # type: ignore[arg-type]
-    if cfg.images:
-        places = [cfg.images] if isinstance(cfg.images, str) else list(cfg.images)
-        paths = find_images(places)
-        _, prepare = build_transforms("none", size=model.image_size)
-        names, truth = [str(p) for p in paths], None
-        images = torch.stack([prepare(check_image(open_image(p))) for p in paths])
-    else:
-        data = build_data(seed=trained.seed, **trained.data)
-        if not 1 <= cfg.count <= len(data.test):  # type: ignore[arg-type]
-            raise ValueError(f"count={cfg.count}, allowed: 1..{len(data.test)}")  # type: ignore[arg-type]
-        first = len(data.test) - cfg.count  # type: ignore[arg-type]  # the last ones: parametric faces with occluders
-        rows = [data.test[i] for i in range(first, len(data.test))]  # type: ignore[arg-type]
-        names, images = [f"test {first + i}" for i in range(cfg.count)], torch.stack([r[0] for r in rows])
-        truth = [int(r[1]) for r in rows]
-    parts = [model(x, details=True) for x in images.split(cfg.batch_size)]
-    probability = torch.cat([z for z, _ in parts]).softmax(1)
-    out, classes = Path(cfg.out), EXPRESSIONS[: model.num_classes]
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "predictions.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["image", "expression", *(["truth"] if truth else []), *classes])
-        for i, (name, p) in enumerate(zip(names, probability, strict=True)):
-            known = [classes[truth[i]]] if truth else []
-            writer.writerow([name, classes[int(p.argmax())], *known, *(f"{v:.4f}" for v in p.tolist())])
-            print(
-                f"{name}  {classes[int(p.argmax())]} {float(p.max()):.3f}" + (f"  (truth {known[0]})" if known else "")
-            )
-    print(f"predictions: {out / 'predictions.csv'}")
-    shown, kept = images[: cfg.pictures], parts[0][1]
-    if kept is None:
-        return print("no pictures: this model has no transformer")
-    columns = [(title, mask[: len(shown)]) for title, mask in stages(kept, model.patches)]
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def draw(image: Tensor, title: str, columns: list[tuple[str, Tensor]], path: Path) -> None:
+    """One picture: the image (3, S, S) in 0..1 under its prediction, then what stayed after every stage."""
+    figure = Figure(figsize=(1.7 * (len(columns) + 1), 2.0), layout="constrained")
+    axes = figure.subplots(1, len(columns) + 1, squeeze=False)[0]
+    everything = torch.ones_like(columns[0][1])
+    for axis, (name, mask) in zip(axes, [(title, everything), *columns], strict=True):
+        axis.imshow(overlay(image, mask).clip(0, 1))
+        axis.set_title(name if mask is everything else f"{name}: {int(mask.sum())} stay", fontsize=8)
+        axis.axis("off")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
 
-    size = (1.7 * (len(columns) + 1), 1.9 * len(shown))
-    figure, axes = plt.subplots(len(shown), len(columns) + 1, figsize=size, squeeze=False)
-    for i, image in enumerate(denormalise(shown)):
-        everything = torch.ones(model.patches, dtype=torch.bool)
-        for axis, (title, mask) in zip(axes[i], [("", everything), *((t, m[i]) for t, m in columns)], strict=True):
-            axis.imshow(overlay(image, mask))
-            label = classes[int(probability[i].argmax())]
-            axis.set_title(f"{title}: {int(mask.sum())}" if title else label, fontsize=8)
-            axis.axis("off")
-    figure.tight_layout()
-    figure.savefig(out / "dropped_patches.png", dpi=120)
-    print(f"pictures: {out / 'dropped_patches.png'}")
+
+def prepare(about: dict, points: dict[str, np.ndarray] | None) -> Callable[[Image.Image], Tensor]:
+    """PIL image -> (3, S, S) normalised as in training; with landmarks by file name the face is aligned first."""
+    transform = inference_transform(size=about["size"], normalise=about["normalise"])
+
+    def ready(image: Image.Image) -> Tensor:
+        if points is not None:
+            name = Path(getattr(image, "filename", "")).name
+            if name not in points:
+                raise ValueError(f"no landmarks for {name}")
+            image = Image.fromarray(align(np.asarray(image), points[name], size=2 * about["size"]))
+        return transform(check_image(image))
+
+    return ready
+
+
+@torch.no_grad()
+def predict(cfg: DictConfig, fabric: Fabric) -> Path:
+    """Writes cfg.out (and pictures) and returns its path; see configs/predict.yaml."""
+    trained = load(cfg.weights)
+    classes, about = trained.about["classes"], trained.about
+    if not 1 <= cfg.top <= len(classes):
+        raise ValueError(f"top={cfg.top}, allowed: 1..{len(classes)}")
+    if about["drawn"]:
+        print("notice: this network was trained on drawn faces; photographs are new to it")
+    model, paths = fabric.setup_module(trained.model), find_images(cfg.images)
+    points = read_landmarks(cfg.landmarks) if cfg.landmarks else None
+    stream = ImageStream(paths, prepare(about, points), batch_size=cfg.batch_size, workers=cfg.workers)
+    names, drawn = output_names(paths), 0
+    mean, std = (torch.tensor(about["normalise"][k]).view(3, 1, 1) for k in ("mean", "std"))
+    with Table(cfg.out) as table:
+        for files, images in stream:
+            logits, kept = model(images.to(fabric.device), details=True)
+            p = logits.float().softmax(1).cpu()
+            best = p.topk(cfg.top)
+            for i, path in enumerate(files):
+                labels = [classes[c] for c in best.indices[i].tolist()]
+                for label, value in zip(labels, best.values[i].tolist(), strict=True):
+                    table.write({"path": path, "label": label, "probability": f"{value:.6f}"})
+                if cfg.pictures and kept is not None and drawn < cfg.most_pictures:
+                    columns = [(title, mask[i].cpu()) for title, mask in stages(kept, trained.model.patches)]  # type: ignore[arg-type]
+                    title = f"{path.name}\n{labels[0]} {p[i].max():.2f}"
+                    draw(
+                        (images[i] * std + mean).clamp(0, 1), title, columns, Path(cfg.pictures) / f"{names[path]}.png"
+                    )
+                    drawn += 1
+    print(f"{stream.done} faces: {table.out}" + (f", {drawn} pictures in {cfg.pictures}" if drawn else ""))
+    stream.finish()
+    return table.out
+
+
+@script("predict")
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    predict(cfg, fabric)
 
 
 if __name__ == "__main__":

@@ -7,35 +7,34 @@ torchrun --nproc_per_node=2 train.py experiment=raf_db data.root=/datasets
 """
 
 import math
-import time
 from pathlib import Path
 
-import hydra
 import torch
 import torch.nn.functional as F
-from hydra import compose
-from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from lightning_fabric import Fabric
-from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
-from tqdm import tqdm
+from omegaconf import DictConfig
+from torch import Tensor
 
-from ap_fer.build import build, build_optimizer, macs, sibling
+from ap_fer.build import build, build_optimizer, macs
+from ap_fer.checkpoint import state
 from ap_fer.data import Data, build_data
 from ap_fer.metrics import classification, confusion, pooling_metrics
 from ap_fer.schedule import check_kind, lr_at
+from ap_fer.stages import stems_first
 from ap_fer.token_selection import to_mask
 from common import runs
 from common.data.batches import Plan, eval_batches, seeded, stream
+from common.loop import Means, Progress, bar, gather, preflight, sync_norm
+from common.scripts import script
 
 
-def train_one_epoch(fabric: Fabric, cfg: DictConfig, model, optimizer, batches, plan: Plan, *, epoch: int, run) -> dict:
-    """One pass over the training set; returns the mean loss, the last learning rate and the images per second."""
+def train_one_epoch(
+    fabric: Fabric, cfg: DictConfig, model, optimizer, batches, *, epoch: int, run: runs.Run
+) -> dict[str, float]:
+    """One pass over the training set; returns the last learning rate and the mean loss over its images."""
     model.train()
-    begin, lr, total, summed = time.perf_counter(), 0.0, len(batches), torch.zeros((), device=fabric.device)
-    bar = tqdm(batches.epoch(epoch), total=total, leave=False, disable=None if total > 50 else True)
-    for micro, (views, labels) in enumerate(bar):
+    means, lr, plan = Means(), 0.0, batches.plan
+    for micro, (views, labels) in enumerate(bar(batches.epoch(epoch), total=len(batches), title=f"epoch {epoch}")):
         last = (micro + 1) % plan.accumulation == 0
         step = (epoch - 1) * plan.steps + micro // plan.accumulation
         lr = lr_at(cfg.schedule.kind, step, steps_per_epoch=plan.steps, epochs=cfg.train.epochs, lr=cfg.optim.lr)
@@ -43,19 +42,15 @@ def train_one_epoch(fabric: Fabric, cfg: DictConfig, model, optimizer, batches, 
             group["lr"] = lr
         with fabric.no_backward_sync(model, enabled=not last):
             loss = F.cross_entropy(model(views[0]).float(), labels)
-            runs.check_finite({"loss": loss}, step=step, last_good=run.checkpoint)
             fabric.backward(loss / plan.accumulation)
+        means.add({"loss": loss}, len(labels))
         if last:
-            norm = fabric.clip_gradients(
-                model, optimizer, max_norm=cfg.train.clip or math.inf, error_if_nonfinite=False
-            )
-            if cfg.fabric.precision != "16-mixed":  # the fp16 loss scaler skips such a step by itself
-                runs.check_finite({"gradient norm": norm}, step=step, last_good=run.checkpoint)
+            clip = cfg.train.clip or math.inf
+            norm = fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)
+            means.check(step=step, norm=norm, last_good=run.checkpoint, precision=cfg.fabric.precision)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        summed += loss.detach()
-    rate = plan.steps * plan.batch_size / (time.perf_counter() - begin)
-    return {"lr": lr, "loss": summed.item() / total, "images_per_s": rate}
+    return {"lr": lr, **means.result(fabric)}
 
 
 @torch.no_grad()
@@ -74,16 +69,7 @@ def predict(fabric: Fabric, model, dataset, *, batch_size: int, workers: int) ->
                 found |= {"app": to_mask(kept.app, patches), "final": to_mask(kept.blocks[-1], patches)}
             for name, value in found.items():
                 rows.setdefault(name, []).append(value)
-    whole = {name: torch.cat(parts) for name, parts in rows.items()}
-    if world > 1:  # rank r holds the images r, r + world, ...: pad, gather, interleave, cut
-        size = math.ceil(len(dataset) / world)
-        for name, value in whole.items():
-            padded = torch.cat([value, value[: size - len(value)]]).to(
-                torch.float64 if value.is_floating_point() else torch.int64
-            )
-            gathered = fabric.all_gather(padded).transpose(0, 1).flatten(0, 1)[: len(dataset)]
-            whole[name] = gathered.to(value.dtype)
-    return {name: value.cpu() for name, value in whole.items()}
+    return gather(fabric, {name: torch.cat(parts) for name, parts in rows.items()}, len(dataset))
 
 
 def evaluate(fabric: Fabric, model, data: Data, *, batch_size: int, workers: int) -> tuple[dict[str, float], Tensor]:
@@ -101,118 +87,81 @@ def evaluate(fabric: Fabric, model, data: Data, *, batch_size: int, workers: int
     return metrics, matrix
 
 
+def check(cfg: DictConfig) -> None:
+    """ValueError for what would otherwise be found out late, before a stem is trained or data read."""
+    check_kind(cfg.schedule.kind)
+    if cfg.data.name == "faces" and cfg.data.root is not None:
+        raise ValueError(
+            f"data.root={cfg.data.root}: faces is embedded; name the set that lies there, e.g. data=folder"
+        )
+    if cfg.train.clip is not None and cfg.train.clip <= 0:
+        raise ValueError(f"train.clip={cfg.train.clip}, allowed: a norm above 0, or null")
+
+
 def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     """Build, train to the end, evaluate; resumes from out/last.ckpt."""
-    per_device = runs.per_device_batch(cfg.train.batch_size, fabric.world_size, cfg.train.accumulation)
-    check_kind(cfg.schedule.kind)
+    check(cfg)
+    runs.per_device_batch(cfg.train.batch_size, fabric.world_size, cfg.train.accumulation)
     data = build_data(seed=cfg.seed, **cfg.data)
-    model = build(cfg, len(data.names))
-    if fabric.world_size > 1 and fabric.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    optimizer, cost = build_optimizer(model, cfg), macs(model, cfg)  # type: ignore[arg-type]
-    model, optimizer = fabric.setup(model, optimizer)
-    plan = Plan(
-        len(data.indices), cfg.train.batch_size, seed=cfg.seed, rank=fabric.global_rank, world=fabric.world_size,
-        accumulation=cfg.train.accumulation,
-    )  # fmt: skip
-    batches, epochs = data.make(plan, fabric.device), cfg.train.epochs
+    network = build(cfg, len(data.names))
+    cost = macs(network, cfg)
+    model, optimizer = fabric.setup(sync_norm(fabric, network), build_optimizer(network, cfg))
+    batches = data.make(Plan.of(cfg.train, len(data.indices), fabric, seed=cfg.seed), fabric.device)
     if cfg.preflight:
-        return preflight(fabric, model, optimizer, batches, epochs)
-    test = {"batch_size": cfg.evaluate.batch_size, "workers": cfg.data.workers}
-
-    run = runs.Run.open(out, cfg, fabric)
-    if run is None:
+        model.train()
+        views, labels = next(iter(batches.epoch(1)))
+        preflight(
+            fabric, lambda: fabric.backward(F.cross_entropy(model(views[0]).float(), labels)),
+            parameters=sum(p.numel() for p in model.parameters()), what=f"{len(labels)} images",
+            steps=len(batches) * cfg.train.epochs,
+        )  # fmt: skip
         return
-    with run:
-        first, best = 1, {"top1_best_epoch": 0.0, "best_epoch": 0}
-        if (state := run.load_checkpoint()) is not None:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            first, best = state["epoch"] + 1, state["best"]
-        fabric.print(
-            f"{cfg.arm} on {cfg.data.name}: {sum(data.counts)} images ({len(data.indices)} per epoch) of {len(data.names)} "
-            f"classes, global batch {cfg.train.batch_size} = {fabric.world_size} devices x {cfg.train.accumulation} micro-steps "
-            f"x {per_device}, lr {cfg.optim.lr}, epochs {first}..{epochs} of {plan.steps} steps"
-        )
-        start = time.perf_counter()
-        for epoch in range(first, epochs + 1):
-            torch.manual_seed(
-                stream(cfg.seed, epoch, fabric.global_rank)
-            )  # random scores; batches have their own streams
-            row = train_one_epoch(fabric, cfg, model, optimizer, batches, plan, epoch=epoch, run=run)
-            rate = row.pop("images_per_s")
-            if cfg.train.eval_every and epoch % cfg.train.eval_every == 0:
-                row["top1"] = evaluate(fabric, model, data, **test)[0]["top1"]
-                if row["top1"] > best["top1_best_epoch"]:
-                    best = {"top1_best_epoch": row["top1"], "best_epoch": epoch}
-            run.log(epoch=epoch, **row)
-            for logger in fabric.loggers:
-                logger.log_metrics(row, step=epoch)
-            if epoch % cfg.train.log_every == 0 or epoch in (first, epochs):
-                left = (time.perf_counter() - start) / (epoch - first + 1) * (epochs - epoch)
-                values = "  ".join(f"{k} {v:.4g}" for k, v in row.items())
-                fabric.print(f"epoch {epoch}/{epochs}  {values}  {rate:.0f} images/s  {left:.0f} s left")
-            if epoch % cfg.train.save_every == 0 or epoch == epochs:
-                run.save_checkpoint(
-                    {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "best": best,
-                     "names": list(data.names), "config": run.config}
-                )  # fmt: skip
-        metrics, _ = evaluate(fabric, model, data, **test)
-        metrics |= cost
-        if (
-            cfg.train.eval_every
-        ):  # without a validation split the best epoch is chosen on the test set: shown, never claimed
-            metrics |= best
-        run.finish(metrics)
-        fabric.print("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+    if (run := runs.Run.open(out, cfg, fabric, data=data.source)) is not None:
+        with run:
+            train(fabric, run, cfg, data, model, optimizer, batches, cost)
 
 
-def preflight(fabric: Fabric, model, optimizer, batches, epochs: int) -> None:
-    """One step forward and backward; prints memory and hours. Writes nothing."""
-    views, labels = next(iter(batches.epoch(1)))
-    seconds = 0.0
-    model.train()
-    for _ in range(2):  # the first step also pays for allocation and kernel selection
-        begin = time.perf_counter()
-        fabric.backward(F.cross_entropy(model(views[0]).float(), labels))
-        if fabric.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - begin
-    optimizer.zero_grad(set_to_none=True)
-    card = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the card, " if fabric.device.type == "cuda" else ""
+def train(fabric: Fabric, run: runs.Run, cfg: DictConfig, data: Data, model, optimizer, batches, cost: dict) -> None:
+    """The epochs from the last checkpoint on, then the evaluation."""
+    test, epochs = {"batch_size": cfg.evaluate.batch_size, "workers": cfg.data.workers}, cfg.train.epochs
+    first, best = 1, {"top1_best_epoch": 0.0, "best_epoch": 0}
+    if (saved := run.load_checkpoint()) is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first, best = saved["epoch"] + 1, saved["best"]
     fabric.print(
-        f"preflight: data found, {len(labels)} images per device and step, {sum(p.numel() for p in model.parameters()):,} "
-        f"parameters, {card}{seconds:.3f} s per step without data loading, about "
-        f"{seconds * len(batches) * epochs / 3600:.2g} h for {epochs} epochs"
+        f"{cfg.arm} on {cfg.data.name}: {sum(data.counts)} images ({len(data.indices)} per epoch) of {len(data.names)} "
+        f"classes, {batches.plan}, lr {cfg.optim.lr}, epochs {first}..{epochs} of {batches.plan.steps} steps"
     )
+    progress = Progress(fabric, run, first=first, last=epochs, every=cfg.train.log_every)
+    for epoch in range(first, epochs + 1):
+        torch.manual_seed(
+            stream(cfg.seed, epoch, fabric.global_rank)
+        )  # random scores; batches have streams of their own
+        row = train_one_epoch(fabric, cfg, model, optimizer, batches, epoch=epoch, run=run)
+        if cfg.train.eval_every and epoch % cfg.train.eval_every == 0:
+            row["top1"] = evaluate(fabric, model, data, **test)[0]["top1"]
+            if row["top1"] > best["top1_best_epoch"]:
+                best = {"top1_best_epoch": row["top1"], "best_epoch": epoch}
+        progress.report(epoch, row, images=batches.plan.steps * batches.plan.batch_size)
+        if epoch % cfg.train.save_every == 0 or epoch == epochs:
+            run.save_checkpoint(state(model, optimizer, data, epoch=epoch, best=best, config=run.config))
+    metrics = evaluate(fabric, model, data, **test)[0] | cost
+    if (
+        cfg.train.eval_every
+    ):  # without a validation split the best epoch is chosen on the test set: shown, never claimed
+        metrics |= best
+    run.finish(metrics)
+    fabric.print("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
 
 
-def stems_first(cfg: DictConfig) -> list[tuple[DictConfig, Path]]:
-    """Configurations and directories of the runs that this one starts from (start.arm) and that are not finished, in order."""
-    if cfg.start.arm is None or cfg.preflight:
-        return []
-    path = sibling(cfg, "last.ckpt").parent
-    if (runs.read_json(path / "result.json") or {}).get("status") == "finished":
-        return []
-    same = {"model": {k: cfg.model[k] for k in ("stem", "units", "widths", "strides", "kernels")}}
-    same |= {k: cfg[k] for k in ("seed", "scale", "run_root", "threads", "fabric")} | {"data": {"size": cfg.data.size}}
-    base = OmegaConf.merge(compose("config", overrides=[f"method={cfg.start.arm}", f"arm={cfg.start.arm}"]), same)
-    return [*stems_first(base), (base, path)]  # type: ignore[arg-type,list-item]
-
-
-@hydra.main(version_base="1.3", config_path="configs", config_name="config")
-def main(cfg: DictConfig) -> None:
-    out = HydraConfig.get().runtime.output_dir
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    try:
-        fabric = runs.launch(cfg.fabric, loggers=[instantiate(cfg.logger)] if cfg.logger else [])
-        for start, path in stems_first(cfg):
-            fabric.print(f"{path} comes first")
-            fit(start, fabric, path)
-        fit(cfg, fabric, Path(out))
-    finally:
-        runs.remove_if_empty(out, cfg.run_root)
+@script()
+def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    check(cfg)
+    for start, place in stems_first(cfg):
+        fabric.print(f"{place} comes first (to train it again: python train.py method={start.arm} force=true)")
+        fit(start, fabric, place)
+    fit(cfg, fabric, out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Training and test transforms of the RAF-DB recipe (section 5)."""
+"""Training and test transforms of the RAF-DB recipe."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from PIL import Image
@@ -51,6 +51,13 @@ def check_image(image: Image.Image) -> Image.Image:
     return image
 
 
+def inference_transform(*, size: int, normalise: Mapping[str, Sequence[float]]) -> Callable:
+    """PIL image -> (3, size, size) normalised by {mean, std} of images in 0..1, as test images are."""
+    tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+    norm = v2.Normalize(list(normalise["mean"]), list(normalise["std"]))
+    return v2.Compose([v2.Resize([size, size], antialias=True), *tensor, norm])
+
+
 def build_transforms(augment: str, *, size: int) -> tuple[Callable, Callable]:
     """(training, test) transforms of PIL images to normalised (3, size, size).
 
@@ -58,7 +65,7 @@ def build_transforms(augment: str, *, size: int) -> tuple[Callable, Callable]:
     if augment not in AUGMENT:
         raise ValueError(f"data.augment={augment!r}, allowed: {', '.join(AUGMENT)}")
     tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(MEAN), list(STD))]
-    test = v2.Compose([v2.Resize([size, size], antialias=True), *tensor])
+    test = inference_transform(size=size, normalise={"mean": MEAN, "std": STD})
     if augment == "none":
         return test, test
     if augment == "flip":
@@ -70,9 +77,3 @@ def build_transforms(augment: str, *, size: int) -> tuple[Callable, Callable]:
         *tensor, UniformErasing(),
     ])  # fmt: skip
     return train, test
-
-
-def denormalise(images: Tensor) -> Tensor:
-    """(..., 3, H, W) normalised -> 0..1."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
-    return (images * std + mean).clamp(0, 1)

@@ -27,8 +27,6 @@ def export_onnx(
     the largest difference between onnxruntime and torch.
 
     image: one example (1, C, H, W). Checked on random batches of sizes `batches`; ValueError, and no file, above `tolerance`."""
-    import onnx
-
     for name in ("onnxscript", "onnx_ir"):  # they tell every node that they remove
         logging.getLogger(name).setLevel(logging.WARNING)
     out, model = Path(out).expanduser(), model.cpu().eval()
@@ -40,9 +38,7 @@ def export_onnx(
                 model, (image.repeat(2, 1, 1, 1),), beside, input_names=["images"], output_names=list(outputs),
                 dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, external_data=False, verbose=False,
             )  # fmt: skip
-        proto = onnx.load(beside)
-        onnx.helper.set_model_props(proto, {"about": json.dumps(dict(about))})
-        onnx.save(proto, beside)
+        write_about(beside, about)
         worst = difference(model, beside, image, batches)
         if not worst < tolerance:
             raise ValueError(f"onnxruntime differs from torch by {worst:.2g}, allowed: tolerance={tolerance:g}")
@@ -66,6 +62,15 @@ def difference(model: nn.Module, file: str | Path, image: Tensor, batches: Seque
         for found, wanted in zip(session.run(None, {"images": images.numpy()}), expected, strict=True):
             worst = max(worst, float(np.abs(found - wanted.numpy()).max()))
     return worst
+
+
+def write_about(file: str | Path, about: Mapping[str, Any]) -> None:
+    """Puts what is needed to use a network into the metadata of its ONNX file."""
+    import onnx
+
+    proto = onnx.load(str(file))
+    onnx.helper.set_model_props(proto, {"about": json.dumps(dict(about))})
+    onnx.save(proto, str(file))
 
 
 def read_about(file: str | Path) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def block(rate=0.6, **options):
 
 
 def plain_block(b, z, n_keep):
-    """Section 3.5 with loops over images and heads, nothing shared with the module."""
+    """The pooling with loops over images and heads, nothing shared with the module."""
     outs, indices = [], []
     for image in z:
         y = F.layer_norm(image, (8,), b.norm1.weight, b.norm1.bias, 1e-6)

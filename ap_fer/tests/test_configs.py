@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from ap_fer.expressions import FERPLUS
 from ap_fer.tests.helpers import CONFIGS, config, write_image
 from ap_fer.train import fit
-from common import reproduce
+from common import reproduce, scripts
 from common.metrics.claims import load_claims, load_document
 
 PAPER = CONFIGS.parent
@@ -34,7 +34,7 @@ def arm_name(file, sweep, chosen):
     suffix = sweep.get("arm", "").removeprefix("${hydra:runtime.choices.method}")
     experiment = f"_{chosen['experiment']}" if "experiment" in chosen else ""
     others = ",".join(sorted(f"{k}={v}" for k, v in chosen.items() if k not in ("method", "seed", "experiment")))
-    return "/".join([chosen["method"] + suffix + experiment, *([others] if others else [])])
+    return scripts.arm_name("/".join([chosen["method"] + suffix + experiment, *([others] if others else [])]))
 
 
 def test_all_scales_are_here_and_say_what_they_can_show():

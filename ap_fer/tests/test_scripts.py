@@ -9,15 +9,22 @@ import torch
 from PIL import Image
 from skimage.transform import SimilarityTransform
 
-from ap_fer import align, bench, counts, evaluate, export, predict
+from ap_fer import align, evaluate, export, predict
+from ap_fer.checkpoint import data_options, load
+from ap_fer.counts import all_counts
 from ap_fer.data import build_data
 from ap_fer.tests.helpers import config, short_config, small_model, write_image
 from ap_fer.train import fit
 from common import runs
+from common.metrics.claims import load_claims
+from common.metrics.ops import record_counts
 
 
 def run(module, name, *overrides):
-    module.main.__wrapped__(config(name, *overrides))
+    """A verb as its script calls it."""
+    body = {"evaluate": "evaluate", "predict": "predict", "export": "export_checkpoint"}[name]
+    cfg = config(name, *overrides)
+    return getattr(module, body)(cfg, runs.launch(cfg.fabric)) if name != "export" else getattr(module, body)(cfg)
 
 
 def test_evaluate_gives_the_numbers_of_the_run_and_a_record(checkpoint, tmp_path, capsys):
@@ -42,38 +49,85 @@ def test_evaluate_gives_the_numbers_of_the_run_and_a_record(checkpoint, tmp_path
     assert sum(int(v) for row in rows[1:] for v in row[1:]) == 70 and all(
         sum(map(int, row[1:])) == 10 for row in rows[1:]
     )
-    with pytest.raises(ValueError, match="claim='x', allowed: apvit_raf_db_weights"):
+    with pytest.raises(ValueError, match="claim=x, allowed: apvit_raf_db_weights"):
         run(evaluate, "evaluate", f"weights={checkpoint}", "claim=x")
     with pytest.raises(ValueError, match=r"set='rafdb', allowed: .*raf_db"):
-        evaluate.load(str(checkpoint), data_set="rafdb")
+        data_options(load(checkpoint), "rafdb", {})
     with pytest.raises(ValueError, match="has 7 classes, data.num_classes=8"):
-        evaluate.load(str(checkpoint), data_set="affectnet8")
+        data_options(load(checkpoint), "affectnet8", {})
+    with pytest.raises(ValueError, match="faces is embedded"):
+        run(evaluate, "evaluate", f"weights={checkpoint}", f"data.root={tmp_path}")
 
 
 def test_predict_scores_a_folder_and_draws_what_was_dropped(checkpoint, tmp_path, capsys):
-    write_image(tmp_path / "in/sub/a.png", mode="L")
-    write_image(tmp_path / "in/b.jpg", size=(60, 50))
-    run(predict, "predict", f"weights={checkpoint}", f"images=[{tmp_path / 'in'}]", f"out={tmp_path / 'out'}")
-    rows = list(csv.DictReader((tmp_path / "out/predictions.csv").open()))
-    assert [r["image"].split("/")[-1] for r in rows] == ["b.jpg", "a.png"]
-    for row in rows:
-        p = {k: float(v) for k, v in row.items() if k not in ("image", "expression")}
-        assert sum(p.values()) == pytest.approx(1, abs=1e-3) and row["expression"] == max(p, key=p.get)
-    assert Image.open(tmp_path / "out/dropped_patches.png").size[0] > 300
-    run(predict, "predict", f"weights={checkpoint}", "count=3", f"out={tmp_path / 'test'}")
-    assert len(list(csv.DictReader((tmp_path / "test/predictions.csv").open()))) == 3
-    with pytest.raises(FileNotFoundError, match="no image in .*empty"):
-        (tmp_path / "empty").mkdir()
-        run(predict, "predict", f"weights={checkpoint}", f"images={tmp_path / 'empty'}")
-    with pytest.raises(ValueError, match=r"count=999, allowed: 1..70"):
-        run(predict, "predict", f"weights={checkpoint}", "count=999")
+    write_image(tmp_path / "in/sub/b.png", mode="L")
+    write_image(tmp_path / "in/b.png", size=(60, 50))
+    (tmp_path / "in/c.jpg").write_bytes(b"no image")
+    out, pictures = tmp_path / "p.csv", tmp_path / "dropped"
+    args = [f"weights={checkpoint}", f"out={out}", f"pictures={pictures}", "top=7"]
+    with pytest.raises(SystemExit):
+        run(predict, "predict", *args, f"images={tmp_path / 'in'}")
+    assert "c.jpg" in capsys.readouterr().err
+    rows = list(csv.DictReader(out.open()))
+    assert [r["path"].split("/in/")[1] for r in rows[::7]] == ["b.png", "sub/b.png"]
+    assert sum(float(r["probability"]) for r in rows[:7]) == pytest.approx(1, abs=1e-4)
+    assert {r["label"] for r in rows[:7]} == set(load(checkpoint).about["classes"])
+    assert sorted(p.name for p in pictures.iterdir()) == ["b.png", "sub__b.png"], "no two pictures under one name"
+    assert Image.open(pictures / "b.png").size[0] > 300
+    with pytest.raises(ValueError, match="top=8, allowed: 1..7"):
+        run(predict, "predict", f"weights={checkpoint}", "images=x", "top=8")
+
+
+def test_predict_normalises_as_the_checkpoint_says(checkpoint, tmp_path):
+    write_image(tmp_path / "a.png", size=(48, 48))
+    state = runs.load_checkpoint(checkpoint)
+    state["model"]["head.fc.weight"].normal_()
+    found = []
+    for mean in (0.485, 0.9):
+        state["about"]["normalise"] = {"mean": [mean] * 3, "std": [0.25] * 3}
+        torch.save(state, tmp_path / "w.ckpt")
+        out = tmp_path / "p.json"
+        run(predict, "predict", f"weights={tmp_path / 'w.ckpt'}", f"images={tmp_path / 'a.png'}", f"out={out}", "top=7")
+        rows = {r["label"]: float(r["probability"]) for r in json.loads(out.read_text())}
+        x = torch.from_numpy(np.asarray(Image.open(tmp_path / "a.png"))).permute(2, 0, 1)[None].float() / 255
+        with torch.no_grad():
+            expected = load(tmp_path / "w.ckpt").model((x - mean) / 0.25).softmax(1)[0]
+        found.append([rows[c] for c in state["about"]["classes"]])
+        np.testing.assert_allclose(found[-1], expected, atol=1e-4)
+    assert found[0] != found[1]
+
+
+def test_own_class_folders_train_evaluate_and_predict_with_names(fabric, tmp_path):
+    for split, n in (("train", 3), ("val", 1)):
+        for c, name in enumerate(("calm", "joy", "pain")):
+            for i in range(n):
+                write_image(tmp_path / f"d/{split}/{name}/{i}.png", 10 * c + i, size=(48, 48))
+    cfg = config(
+        "config", "arm=test", "start.arm=null", "data=folder", f"data.root={tmp_path / 'd'}", "data.num_classes=null",
+        "data.size=48", "data.workers=0",
+        "data.augment=flip", "train.batch_size=4", "train.epochs=1",
+    )  # fmt: skip
+    fit(cfg, fabric, tmp_path / "run")
+    weights = tmp_path / "run/last.ckpt"
+    assert load(weights).about["classes"] == ["calm", "joy", "pain"] and not load(weights).about["drawn"]
+    out = f"out={tmp_path / 'e'}"
+    metrics = run(evaluate, "evaluate", f"weights={weights}", out)
+    recorded = json.loads((tmp_path / "run/result.json").read_text())["metrics"]
+    assert metrics["top1"] == pytest.approx(recorded["top1"]) and {"acc_calm", "acc_joy", "acc_pain"} <= metrics.keys()
+    run(predict, "predict", f"weights={weights}", f"images={tmp_path / 'd/val'}", f"out={tmp_path / 'p.csv'}")
+    assert {r["label"] for r in csv.DictReader((tmp_path / "p.csv").open())} <= {"calm", "joy", "pain"}
+    with pytest.raises(runs.RunError, match="on other data"):
+        write_image(tmp_path / "d/train/joy/9.png", size=(48, 48))
+        fit(cfg, fabric, tmp_path / "run")
 
 
 def test_overlays_darken_dropped_patches_in_their_place():
     kept = torch.ones(9, dtype=torch.bool)
     kept[5] = False  # second row, third column
     picture = predict.overlay(torch.ones(3, 6, 6), kept)
-    assert picture.shape == (6, 6, 3) and (picture[2:4, 4:6] < 0.2).all() and picture.sum() > 3 * 32
+    assert picture.shape == (6, 6, 3) and (picture[2:4, 4:6, 1] < 0.5).all() and picture.sum() > 3 * 32
+    dark = predict.overlay(torch.zeros(3, 6, 6), kept)
+    assert (dark[:2] == 0).all() and dark[2, 4].max() > 0.5, "a dropped patch differs from a dark one"
     model = small_model().eval()
     _, found = model(torch.randn(2, 3, 24, 24), details=True)
     assert [(title, int(mask[0].sum())) for title, mask in predict.stages(found, 36)] == [
@@ -104,18 +158,10 @@ def test_export_of_a_checkpoint(checkpoint, tmp_path, capsys):
     assert "largest difference to torch" in capsys.readouterr().out
 
 
-def test_counts_measure_what_is_claimed(tmp_path, capsys, monkeypatch):
-    class Hydra:
-        @staticmethod
-        def get():
-            return type("C", (), {"runtime": type("R", (), {"output_dir": str(tmp_path / "counts/seed0")})})
-
-    monkeypatch.setattr(counts, "HydraConfig", Hydra)
-    run(counts, "counts", f"run_root={tmp_path}")
-    found = json.loads((tmp_path / "counts/seed0/result.json").read_text())["metrics"]
-    from common.metrics.claims import load_claims
-
-    exact = [c for c in load_claims(evaluate.CONFIGS.parent) if c["kind"] == "exact"]
+def test_counts_measure_what_is_claimed(fabric, tmp_path):
+    record_counts(config("counts"), fabric, tmp_path, lambda: all_counts(config("counts").settings))
+    found = json.loads((tmp_path / "result.json").read_text())["metrics"]
+    exact = [c for c in load_claims(evaluate.PAPER) if c["kind"] == "exact"]
     assert len(exact) > 20
     for claim in exact:
         assert abs(found[claim["metric"]] - claim["published"]["value"]) <= claim["tol"], claim["id"]
@@ -141,23 +187,16 @@ def test_alignment_recovers_a_similarity_and_refuses_nonsense(tmp_path):
     Image.fromarray(big).save(tmp_path / "a.png")
     row = ",".join(f"{v:.2f}" for v in move(align.TEMPLATE).ravel())
     (tmp_path / "points.csv").write_text(f"a.png,{row}\n")
-    align.main([f"landmarks={tmp_path / 'points.csv'}", f"root={tmp_path}", f"out={tmp_path / 'o'}", "size=112"])
-    assert Image.open(tmp_path / "o/a.png").size == (112, 112)
-    with pytest.raises(SystemExit, match="known: landmarks, root, out, size"):
-        align.main(["landmark=x"])
-
-
-def test_bench_rounds_and_options(tmp_path):
-    order = []
-    times = bench.measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, end=0)
-    assert sorted(order) == ["a"] * 3 + ["b"] * 3 and set(times) == {"a", "b"}
-    with pytest.raises(SystemExit, match="unknown"):
-        bench.main(["batch=1"])
+    args = [f"landmarks={tmp_path / 'points.csv'}", f"root={tmp_path}", f"out={tmp_path / 'o'}", "size=112"]
+    assert align.align_all(config("align", *args)) == 1 and Image.open(tmp_path / "o/a.png").size == (112, 112)
+    (tmp_path / "points.csv").write_text("a.png,1,2\n")
+    with pytest.raises(ValueError, match=r"points\.csv, line 1: expected a path and ten numbers"):
+        align.align_all(config("align", *args))
 
 
 def test_a_checkpoint_rebuilds_itself(checkpoint):
-    model, cfg = evaluate.load(str(checkpoint))
-    data = build_data(seed=cfg.seed, **cfg.data)
+    model, cfg, _ = load(checkpoint)
+    data = build_data(seed=cfg["seed"], **cfg["data"])
     state = runs.load_checkpoint(checkpoint)["model"]
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()) and not model.training
     assert model(data.test[0][0][None]).shape == (1, 7)

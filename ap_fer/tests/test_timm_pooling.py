@@ -43,7 +43,7 @@ def test_cost_really_falls(vit):
 
 
 def test_atp_ranks_by_the_logits_of_the_block(vit):
-    """Against hooks on timm's own attention: the inputs of its first pooled block, and the formula of section 3.5."""
+    """Against hooks on timm's own attention: the inputs of its first pooled block, and the formula by hand."""
     model = PooledViT(vit, rates=[0.5] + [1.0] * 11).eval()
     x = torch.randn(2, 3, 96, 96)
     _, kept = model(x, details=True)

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
-from omegaconf import OmegaConf
 
+from ap_fer import stages
 from ap_fer.build import build, build_optimizer
+from ap_fer.stages import stem_place, stems_first
 from ap_fer.tests.helpers import CONFIGS, SHORT, config, short_config, write_image
-from ap_fer.train import evaluate, fit, stems_first
+from ap_fer.train import evaluate, fit
 from common import runs
 
 PAPER = CONFIGS.parent
@@ -142,38 +142,58 @@ def test_two_ranks_equal_one_process_at_equal_global_batch(fabric, tmp_path):
     assert metrics[0] == pytest.approx(metrics[1], abs=1e-3)
 
 
-def test_an_arm_starts_from_the_stem_of_its_seed_by_command_line(fabric, tmp_path):
-    """python train.py with a chain of two that are there: nothing is trained first, and the stem's weights are the start."""
-    short = [*SHORT, "train.epochs=1", "data.train_images=70", f"run_root={tmp_path}", "threads=1"]
-    for method in ("face_net", "stem"):
-        fit(config("config", f"method={method}", f"arm={method}", *short), fabric, tmp_path / f"default/{method}/seed0")
-    done = script("train.py", *short)
-    assert done.returncode == 0 and "comes first" not in done.stdout, done.stdout + done.stderr
-    checkpoints = {p.relative_to(tmp_path / "default").parts[0]: p for p in tmp_path.rglob("last.ckpt")}
-    cfg = OmegaConf.create(runs.load_checkpoint(checkpoints["app_atp"])["config"])
+@pytest.fixture
+def tiny_stems(monkeypatch):
+    """Stems of their own configuration, which here is a training of a second."""
+    tiny = [*SHORT, "train.epochs=1", "data.train_images=70"]
+    monkeypatch.setattr(
+        stages, "_default", lambda cfg: config("config", f"method={cfg.start.arm}", f"arm={cfg.start.arm}", *tiny)
+    )
+
+
+def student(tmp_path, *overrides):
+    return config("config", *SHORT, "train.epochs=1", "arm=test", f"run_root={tmp_path}", *overrides)
+
+
+def test_an_arm_starts_from_the_stem_of_its_seed(fabric, tmp_path, tiny_stems):
+    """The chain of two, each with its own configuration, whatever the student overrides; found again by every student."""
+    cfg = student(tmp_path, "seed=3", "optim.lr=0.013", "data.occluded=0.1", "method=random")
+    order = stems_first(cfg)
+    assert [place for _, place in order] == [tmp_path / f"default/{arm}/seed3" for arm in ("face_net", "stem")]
+    assert all(c.seed == 3 and c.model.depth == 0 and c.data.occluded == 0.5 and c.optim.lr != 0.013 for c, _ in order)
+    assert [c.model.pool for c, _ in order] == ["flatten", "mean"] and order[1][0].start.arm == "face_net"
+    for start, place in order:
+        fit(start, fabric, place)
+    assert stems_first(cfg) == [] == stems_first(student(tmp_path, "seed=3", "method=app", "train.batch_size=16"))
     trained = {
-        k: v for k, v in runs.load_checkpoint(checkpoints["stem"])["model"].items() if k.startswith("extractor.")
+        k: v for k, v in runs.load_checkpoint(order[1][1] / "last.ckpt")["model"].items() if k.startswith("extractor.")
     }
     start = build(cfg, 7).state_dict()
     assert len(trained) > 10 and all(torch.equal(start[k], v) for k, v in trained.items())
-    first = runs.load_checkpoint(checkpoints["face_net"])["model"]
-    stem = build(OmegaConf.create(runs.load_checkpoint(checkpoints["stem"])["config"]), 7).state_dict()
+    first = runs.load_checkpoint(order[0][1] / "last.ckpt")["model"]
+    stem = build(order[1][0], 7).state_dict()
     assert all(torch.equal(stem[k], first[k]) for k in trained)
-    with pytest.raises(ValueError, match="not this model's: delete that run"):
-        build(OmegaConf.merge(cfg, {"model": {"widths": [8, 8, 8]}}), 7)
+    torch.save({"model": {"extractor.x": torch.ones(1)}}, order[1][1] / "last.ckpt")
+    with pytest.raises(ValueError, match="not this model's: give another run_root"):
+        build(cfg, 7)
 
 
-def test_what_is_missing_comes_first_in_order(tmp_path):
-    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
-        cfg = compose("config", overrides=["arm=app", f"run_root={tmp_path}", "seed=3", "model.widths=[8,8,8]"])
-        order = stems_first(cfg)
-        assert [path for _, path in order] == [tmp_path / f"default/{arm}/seed3" for arm in ("face_net", "stem")]
-        assert all(c.seed == 3 and list(c.model.widths) == [8, 8, 8] and c.model.depth == 0 for c, _ in order)
-        assert [c.model.pool for c, _ in order] == ["flatten", "mean"] and order[1][0].start.arm == "face_net"
-        done = tmp_path / "default/stem/seed3/result.json"
-        done.parent.mkdir(parents=True)
-        done.write_text('{"status": "finished"}')
-        assert stems_first(cfg) == []
+def test_another_network_or_size_has_stems_of_its_own(tmp_path, tiny_stems):
+    usual, wide = stem_place(student(tmp_path)), stem_place(student(tmp_path, "model.widths=[8,8,8]"))
+    assert (
+        usual == tmp_path / "default/stem/seed0"
+        and wide.parent.parent == usual.parent
+        and wide.parent.name.startswith("for-")
+    )
+    assert stem_place(student(tmp_path, "model.widths=[8,8,8]", "seed=4")).parent == wide.parent, "found by every seed"
+    assert stem_place(student(tmp_path, "optim.lr=1")) == usual
+
+
+def test_a_preflight_trains_no_stem(tmp_path, fabric, tiny_stems, capsys):
+    cfg = student(tmp_path, "preflight=true")
+    assert stems_first(cfg) == []
+    fit(cfg, fabric, tmp_path / "run")
+    assert "preflight" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -203,6 +223,8 @@ def test_a_misspelt_key_fails_with_its_name(override, fabric, tmp_path):
         ("data.size=40", "image_size=40 is not a positive multiple of the stem's stride 6"),
         ("data.counts=long", "data.counts='long', allowed: raf_db, equal"),
         ("train.accumulation=5", "multiple of"),
+        ("train.clip=-1", "train.clip=-1, allowed: a norm above 0"),
+        ("data.root=/nowhere", "faces is embedded"),
         ("train.batch_size=512", r"fewer than train\.batch_size=512"),
     ],
 )

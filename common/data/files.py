@@ -206,7 +206,9 @@ class _Decoded(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Path, Any, str]:
         try:
-            return self.paths[i], self.transform(open_image(self.paths[i])), ""
+            image = open_image(self.paths[i])
+            image.filename = str(self.paths[i])  # type: ignore[attr-defined]  # for a transform that looks up the file
+            return self.paths[i], self.transform(image), ""
         except (OSError, ValueError) as error:
             return self.paths[i], None, str(error)
 
