@@ -113,7 +113,7 @@ def test_threshold_and_csv_observers(tmp_path):
     with pytest.raises(ValueError, match="no answer for 1 of 1 candidates, e.g. brisque/ssim/b/0"):
         CsvObserver(file=path).detect(x, x0, ["brisque/ssim/b/0"])
     path.write_text(head + "brisque,ssim,a,0,s,0,maybe,1\n")
-    with pytest.raises(ValueError, match="line 2: expected .* answer same or different"):
+    with pytest.raises(ValueError, match="line 2: answer .maybe.; expected .* answer same or different"):
         CsvObserver(file=path)
     with pytest.raises(FileNotFoundError, match="collect them first"):
         CsvObserver(file=tmp_path / "none.csv")
