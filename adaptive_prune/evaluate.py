@@ -37,8 +37,15 @@ def data_of(trained: Loaded, data: Any, *, training: bool = False) -> Data:
 def calibrated(fabric: Fabric, pruned: PrunedViT, data: Data, cfg: DictConfig) -> dict[str, float]:
     """Thresholds for a budget from training images; returns the accuracy of top-k at the same cost, to be seen beside it."""
     cost = calibrate_on(fabric, pruned, data, cfg.calibration_images, cfg.calibrate, cfg.batch_size)
-    top = PrunedViT(pruned.vit, rule="topk", locations=pruned.locations, budget=cost, score=pruned.score).eval()
-    other, _ = evaluate(fabric, top, data, batch_size=cfg.batch_size, workers=cfg.workers)
+    top = PrunedViT(
+        pruned.vit,
+        rule="topk",
+        locations=pruned.locations,
+        budget=cost,
+        score=pruned.score,
+        extended_cost=pruned.cost.extended,
+    )
+    other, _ = evaluate(fabric, top.eval(), data, batch_size=cfg.batch_size, workers=cfg.workers)
     return {"calibrated_macs": cost, "top1_of_topk": other["top1"], "macs_of_topk": other["macs"]}
 
 
@@ -51,6 +58,8 @@ def check(cfg: DictConfig, pruned: PrunedViT) -> None:
             raise ValueError(
                 f"{option}={cfg[option]}: this network drops tokens by rule {pruned.rule!r}; way=as makes it AS-ViT"
             )
+    if cfg.out is not None and not pruned.locations:
+        raise ValueError(f"out={cfg.out}: this network drops no tokens to be counted; leave out= out")
     if cfg.thresholds is not None:
         check_thresholds(list(cfg.thresholds), len(pruned.locations))
     if cfg.calibrate is not None:
@@ -84,9 +93,7 @@ def run(cfg: DictConfig, fabric: Fabric) -> dict[str, float]:
 
 
 def write_counts(out: Path, found: dict) -> None:
-    """kept.csv, a row per image, and histogram.csv of what evaluation found. ValueError where no token is ever dropped."""
-    if not found["kept"].shape[1]:
-        raise ValueError(f"out={out}: this network drops no tokens to be counted; leave out= out")
+    """kept.csv, a row per image, and histogram.csv of what evaluation found."""
     with Table(out / "kept.csv") as table:
         for i, (right, kept) in enumerate(zip(found["right"].tolist(), found["kept"].tolist(), strict=True)):
             table.write({"image": i, "right": int(right), **{f"kept_{s + 1}": int(k) for s, k in enumerate(kept)}})

@@ -21,7 +21,7 @@ from adaptive_prune.checkpoint import load
 from adaptive_prune.class_attention_score import class_attention, token_score
 from adaptive_prune.model import PrunedViT
 from adaptive_prune.removal import finish_block, heads, run_dense
-from common.onnx_export import difference, export_onnx
+from common.onnx_export import difference
 from common.scripts import script
 
 
@@ -87,31 +87,29 @@ def export(
     between onnxruntime and torch. image: an example (1, C, H, W); batch: any number of images at a time, else one.
 
     ValueError, and no file, above `tolerance`."""
-    if batch:
-        return export_onnx(Masked(model), image, out, about=about, tolerance=tolerance, batches=(1, 4))
-    return _traced(OneImage(model).cpu().eval(), image, Path(out).expanduser(), about, tolerance)
+    network = (Masked if batch else OneImage)(model).cpu().eval()
+    return _traced(network, image, Path(out).expanduser(), about, tolerance, batch=batch)
 
 
-def _traced(model: nn.Module, image: Tensor, out: Path, about: Mapping[str, Any], tolerance: float) -> float:
+def _traced(
+    network: nn.Module, image: Tensor, out: Path, about: Mapping[str, Any], tolerance: float, *, batch: bool
+) -> float:
     """The older exporter: the other one handles data-dependent sizes poorly."""
     import onnx
 
+    axes = {"images": {0: "batch"}, "logits": {0: "batch"}} if batch else None
+    example = image.repeat(2, 1, 1, 1) if batch else image
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.tmp.onnx")
     try:
         torch.onnx.export(
-            model,
-            (image,),
-            str(beside),
-            input_names=["images"],
-            output_names=["logits"],
-            opset_version=17,
-            dynamo=False,
-        )
+            network, (example,), str(beside), input_names=["images"], output_names=["logits"], dynamic_axes=axes,
+            opset_version=17, dynamo=False,
+        )  # fmt: skip
         proto = onnx.load(beside)
         onnx.helper.set_model_props(proto, {"about": json.dumps(dict(about))})
         onnx.save(proto, beside)
-        worst = difference(model, beside, image, (1,) * 6)
+        worst = difference(network, beside, image, (1, 4) if batch else (1,) * 6)
         if not worst < tolerance:
             raise ValueError(f"onnxruntime differs from torch by {worst:.2g}, allowed: tolerance={tolerance:g}")
         beside.replace(out)
