@@ -217,7 +217,7 @@ def test_errors_are_clear(overrides, error, message, teacher, tmp_path):
 
 def test_the_scripts_run_from_inside_the_folder(tmp_path):
     def call(*args):
-        return subprocess.run([sys.executable, *args], cwd=HERE, capture_output=True, text=True, timeout=120)
+        return subprocess.run([sys.executable, *args], cwd=HERE, capture_output=True, text=True, timeout=400)
 
     options = [*SMALL, f"run_root={tmp_path}", "threads=1"]
     done = call("train.py", "method=teacher", *options)
