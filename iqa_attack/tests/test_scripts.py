@@ -85,18 +85,19 @@ def test_resumed_training_equals_uninterrupted_bit_for_bit(stop, fabric, tmp_pat
     assert result(tmp_path / "whole")["metrics"] == result(tmp_path / "parts")["metrics"]
 
 
-def test_two_ranks_train_together(tmp_path):
-    args = [
-        *SMALL,
-        "method=unique",
-        "networks.unique.epochs=1",
-        "fabric.accelerator=cpu",
-        f"hydra.run.dir={tmp_path / 'two'}",
-    ]
+def test_two_ranks_equal_one_process(fabric, tmp_path):
+    """Ma19 has no batch norm: every pair of the batch counts, those between images of two ranks as well."""
+    args = ["method=ma19", "train.epochs=1", "train.batch_size=16", "fabric.accelerator=cpu"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    done = script(*torchrun, *args)
+    done = script(*torchrun, *SMALL, "arm=test", *args, f"hydra.run.dir={tmp_path / 'two'}")
     assert done.returncode == 0, done.stderr
     assert "2 devices x 1 micro-steps x 8" in done.stdout and result(tmp_path / "two")["status"] == "finished"
+    train.fit(train_config(*args), fabric, tmp_path / "one")
+    one, two = (runs.load_checkpoint(tmp_path / n / "last.ckpt")["model"]["ma19"]["state"] for n in ("one", "two"))
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=2e-5, msg=key)
+    logged = [json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[0]) for n in ("one", "two")]
+    assert logged[0]["likelihood"] == pytest.approx(logged[1]["likelihood"], rel=1e-4)
 
 
 def test_a_killed_training_goes_on_from_inside_its_folder(tmp_path):
