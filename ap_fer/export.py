@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -80,9 +79,7 @@ def export_checkpoint(cfg: DictConfig) -> float:
     return worst
 
 
-@script("export")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    export_checkpoint(cfg)
+main = script("export", export_checkpoint)
 
 
 if __name__ == "__main__":

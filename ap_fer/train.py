@@ -155,13 +155,16 @@ def train(fabric: Fabric, run: runs.Run, cfg: DictConfig, data: Data, model, opt
     fabric.print("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
 
 
-@script()
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+def start_and_fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
+    """The stems that are missing, then the run itself."""
     check(cfg)
     for start, place in stems_first(cfg):
         fabric.print(f"{place} comes first (to train it again: python train.py method={start.arm} force=true)")
         fit(start, fabric, place)
     fit(cfg, fabric, out)
+
+
+main = script("config", start_and_fit)
 
 
 if __name__ == "__main__":

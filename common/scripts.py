@@ -1,8 +1,6 @@
 """What every script of every paper does around its own work: read the command line, check it, start, end in one line.
 
-    @script("config")                                   # configs/config.yaml beside the file
-    def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-        fit(cfg, fabric, out)
+    main = script("config", fit)            # fit(cfg, fabric, out), with configs/config.yaml beside the file
 
 A wrong value, a missing file or data set ends in one line `error: ...` and exit status 1, and leaves no directory behind;
 HYDRA_FULL_ERROR=1 shows the traceback. An override has the type of the value that it replaces.
@@ -12,6 +10,7 @@ import difflib
 import fnmatch
 import functools
 import hashlib
+import inspect
 import math
 import os
 import re
@@ -53,46 +52,47 @@ LIMITS: dict[str, tuple[float | None, float | None]] = {
 
 
 # --------------------------------------------------------------------------------------------------------- the script
-def script(config: str = "config") -> Callable[[Callable[..., Any]], Callable[[], None]]:
-    """Decorator: `body(cfg, fabric, out)` as a Hydra script with the configuration `configs/<config>.yaml`.
+def script(config: str = "config", body: Callable[..., Any] | None = None) -> Any:
+    """`body` as a Hydra script with the configuration `configs/<config>.yaml` beside its file; without `body` a decorator.
 
-    out: the run directory (the working directory for verbs that write to `out=`). cfg has been checked (`check`); fabric is
-    launched on `cfg.fabric` with the logger `cfg.logger`, on one device where the configuration has no such node."""
+    body is called with as many of (cfg, fabric, out) as it takes. out: the run directory (the working directory for verbs that
+    write to `out=`). cfg has been checked (`check`); fabric is launched on `cfg.fabric` with the logger `cfg.logger`, on one
+    device where the configuration has no such node."""
+    if body is None:
+        return functools.partial(script, config)
+    takes = len(inspect.signature(body).parameters)
 
-    def decorate(body: Callable[..., Any]) -> Callable[[], None]:
-        @functools.wraps(body)
-        def task(cfg: DictConfig) -> Any:
-            out, multirun = Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().mode == RunMode.MULTIRUN
-            try:
-                check(cfg)
-                if cfg.get("threads"):
-                    torch.set_num_threads(cfg.threads)
-                loggers = [make_logger(cfg.logger, out)] if cfg.get("logger") else []
-                fabric = launch(cfg.get("fabric") or {"accelerator": "auto", "devices": 1}, loggers=loggers)
-                return body(cfg, fabric, out)
-            except BaseException as error:
-                if multirun and isinstance(error, Exception):  # the other cells go on
-                    print(f"{out}: {one_line(error)}", file=sys.stderr, flush=True)
-                    raise
-                _end(error)
-            finally:
-                remove_if_empty(out, cfg.get("run_root") or ".")
+    @functools.wraps(body)
+    def task(cfg: DictConfig) -> Any:
+        out, multirun = Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().mode == RunMode.MULTIRUN
+        try:
+            check(cfg)
+            if cfg.get("threads"):
+                torch.set_num_threads(cfg.threads)
+            loggers = [make_logger(cfg.logger, out)] if cfg.get("logger") else []
+            fabric = launch(cfg.get("fabric") or {"accelerator": "auto", "devices": 1}, loggers=loggers)
+            return body(*(cfg, fabric, out)[:takes])
+        except BaseException as error:
+            if multirun and isinstance(error, Exception):  # the other cells go on
+                print(f"{out}: {one_line(error)}", file=sys.stderr, flush=True)
+                raise
+            _end(error)
+        finally:
+            remove_if_empty(out, cfg.get("run_root") or ".")
 
-        @functools.wraps(body)
-        def main() -> None:
-            here = Path(sys.modules[body.__module__].__file__ or ".").parent / "configs"
-            if {"-h", "--help"} & set(sys.argv[1:]):
-                return print(options(here, config, sys.modules[body.__module__].__doc__ or ""))
-            _terminate_cleanly()
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its own errors as they are; they end in one line below
-            try:
-                hydra.main(version_base="1.3", config_path="configs", config_name=config)(task)()
-            except BaseException as error:
-                _end(explained(error, here, config))
+    @functools.wraps(body)
+    def main() -> None:
+        here = Path(sys.modules[body.__module__].__file__ or ".").parent / "configs"
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            return print(options(here, config, sys.modules[body.__module__].__doc__ or ""))
+        _terminate_cleanly()
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its own errors as they are; they end in one line below
+        try:
+            hydra.main(version_base="1.3", config_path="configs", config_name=config)(task)()
+        except BaseException as error:
+            _end(explained(error, here, config))
 
-        return main
-
-    return decorate
+    return main
 
 
 def _end(error: BaseException) -> None:

@@ -40,8 +40,7 @@ SCRIPT = '''
 from common import runs
 from common.scripts import script
 
-@script()
-def main(cfg, fabric, out):
+def fit(cfg, fabric, out):
     run = runs.Run.open(out, cfg, fabric)
     if run is None:
         return
@@ -51,6 +50,8 @@ def main(cfg, fabric, out):
         if cfg.optim.lr == 8:
             raise KeyError("a defect")
         run.finish({"lr": cfg.optim.lr})
+
+main = script("config", fit)
 
 if __name__ == "__main__":
     main()
