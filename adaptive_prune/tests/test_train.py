@@ -267,7 +267,15 @@ def test_thresholds_are_not_decayed(fabric, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------- every model
-LV = "model.vit={name:lvvit_s,img_size:32,embed_dim:24,depth:4,num_heads:3}"
+LV = [
+    "model=lvvit_s",
+    "+model.vit.embed_dim=24",
+    "+model.vit.depth=4",
+    "+model.vit.num_heads=3",
+    "data.size=32",
+    "data.grid=4",
+]
+LV += ["model.locations=[1,2,3]", "model.early_locations=[1,2,3]", "budget.target=0.9"]
 METHODS = [*ARMS, "pretrain"]
 
 
@@ -275,17 +283,12 @@ METHODS = [*ARMS, "pretrain"]
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("topk_matched", "topk_geometric")])
 def test_every_parameter_that_could_learn_has_a_gradient(method, family, fabric):
     """DDP waits for all of them; LV-ViT's auxiliary head is only read by some arms."""
-    lv = (
-        [LV, "model.locations=[1,2,3]", "data.size=32", "data.grid=4", "budget.target=0.9"] if family == "lvvit" else []
-    )
-    cfg = config(f"method={method}", *lv, "start.checkpoint=null", "start.arm=null",
-                 "start.random=true", "start.pretrained=false")  # fmt: skip
+    more = LV if family == "lvvit" else []
+    cfg = config(f"method={method}", *more, "start.checkpoint=null", "start.arm=null", "start.random=true")
     data = build_data(seed=0, **cfg.data)
     model, teacher = build(cfg, data, None, None)
     model = fabric.setup_module(model.train())
     images, labels = next(data.batches(Plan(64, 8, seed=0), 1, fabric.device))
-    if family == "lvvit":
-        images = images.expand(-1, 1, -1, -1)
     terms = loss_terms(fabric, cfg, model, teacher, images, labels)
     sum(terms.values()).backward()
     idle = [n for n, p in model.module.named_parameters() if p.requires_grad and p.grad is None]
