@@ -11,10 +11,13 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import getproxies
 
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
@@ -53,14 +56,10 @@ def _named(name: str, pretrained: bool, **options: Any) -> Any:
     if not pretrained:
         return timm.create_model(name, pretrained=False, num_classes=0, **options)
     try:
-        with _no_retries():
+        with _offline_at_once():
             return timm.create_model(name, pretrained=True, num_classes=0, **options)
-    except Exception as error:
-        if (
-            not isinstance(error, OSError)
-            and "offline" not in str(error).lower()
-            and "connect" not in str(error).lower()
-        ):
+    except (OSError, ValueError, RuntimeError) as error:
+        if not isinstance(error, OSError) and "offline" not in str(error).lower():
             raise
         raise FileNotFoundError(
             f"cannot get the ImageNet weights of {name} ({type(error).__name__}): give a local file, +model.vit.weights=<file>, "
@@ -69,14 +68,20 @@ def _named(name: str, pretrained: bool, **options: Any) -> Any:
 
 
 @contextmanager
-def _no_retries() -> Iterator[None]:
-    """Without a network huggingface_hub waits and tries again for minutes; here it fails at once."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(5)
+def _offline_at_once() -> Iterator[None]:
+    """Where the hub cannot be reached, its files on this machine are used or the download fails at once; by itself it would try
+    again for a minute. Behind a proxy nothing is tried beforehand."""
+    before = constants.HF_HUB_OFFLINE
+    if not getproxies():
+        address = urlparse(constants.ENDPOINT)
+        try:
+            socket.create_connection((address.hostname or "", address.port or 443), timeout=3).close()
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        socket.setdefaulttimeout(before)
+        constants.HF_HUB_OFFLINE = before
 
 
 def _load(trunk: Any, weights: str) -> None:

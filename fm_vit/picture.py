@@ -24,13 +24,13 @@ def draw(cfg: DictConfig) -> Path:
     """Left: three faces of the generator by three sensors, and the patches in which the attack is: hardly to be seen in colour,
     clear and at the same place in depth and infrared. Right: one branch per sensor and what each class token reads."""
     faces = spoof_faces(60, split="test", seed=cfg.seed, size=48)
-    kinds = faces.extra["attack"].tolist()
+    places, kinds = (faces.masks, faces.extra["attack"].tolist())  # pyright: ignore[reportOptionalSubscript]
     figure = Figure(figsize=(9.2, 3.7), layout="constrained")
     grid = figure.add_gridspec(3, 8)
     for i, (kind, row) in enumerate(ROWS.items()):
         k = kinds.index(kind)
         images = {m: faces.images[k, CHANNELS[m]].expand(3, -1, -1) for m in NAMES}
-        where = torch.nn.functional.max_pool2d(faces.masks[k][None].float(), 8)  # patches of 8 x 8
+        where = torch.nn.functional.max_pool2d(places[k][None].float(), 8)  # patches of 8 x 8
         wide = where.repeat_interleave(8, 1).repeat_interleave(8, 2)
         shown = [*images.values(), images["rgb"] * (0.15 + 0.85 * wide)]
         for j, (title, image) in enumerate(zip([*NAMES.values(), "where it is"], shown, strict=True)):
