@@ -1,4 +1,4 @@
-"""How ci/test_loop.py trains this paper: ARI on two tasks, whose optimizer takes a clean and an attacked step per task and batch."""
+"""How ci/test_loop.py trains this paper: ARI on two tasks, with a clean and an attacked step per task and batch."""
 
 import math
 
@@ -24,8 +24,8 @@ def config(*overrides):
 
 
 def rates(cfg, step, steps):
-    """Half a cosine within every task, from the full rate on. Steps of the first task: two (clean, attacked) per batch of 64, less
-    a small rest; of the second: twice as many per batch, as both tasks are in it."""
+    """Half a cosine within every task, from the full rate on. Steps of the first task: two (clean, attacked) per batch of 64, a
+    small rest joined; of the second: twice as many per batch, as both tasks are in it."""
     first = len(build_stream(seed=cfg.seed, **cfg.data).indices("train", 0))
     size = cfg.train.batch_size
     of_first = 2 * (first // size + (first % size >= size / 2))

@@ -145,6 +145,39 @@ def test_attack_without_eps_equals_the_second_clean_step_inside_the_box():
     assert not torch.allclose(a.head.weight, c.head.weight)
 
 
+def test_every_region_and_the_clean_step_are_different_updates():
+    """An attack that does not pass its region on would make three arms one."""
+    torch.manual_seed(0)
+    start = build_model(name="mlp", num_classes=5, channels=1, size=8, hidden=10).state_dict()
+    x, y = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 0, 3, 4, 2])
+    found = {}
+    for name, options in {
+        "background": {"attack": "background"}, "foreground": {"attack": "foreground"},
+        "everywhere": {"attack": "everywhere"}, "clean": {"steps": 2},
+    }.items():  # fmt: skip
+        model = build_model(name="mlp", num_classes=5, channels=1, size=8, hidden=10)
+        model.load_state_dict(start)
+        run(model, x, y, lr=1.0, **({"eps": 64.0} | options if "attack" in options else options))
+        found[name] = model.head.weight.detach().clone()
+    names = list(found)
+    for i, a in enumerate(names):
+        for b in names[:i]:
+            assert not torch.allclose(found[a], found[b], atol=1e-6), f"{a} and {b} are one"
+
+
+def test_the_loss_over_all_classes_seen_teaches_the_other_tasks_logits():
+    x, y = batch([3, 4, 2])
+    for loss, learned in (("group", slice(2, 5)), ("seen", slice(0, 5))):
+        model = Linear()
+        w = model.head.weight.detach().clone()
+        run(model, x, y, loss=loss)
+        torch.testing.assert_close(model.head.weight.detach(), w - 0.1 * gradient(w, x, y, learned))
+    other = Linear()  # of three groups with two seen, the third learns nothing
+    w = other.head.weight.detach().clone()
+    run(other, *batch([0, 1]), groups=GROUPS[:1], loss="seen")
+    assert torch.equal(other.head.weight[2:].detach(), w[2:])
+
+
 def test_moments_are_shared_or_kept_per_task():
     x, y = batch([0, 1, 0, 3, 4, 2])
     outcomes = []
@@ -177,7 +210,8 @@ def test_steps_on_a_real_network():
 @pytest.mark.parametrize(
     "bad",
     [
-        {"steps": 0}, {"attack": "sky"}, {"semantics": "both"}, {"weights": "max"}, {"distance": "l2"}, {"constant": 0.0},
+        {"steps": 0}, {"loss": "all"},
+        {"attack": "sky"}, {"semantics": "both"}, {"weights": "max"}, {"distance": "l2"}, {"constant": 0.0},
         {"beta": -1.0}, {"eps": -1.0}, {"optimizer_state": "none"}, {"min_samples": 0},
     ],
 )  # fmt: skip
