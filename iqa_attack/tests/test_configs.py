@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from common import reproduce
 from common.metrics.claims import load_claims
+from iqa_attack.procedures import strengths_of
 from iqa_attack.tests.conftest import CONFIGS, PAPER
 
 SCALES = sorted(p.name for p in (CONFIGS / "reproduce").iterdir())
@@ -24,7 +25,7 @@ def cells(scale):
             script = file.stem.split("_")[1]
             if script == "attack":
                 arm = f"{c.get('nr', 'brisque')}_{c.get('fr', 'chebyshev')}_{c.get('attack', 'perceptual')}"
-                arm += f"/preset={c['preset']}" if "preset" in c else ""
+                arm += f"/preset-{c['preset']}" if "preset" in c else ""
             else:
                 arm = {"counts": "counts", "tables": f"table_{c.get('made_by')}", "train": c.get("method")}[script]
             yield file.stem, arm, int(c["seed"])
@@ -98,7 +99,7 @@ def test_published_settings():
     assert (
         live.preset == "official"
         and live.recipe.steps == 200
-        and len(live.strengths) == 32
+        and len(strengths_of(live)) == 32
         and len(live.data.listed) == 12
     )
     unique = experiment("config", "unique").networks.unique

@@ -146,9 +146,8 @@ def test_the_literal_l2_recipe_is_erased_by_rounding():
         x0,
         torch.tensor([1e6]),
         seeds=[0, 1],
-        noise="none",
         direction="up",
-        **{**PRESETS["paper_literal"], "steps": 200},
+        **{**PRESETS["paper_literal"], "steps": 200, "noise": "none"},
     )
     torch.testing.assert_close(out[0], x0, rtol=0, atol=1e-6)
 
