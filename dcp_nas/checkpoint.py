@@ -45,9 +45,10 @@ def try_network(cfg: Any, genotype: Genotype, classes: int, channels: int, size:
     """Builds and runs the network without computing anything: ValueError for a model that does not fit images of that size."""
     options = {"model": cfg.model, "stage": cfg.stage, "official_m_grad": cfg.parity.official_m_grad}
     sides = (size, size) if isinstance(size, int) else tuple(size)
-    with torch.device("meta"), torch.no_grad():
+    with torch.device("meta"):
         network = build_network(genotype=genotype, classes=classes, channels=channels, **options)
-        network.eval()(torch.zeros(1, channels, *sides))
+    with torch.no_grad():
+        network.eval()(torch.zeros(1, channels, *sides, device="meta"))
 
 
 def load(path: str | Path) -> Loaded:

@@ -110,10 +110,11 @@ def check(cfg: DictConfig, fabric: Fabric) -> None:
     check_data(**cfg.data)
     with torch.device("meta"):
         algorithm = build(cfg, classes=10, channels=3, steps=1, device=torch.device("meta"))
-        side = cfg.data.get("size") or {"digits": 8, "cifar10": 32}[cfg.data.name]
-        with torch.no_grad():  # a cell whose map cannot be halved says so here
-            net = next(iter(algorithm.nets.values()))
-            net(torch.zeros(2, 3, side, side), net.new_alphas(torch.Generator(device="cpu")))
+        net = next(iter(algorithm.nets.values()))
+        alphas = net.new_alphas(torch.Generator(device="cpu"))
+    side = cfg.data.get("size") or {"digits": 8, "cifar10": 32}[cfg.data.name]
+    with torch.no_grad():  # a cell whose map cannot be halved says so here
+        net(torch.zeros(2, 3, side, side, device="meta"), alphas)
 
 
 def endless(batches: Any, phase: int):

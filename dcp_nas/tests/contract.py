@@ -71,6 +71,6 @@ KEYS = {
     "algorithm": ("darts", []), "network": ("real", ["method.algorithm=darts"]), "lam": (10.0, []), "mu": (0.5, []),
     "hessian": ("exact", FELT), "distance": ("l1", FELT), "chunks": (5, ["method.hessian=fisher_empirical", *FELT]),
     "tangent": ("last", FELT), "recon_reduction": ("sum", []), "inherit": ("never", []), "reduction": ("sum", FELT),
-    "product": "not: double_vjp is the same product on the kept graph, equal up to rounding (test_tangent_propagation.py)",
+    "product": "not here: double_vjp is the same product on the kept graph, equal up to rounding (test_tangent_propagation.py)",
     "decoupled": ("{eta:0.1,psi:0.2,psi_lr_mult:0.1,tau:0.6,granularity:operation}", []),
 }  # fmt: skip

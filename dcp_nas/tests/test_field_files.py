@@ -99,7 +99,7 @@ WRONG = [
     ("train.py", ["genotype=dcp_nas_xl"], "dcp_nas_l"),
     ("train.py", ["genotype=random", "seed=-1"], "seed=-1"),
     ("train.py", ["force=maybe"], "force=maybe must be true or false"),
-    ("train.py", ["genotype=file"], "genotype.file"),
+    ("train.py", ["genotype=file"], "give exactly one of arm, file, name, draw"),
     ("train.py", ["genotype=file", "genotype.file=/nowhere.json"], "/nowhere.json"),
     ("train.py", ["stage=step2", "genotype=random"], "stage=step2 begins with the weights of step 1"),
     ("train.py", ["data=folder", "data.root=/nowhere"], "/nowhere"),
