@@ -197,7 +197,7 @@ def load_any(spec: str, *, higher_is_better: bool) -> nn.Module:
     """A model that train.py did not make, larger = better: `pyiqa:<name>`, `<file>.onnx`, or `<module>:<callable>` of images
     (B, 3, H, W) in 0..1 -> scores (B,). higher_is_better is not asked of pyiqa, which knows its own.
 
-    ValueError naming what is wrong with the specification."""
+    ValueError naming what is wrong with it."""
     if spec.startswith("pyiqa:"):
         return pyiqa_metric(spec.removeprefix("pyiqa:"))
     if spec.endswith(".onnx"):
