@@ -128,6 +128,12 @@ class _Maker:
         self.linear(attention.out_proj, inputs=inputs)
 
 
+def _check_widths(**widths: int) -> None:
+    for name, width in widths.items():
+        if width not in (*range(2, 9), 32):
+            raise ValueError(f"{name}={width}, allowed: 2 to 8, or 32 for real-valued")
+
+
 def quantize_detr(
     model: DETR, *, bits: int = 4, attention_bits: int = 8, quantizer: str = "lsqplus", parts: Sequence[str] = PARTS,
     da: str = "none", backbone_act: str = "rprelu", slope: float = 0.0, stem_bits: int = 8, quantize_downsample: bool = True,
@@ -147,11 +153,8 @@ def quantize_detr(
     quantize_downsample=False, quantize_proj_inputs=False: the released code.
     act_granularity: per_channel | per_tensor (which integers can follow). weight_init: "global", one mean for all outputs
         (released), or "per_channel". zp_init: start of the offset, zero | lsqplus | official; None: by quantizer.
-
     ValueError names a value out of range."""
-    for name, width in (("bits", bits), ("attention_bits", attention_bits), ("stem_bits", stem_bits)):
-        if width not in (*range(2, 9), 32):
-            raise ValueError(f"{name}={width}, allowed: 2 to 8, or 32 for real-valued")
+    _check_widths(bits=bits, attention_bits=attention_bits, stem_bits=stem_bits)
     for name, value, allowed in (
         ("quantizer", quantizer, tuple(QUANTIZERS)), ("da", da, ALIGN), ("backbone_act", backbone_act, ("relu", "rprelu")),
         ("act_granularity", act_granularity, ("per_channel", "per_tensor")),
@@ -162,8 +165,7 @@ def quantize_detr(
     if unknown := sorted(set(parts) - set(PARTS)):
         raise ValueError(f"parts={unknown}, allowed: {', '.join(PARTS)}")
     model = copy.deepcopy(model)
-    if bits == 32:
-        attention_bits = stem_bits = 32
+    attention_bits, stem_bits = (32 if bits == 32 else b for b in (attention_bits, stem_bits))
     make = _Maker(bits, attention_bits, quantizer, zp_init, weight_init, act_granularity)
     if "backbone" in parts:
         body: Any = model.backbone[0].body

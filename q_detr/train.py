@@ -84,13 +84,12 @@ def train_one_epoch(
 def build(cfg: DictConfig, fabric: Fabric, classes: int, first_batch: list[Tensor] | None, identity: dict):
     """(network, teacher or None) of a configuration, with weights drawn from its seed and every step set."""
     method, options = cfg.method, OmegaConf.to_container(cfg.model)
-    teacher, stage1 = None, None
+    teacher, stage1, trains = None, None, {"identity": identity, "train": fit}
     if method.quantised:
         shape = {**options, **OmegaConf.to_container(cfg.teacher.model), "weights": None}  # type: ignore[dict-item]
         teacher = build_real(**shape, num_classes=classes)
         if not cfg.preflight:
-            path = cfg.teacher.weights or find(cfg, fabric, "teacher", cfg.teacher.seed, identity=identity, train=fit)
-            load_weights(teacher, path)
+            load_weights(teacher, cfg.teacher.weights or find(cfg, fabric, "teacher", cfg.teacher.seed, **trains))
         teacher.eval().requires_grad_(False)
     torch.manual_seed(stream(cfg.seed))
     if method.start != "random":
@@ -107,8 +106,9 @@ def build(cfg: DictConfig, fabric: Fabric, classes: int, first_batch: list[Tenso
     elif method.start == "teacher" and teacher is not None:
         model.load_state_dict(teacher.state_dict())
     elif method.start == "stage1":
-        path = cfg.start.weights or find(cfg, fabric, "stage1", cfg.start.seed, identity=identity, train=fit)
-        stage1 = runs.load_checkpoint(path)["model"]
+        stage1 = runs.load_checkpoint(cfg.start.weights or find(cfg, fabric, "stage1", cfg.start.seed, **trains))[
+            "model"
+        ]
     if teacher is None or first_batch is None:
         return model, None
     images, mask = pad_images(first_batch)
@@ -124,10 +124,9 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     if not objects(held_out):
         raise ValueError(f"the test split {cfg.data.test} of {cfg.data.name} has no object: there is no AP on it")
     identity = data_identity(cfg.data.name, training, held_out, cfg.data.get("root"))
-    classes, seed = num_classes(held_out), cfg.seed
+    classes, seed, loading = num_classes(held_out), cfg.seed, {"device": fabric.device, "collate": collate}
     prepared = Prepared(training, training_transform(cfg.data.augment))
     plan = Plan.of(cfg.train, len(training), fabric, seed=seed)
-    loading = {"device": fabric.device, "collate": collate}
     batches = SeededBatches(prepared, plan, workers=cfg.data.workers, **loading)
     first_batch = None
     if cfg.method.quantised:
