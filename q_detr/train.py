@@ -1,7 +1,6 @@
 """Train one arm of Q-DETR: the real-valued teacher (method=teacher), or a quantised student that starts from it.
 
 python train.py                                                     generated scenes, 2 bit, DA + FQM
-python train.py method=baseline method.quant.bits=4 seed=1
 python train.py method.start=stage1                                 two stages: first the backbone quantised, then everything
 torchrun --nproc_per_node=8 train.py experiment=coco_stage1 data.root=/datasets/coco teacher.weights=... start.weights=...
 """
@@ -100,9 +99,10 @@ def build(cfg: DictConfig, fabric: Fabric, classes: int, first_batch: list[Tenso
     elif method.start == "weights":
         kept = load_weights(model, cfg.start.weights, new_classes=cfg.start.new_classes)
         if cfg.start.new_classes:
-            left = [k for k in kept if k.startswith("class_embed.")]
-            what = "left out: the classes differ" if left else f"kept: they have {classes} classes, too"
-            fabric.print(f"classifier of {cfg.start.weights} {what}")
+            left = any(k.startswith("class_embed.") for k in kept)
+            fabric.print(
+                f"classifier {f'kept: they have {classes} classes, too' if not left else 'left out: the classes differ'}"
+            )
     elif method.start == "teacher" and teacher is not None:
         model.load_state_dict(teacher.state_dict())
     elif method.start == "stage1":
@@ -182,7 +182,7 @@ def train(
             save(epoch)
     if epochs == 0:
         save(0)
-    where, ev = {"side": cfg.data.test_side}, cfg.evaluate
+    where, ev = {"side": known["size"]}, cfg.evaluate
     found = predict(
         fabric, network, held_out, loss=criterion.loss, batch_size=ev.batch_size, workers=cfg.data.workers, **where
     )
