@@ -129,8 +129,7 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     plan = Plan.of(cfg.train, len(training), fabric, seed=seed)
     batches = SeededBatches(prepared, plan, workers=cfg.data.workers, **loading)
     first_batch = None
-    if cfg.method.quantised:
-        # Every rank calibrates on the whole first batch, where it computes: equal steps and gamma for any number of devices.
+    if cfg.method.quantised:  # every rank calibrates on the whole first batch: equal steps for any number of devices
         whole = SeededBatches(prepared, Plan(len(training), cfg.train.batch_size, seed=seed), **loading)
         first_batch = next(iter(whole.epoch(1)))[0]
     network, teacher = build(cfg, fabric, classes, first_batch, identity)
@@ -166,22 +165,21 @@ def train(
         network.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first, row = saved["epoch"] + 1, saved["row"]
-    fabric.print(f"epochs {first}..{epochs}")
     known = about(held_out, loss=criterion.loss, side=cfg.data.test_side)
 
     def save(epoch: int) -> None:
         run.save_checkpoint(state(network, optimizer, epoch=epoch, row=row, about=known, config=run.config))
 
+    fabric.print(f"epochs {first}..{epochs}")
     progress = Progress(fabric, run, first=first, last=epochs, every=cfg.train.log_every)
     for epoch in range(first, epochs + 1):
         torch.manual_seed(stream(cfg.seed, epoch, fabric.global_rank))  # dropout
         row = train_one_epoch(fabric, model, teacher, criterion, optimizer, batches, epoch=epoch, cfg=cfg, run=run)
         check_steps(network)
         progress.report(epoch, row, images=batches.plan.steps * batches.plan.batch_size)
-        if epoch % cfg.train.save_every == 0 or epoch == epochs:
+        if epoch % cfg.train.save_every == 0 and epoch < epochs:
             save(epoch)
-    if epochs == 0:
-        save(0)
+    save(epochs)
     where, ev = {"side": known["size"]}, cfg.evaluate
     found = predict(
         fabric, network, held_out, loss=criterion.loss, batch_size=ev.batch_size, workers=cfg.data.workers, **where
