@@ -363,8 +363,16 @@ def verify(paper: Path, scale: str, name: str | None = None, extra: tuple[str, .
         same = a is not None and b is not None and abs(a - b) <= 2e-7 * max(1.0, abs(a))
         equal &= same
         print(f"  {metric:32s} recorded {a}  now {b}  {'same' if same else 'DIFFERENT'}")
-    where = f"recorded on {old['machine']['cpu']}, {old['machine']['accelerator']}, torch {old['versions']['torch']}"
-    print(f"{cell.name()}: {'verified' if equal else 'not the recorded numbers'} ({where})")
+    there, here = (
+        f"{m['cpu']}, {m.get('isa', 'instruction set not noted')}, {m['accelerator']}, torch {v['torch']}"
+        for m, v in ((r["machine"], r["versions"]) for r in (old, new))
+    )
+    print(f"{cell.name()}: {'verified' if equal else 'not the recorded numbers'} (recorded on {there})")
+    if not equal:
+        print(
+            f"here: {here}. With the code as recorded, another processor or library sums in another order, and a training that "
+            "amplifies it ends elsewhere: judge by the verdicts of a whole run, not by one cell"
+        )
     return equal
 
 

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 import yaml
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import LightningEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from omegaconf import DictConfig, OmegaConf
 
 # Where and on what a run computes is not what it computes: these keys do not enter the fingerprint.
@@ -319,14 +319,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def remove_if_empty(path: str | Path, root: str | Path) -> None:
-    """Remove `path` and its parents up to `root` as long as they are empty (Hydra makes the directory first)."""
-    path, root = Path(path).absolute(), Path(root).absolute()
+    """Remove `path`, its parents up to `root`, and `root`, as long as they are empty (Hydra makes the directory first)."""
+    root = Path(root).resolve()
     keep = {Path.cwd(), root.parent, *Path.cwd().parents}
-    with contextlib.suppress(OSError):  # another rank was faster, or it is not ours
-        while path not in keep and not (path.is_dir() and any(path.iterdir())):
-            if path.is_dir():
-                path.rmdir()
-            path = path.parent
+    for place in (Path(path).resolve(), root):  # a scale like ../../x leaves root, which Hydra has made all the same
+        with contextlib.suppress(OSError):  # another rank was faster, or it is not ours
+            while place not in keep and place != place.parent and not (place.is_dir() and any(place.iterdir())):
+                if place.is_dir():
+                    place.rmdir()
+                place = place.parent
 
 
 def read_json(path: str | Path) -> Any:
@@ -351,6 +352,7 @@ def provenance(device: torch.device | None = None) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "isa": os.environ.get("ONEDNN_MAX_CPU_ISA", torch.backends.cpu.get_cpu_capability()),
         "accelerator": accelerator,
     }
     return {"commit": git_commit(), "versions": versions, "machine": machine}

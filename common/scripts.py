@@ -30,11 +30,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning_fabric.loggers import CSVLogger, TensorBoardLogger
+from lightning_fabric.loggers.csv_logs import CSVLogger
+from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.runs import NOT_IN_FINGERPRINT, RunError, flatten, launch, remove_if_empty
+from common.runs import NOT_IN_FINGERPRINT, RunError, flatten, launch, plain, remove_if_empty
 
 # Errors whose message says all there is to say; any other is a defect of this project and shows its traceback.
 EXPECTED = (ValueError, OSError, RunError, FloatingPointError, OmegaConfBaseException, HydraException)
@@ -88,7 +89,7 @@ def script(config: str = "config", body: Callable[..., Any] | None = None) -> An
         _terminate_cleanly()
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its own errors as they are; they end in one line below
         try:
-            hydra.main(version_base="1.3", config_path="configs", config_name=config)(task)()
+            hydra.main(version_base="1.3", config_path=str(here.resolve()), config_name=config)(task)()
         except BaseException as error:
             _end(explained(error, here, config))
 
@@ -138,10 +139,8 @@ def explained(error: BaseException, configs: Path, config: str) -> BaseException
     if key := re.search(r"Could not override '([^']+)'", text):
         GlobalHydra.instance().clear()
         with initialize_config_dir(config_dir=str(configs.resolve()), version_base="1.3"):
-            known = [
-                *flatten(OmegaConf.to_container(compose(config), resolve=False)),
-                *(p.name for p in configs.iterdir()),
-            ]  # type: ignore[arg-type]
+            keys: Any = OmegaConf.to_container(compose(config), resolve=False)
+            known = [*flatten(keys), *(p.name for p in configs.iterdir())]
         return ValueError(f"there is no key {key[1]}{nearest(key[1], known)} (python <script>.py --help lists all)")
     return error
 
@@ -181,11 +180,10 @@ def check(cfg: DictConfig) -> None:
     """Refuse a configuration with a value of another type than the one that it replaces, or one that nothing can use.
 
     Raises `RunError` or ValueError, naming the key, before data is read."""
-    if missing := sorted(OmegaConf.missing_keys(cfg)):
-        raise RunError(f"no value given for {', '.join(missing)}: set it on the command line, e.g. {missing[0]}=...")
+    flat = flatten(plain(cfg))
     if HydraConfig.initialized():
         check_types(cfg, list(HydraConfig.get().overrides.task), HydraConfig.get())
-    check_values(flatten(OmegaConf.to_container(cfg, resolve=True)))  # type: ignore[arg-type]
+    check_values(flat)
 
 
 def check_types(cfg: DictConfig, overrides: list[str], hydra_cfg: Any) -> None:
@@ -279,7 +277,7 @@ def check_values(flat: Mapping[str, Any]) -> None:
                 allowed = f">= {low:g}" if high is None else f"{low:g} .. {high:g}"
                 raise ValueError(f"{key}={value}, allowed: {allowed}")
     for key in ("run_root", "scale", "arm"):
-        if key in flat and (not isinstance(flat[key], str) or not flat[key].strip()):
+        if key in flat and "run_root" in flat and (not isinstance(flat[key], str) or not flat[key].strip()):
             raise ValueError(f"{key}={_shown(flat[key])} must be a text that is not empty: it names a directory")
     for key in ("scale", "arm"):
         if key in flat and (".." in Path(flat[key]).parts or Path(flat[key]).is_absolute()):

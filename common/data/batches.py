@@ -79,6 +79,12 @@ class Plan:
             accumulation=train.get("accumulation", 1), repeats=repeats,
         )  # fmt: skip
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(vars(self).values()))
+
     def __str__(self) -> str:
         """global batch 64 = 2 devices x 1 micro-steps x 32"""
         part = self.batch_size // (self.world * self.accumulation)

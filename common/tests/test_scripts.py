@@ -110,7 +110,7 @@ def test_a_key_takes_what_another_configuration_of_the_folder_gives_it(toy):
     "flat",
     [{"seed": -1}, {"train.batch_size": 0}, {"data.workers": -1}, {"train.save_every": 0}, {"train.log_every": 0},
      {"optim.lr": -0.1}, {"optim.weight_decay": -1.0}, {"optim.u_lr_mult": -1}, {"train.clip": -1.0}, {"optim.lr": float("nan")},
-     {"run_root": None}, {"run_root": " "}, {"scale": "../../x"}, {"scale": ""}, {"arm": "/etc"}, {"top": 0},
+     {"run_root": None}, {"run_root": " "}, {"scale": "../../x"}, {"scale": "", "run_root": "r"}, {"arm": "/etc"}, {"top": 0},
      {"train.epochs": -1}, {"evaluate.batch_size": 0}, {"threads": 0}],
 )  # fmt: skip
 def test_values_that_nothing_can_use_name_their_key(flat):
