@@ -6,7 +6,6 @@ Weights are random, so thresholds are score quantiles of the images measured: th
 budget is met; the baselines get the cost that AS-ViT really has. `unpruned` is the same code with nothing dropped."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -98,9 +97,7 @@ def bench(cfg: DictConfig, fabric: Fabric) -> list[dict]:
     return table.write()
 
 
-@script("bench")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    bench(cfg, fabric)
+main = script("bench", bench)
 
 
 if __name__ == "__main__":

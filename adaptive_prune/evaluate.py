@@ -103,9 +103,7 @@ def write_counts(out: Path, found: dict) -> None:
     print(f"kept tokens per image and their histogram: {out}/kept.csv, {out}/histogram.csv")
 
 
-@script("evaluate")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    run(cfg, fabric)
+main = script("evaluate", run)
 
 
 if __name__ == "__main__":

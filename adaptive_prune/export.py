@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -131,9 +130,7 @@ def run(cfg: DictConfig) -> Path:
     return out
 
 
-@script("export")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    run(cfg)
+main = script("export", run)
 
 
 if __name__ == "__main__":

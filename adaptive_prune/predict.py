@@ -77,9 +77,7 @@ def run(cfg: DictConfig, fabric: Fabric) -> Path:
     return table.out
 
 
-@script("predict")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    run(cfg, fabric)
+main = script("predict", run)
 
 
 if __name__ == "__main__":

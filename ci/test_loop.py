@@ -37,11 +37,6 @@ HOOKS = {p: importlib.import_module(f"{p}.tests.contract") for p in CHOSEN}
 pytestmark = pytest.mark.parametrize("paper", CHOSEN)
 
 
-@pytest.fixture(scope="module")
-def fabric():
-    return runs.launch({"accelerator": "cpu", "devices": 1})
-
-
 @contextmanager
 def watched():
     """Records, of everything trained inside: each optimizer step (rates of the groups, gradients of the first one, gradient
@@ -111,10 +106,12 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(paper, fabric, tmp_p
     hook = HOOKS[paper]
     overrides = overrides_of(hook.ACCUMULATES)
     norm = F.batch_norm
+
     # Statistics of a batch are no sum over its images: with the running ones everything is.
-    monkeypatch.setattr(
-        F, "batch_norm", lambda x, m, v, w=None, b=None, t=False, *a: norm(x, m, v, w, b, m is None, *a)
-    )
+    def running(input, running_mean, running_var, weight=None, bias=None, training=False, *rest, **more):
+        return norm(input, running_mean, running_var, weight, bias, running_mean is None, *rest, **more)
+
+    monkeypatch.setattr(F, "batch_norm", running)
     found = []
     for k in (1, 2):
         with watched() as seen:

@@ -40,7 +40,7 @@ from common.runs import NOT_IN_FINGERPRINT, RunError, flatten, launch, plain, re
 # Errors whose message says all there is to say; any other is a defect of this project and shows its traceback.
 EXPECTED = (ValueError, OSError, RunError, FloatingPointError, OmegaConfBaseException, HydraException)
 
-_SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+_SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1" and "HYDRA_FULL_ERROR_BY_FRAME" not in os.environ
 
 # Values that no script of any paper can use, by the names that the papers share. (lowest, highest); None is open.
 LIMITS: dict[str, tuple[float | None, float | None]] = {
@@ -87,7 +87,9 @@ def script(config: str = "config", body: Callable[..., Any] | None = None) -> An
         if {"-h", "--help"} & set(sys.argv[1:]):
             return print(options(here, config, sys.modules[body.__module__].__doc__ or ""))
         _terminate_cleanly()
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its own errors as they are; they end in one line below
+        # Hydra raises its own errors as they are, and they end in one line below; a script that this one starts must not take it
+        # for the user's wish.
+        os.environ |= {"HYDRA_FULL_ERROR": "1"} | ({} if _SHOW_TRACEBACK else {"HYDRA_FULL_ERROR_BY_FRAME": "1"})
         try:
             hydra.main(version_base="1.3", config_path=str(here.resolve()), config_name=config)(task)()
         except BaseException as error:

@@ -6,11 +6,9 @@ Interleaved rounds, medians with quartiles; ratio = baseline / ours; nothing is 
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
 from common.metrics.timing import Bench, Timing, interleaved
@@ -87,9 +85,7 @@ def bench(cfg: DictConfig) -> list[dict]:
     return table.write()
 
 
-@script("bench")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    bench(cfg)
+main = script("bench", bench)
 
 
 if __name__ == "__main__":

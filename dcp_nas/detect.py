@@ -171,9 +171,7 @@ def train(fabric: Fabric, run: runs.Run, cfg, held_out, genotype, model, network
     fabric.print("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
 
 
-@script("detect")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    fit(cfg, fabric, out)
+main = script("detect", fit)
 
 
 if __name__ == "__main__":

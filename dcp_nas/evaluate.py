@@ -66,9 +66,7 @@ def evaluate(cfg: DictConfig, fabric: Fabric) -> dict[str, float]:
     return metrics
 
 
-@script("evaluate")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    evaluate(cfg, fabric)
+main = script("evaluate", evaluate)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from torch import nn
 
@@ -93,9 +92,7 @@ def export(cfg: DictConfig) -> dict[str, float]:
     return found
 
 
-@script("export")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    export(cfg)
+main = script("export", export)
 
 
 if __name__ == "__main__":

@@ -35,9 +35,7 @@ def classify(cfg: DictConfig, fabric: Fabric) -> Path:
     return table.out
 
 
-@script("predict")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    classify(cfg, fabric)
+main = script("predict", classify)
 
 
 if __name__ == "__main__":

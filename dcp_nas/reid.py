@@ -191,9 +191,7 @@ def train(fabric: Fabric, run: runs.Run, cfg, people, genotype, model, network, 
     fabric.print("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
 
 
-@script("reid")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    fit(cfg, fabric, out)
+main = script("reid", fit)
 
 
 if __name__ == "__main__":

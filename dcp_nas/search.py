@@ -300,9 +300,7 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
             search(fabric, run, cfg, data, algorithm, batches)
 
 
-@script("search")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    fit(cfg, fabric, out)
+main = script("search", fit)
 
 
 if __name__ == "__main__":

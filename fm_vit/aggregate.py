@@ -8,7 +8,6 @@ import statistics
 from pathlib import Path
 
 import yaml
-from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
 from common.runs import read_json
@@ -50,9 +49,7 @@ def aggregate(cfg: DictConfig) -> dict[str, tuple[float, float]]:
     return found
 
 
-@script("aggregate")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    aggregate(cfg)
+main = script("aggregate", aggregate)
 
 
 if __name__ == "__main__":

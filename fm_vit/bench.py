@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -72,9 +71,7 @@ def _call(network: Deployed, images: Tensor) -> Callable[[], object]:
     return lambda: network(images)
 
 
-@script("bench")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    bench(cfg)
+main = script("bench", bench)
 
 
 if __name__ == "__main__":

@@ -134,9 +134,7 @@ def _csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> No
         writer.writerows(rows)
 
 
-@script("evaluate")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    evaluate(cfg, fabric)
+main = script("evaluate", evaluate)
 
 
 if __name__ == "__main__":

@@ -64,9 +64,7 @@ def export(cfg: DictConfig, fabric: Fabric) -> Path:
     return Path(cfg.out)
 
 
-@script("export")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    export(cfg, fabric)
+main = script("export", export)
 
 
 if __name__ == "__main__":

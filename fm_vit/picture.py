@@ -6,7 +6,6 @@ python picture.py
 from pathlib import Path
 
 import torch
-from lightning_fabric import Fabric
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from omegaconf import DictConfig
@@ -78,9 +77,7 @@ def box(ax, x: float, y: float, width: float, text: str, colour: str) -> None:
     ax.text(x + width / 2, y + 0.65, text, ha="center", va="center", fontsize=8.5)
 
 
-@script("picture")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    draw(cfg)
+main = script("picture", draw)
 
 
 if __name__ == "__main__":

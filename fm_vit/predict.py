@@ -141,9 +141,7 @@ def finish(streams: Sequence[ImageStream]) -> None:
     first.finish()
 
 
-@script("predict")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    score(cfg, fabric)
+main = script("predict", score)
 
 
 if __name__ == "__main__":

@@ -184,9 +184,7 @@ def train(fabric: Fabric, run: runs.Run, cfg: DictConfig, data: Data, model, opt
     fabric.print("  ".join(f"{k} {v:.4g}" for k, v in shown.items()))
 
 
-@script()
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    fit(cfg, fabric, out)
+main = script("config", fit)
 
 
 if __name__ == "__main__":

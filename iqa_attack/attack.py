@@ -256,9 +256,7 @@ def carry_out(
     report(fabric, models, metrics)
 
 
-@script("attack")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    fit(cfg, fabric, out)
+main = script("attack", fit)
 
 
 if __name__ == "__main__":

@@ -238,9 +238,7 @@ def finish(cfg: DictConfig, rows: list[dict[str, Any]], scored: Scored, out: Pat
     return found
 
 
-@script("audit")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    run_audit(cfg, fabric)
+main = script("audit", run_audit)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -97,9 +96,7 @@ def bench(cfg: DictConfig) -> list[dict]:
     return table.write()
 
 
-@script("bench")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    bench(cfg)
+main = script("bench", bench)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ One second per image, half a second of grey between, random order, a training se
 
 from pathlib import Path
 
-from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
 from common.scripts import script
@@ -37,9 +36,7 @@ def collect(cfg: DictConfig) -> None:
         server.server_close()
 
 
-@script("collect")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    collect(cfg)
+main = script("collect", collect)
 
 
 if __name__ == "__main__":

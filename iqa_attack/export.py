@@ -6,7 +6,6 @@ python export.py weights=runs/default/all/seed0/last.ckpt model=unique out=uniqu
 from pathlib import Path
 
 import torch
-from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
 from common.onnx_export import export_onnx
@@ -40,9 +39,7 @@ def export(cfg: DictConfig) -> Path:
     return Path(cfg.out)
 
 
-@script("export")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    export(cfg)
+main = script("export", export)
 
 
 if __name__ == "__main__":

@@ -189,9 +189,7 @@ def look_ahead(fabric: Fabric, cfg: DictConfig, data: QualitySet) -> None:
         preflight(fabric, partial(step, learner, x, targets), parameters=of, what=f"{len(x)} images", steps=steps)
 
 
-@script()
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    fit(cfg, fabric, out)
+main = script("config", fit)
 
 
 if __name__ == "__main__":

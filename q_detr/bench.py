@@ -9,11 +9,9 @@ inference. Nothing here computes with 2 to 4 bits: CPUs cannot, and the paper's 
 import tempfile
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -171,9 +169,7 @@ def bench(cfg: DictConfig) -> list[dict[str, Any]]:
     return table.write()
 
 
-@script("bench")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    bench(cfg)
+main = script("bench", bench)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -316,9 +315,7 @@ def write_packed(trained: Loaded, target: Path) -> None:
     print(f"{target}: {target.stat().st_size / 1e6:.3f} MB, float32 parameters {before / 1e6:.3f} MB, outputs equal")
 
 
-@script("export")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    export(cfg)
+main = script("export", export)
 
 
 if __name__ == "__main__":

@@ -156,9 +156,7 @@ def predict(cfg: DictConfig, fabric: Fabric) -> Path:
     return table.out
 
 
-@script("predict")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    predict(cfg, fabric)
+main = script("predict", predict)
 
 
 if __name__ == "__main__":

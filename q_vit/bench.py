@@ -4,10 +4,7 @@ python bench.py threads=1
 
 What this shows is a price: simulated quantisation is slower than float. No low-bit kernel is used, no speed-up is claimed."""
 
-from pathlib import Path
-
 import torch
-from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from torch import nn
 
@@ -53,9 +50,7 @@ def bench(cfg: DictConfig) -> list[dict]:
     return table.write()
 
 
-@script("bench")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    bench(cfg)
+main = script("bench", bench)
 
 
 if __name__ == "__main__":

@@ -104,9 +104,7 @@ def run(cfg: DictConfig, fabric: Fabric) -> dict[str, dict[str, Any]]:
     return table
 
 
-@script("diagnose")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    run(cfg, fabric)
+main = script("diagnose", run)
 
 
 if __name__ == "__main__":

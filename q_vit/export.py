@@ -8,7 +8,6 @@ It is a storage format: there is no 2-bit arithmetic on CPUs."""
 from pathlib import Path
 
 import torch
-from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
 from common.scripts import script
@@ -32,9 +31,7 @@ def export(cfg: DictConfig) -> Path:
     return out
 
 
-@script("export")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    export(cfg)
+main = script("export", export)
 
 
 if __name__ == "__main__":

@@ -80,9 +80,7 @@ def export(cfg: DictConfig, fabric: Fabric) -> dict[str, float]:
     return found
 
 
-@script("export")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    export(cfg, fabric)
+main = script("export", export)
 
 
 if __name__ == "__main__":

@@ -60,9 +60,7 @@ def boxes(model, about: dict, stream: ImageStream, fabric: Fabric, least: float)
                     yield {"path": path, "label": about["classes"][label - 1], "score": f"{score:.4f}", **corners}
 
 
-@script("predict")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    predict(cfg, fabric)
+main = script("predict", predict)
 
 
 if __name__ == "__main__":

@@ -190,9 +190,7 @@ def train(
     fabric.print("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
 
 
-@script()
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    fit(cfg, fabric, out)
+main = script("config", fit)
 
 
 if __name__ == "__main__":

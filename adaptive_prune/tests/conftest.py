@@ -5,12 +5,6 @@ from PIL import Image
 from adaptive_prune.settings import CONFIGS
 from adaptive_prune.tests.contract import config
 from adaptive_prune.train import fit
-from common import runs
-
-
-@pytest.fixture(scope="session")
-def fabric():
-    return runs.launch({"accelerator": "cpu", "devices": 1})
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,6 @@ import pytest
 
 from ap_fer.tests.helpers import short_config, write_image
 from ap_fer.train import fit
-from common import runs
-
-
-@pytest.fixture(scope="session")
-def fabric():
-    return runs.launch({"accelerator": "cpu", "devices": 1})
 
 
 @pytest.fixture(scope="session")

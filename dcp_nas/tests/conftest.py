@@ -1,13 +1,7 @@
 import pytest
 
-from common import runs
 from dcp_nas import train
 from dcp_nas.tests.layouts import config
-
-
-@pytest.fixture(scope="session")
-def fabric():
-    return runs.launch({"accelerator": "cpu", "devices": 1})
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,7 @@
 import pytest
 
-from common import runs
 from fm_vit.tests.helpers import short
 from fm_vit.train import fit
-
-
-@pytest.fixture(scope="session")
-def fabric():
-    return runs.launch({"accelerator": "cpu", "devices": 1})
 
 
 @pytest.fixture(scope="session")

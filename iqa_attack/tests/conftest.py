@@ -4,7 +4,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from common import runs
 from iqa_attack.photographs.photos import graded_photos
 from iqa_attack.quality_models.brisque import Brisque, fit_brisque
 from iqa_attack.quality_models.cornia import fit_cornia
@@ -39,11 +38,6 @@ def attack_config(*overrides):
     with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
         fr = next((o.split("=")[1] for o in overrides if o.startswith("fr=")), "chebyshev")
         return compose("attack", overrides=["arm=test", f"fr_name={fr}", *FAST, *overrides])
-
-
-@pytest.fixture(scope="session")
-def fabric():
-    return runs.launch({"accelerator": "cpu", "devices": 1})
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,8 @@
 import pytest
 from hydra import compose, initialize_config_dir
 
-from common import runs
 from ncl_pp.tests.layouts import CONFIGS, short_config
 from ncl_pp.train import fit
-
-
-@pytest.fixture(scope="session")
-def fabric():
-    return runs.launch({"accelerator": "cpu", "devices": 1})
 
 
 @pytest.fixture(scope="session")

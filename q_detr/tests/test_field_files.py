@@ -26,11 +26,6 @@ OWN = [
 ]
 
 
-@pytest.fixture(scope="module")
-def fabric():
-    return runs.launch({"accelerator": "cpu", "devices": 1})
-
-
 def config(name, *overrides):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return compose(name, ["fabric.accelerator=cpu", *(str(o) for o in overrides)])

@@ -26,11 +26,6 @@ from q_detr.tests.contract import short_config, trained
 SCENES = {"kind": "scenes"}
 
 
-@pytest.fixture(scope="module")
-def fabric():
-    return runs.launch({"accelerator": "cpu", "devices": 1})
-
-
 def found(fabric, arm, *overrides, identity=SCENES, config=None):
     """(configuration, directory) that the arm of a student with these overrides is trained with."""
     calls = []

@@ -7,7 +7,6 @@ import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from common import runs
 from q_vit.train import fit
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -45,11 +44,6 @@ def folder_arm(root, *overrides):
         "data=folder", f"data.root={root}", "data.size=16", "data.workers=0", "data.augment=none", "train.batch_size=12",
         "train.calibration_images=12", "train.epochs=1", *overrides,
     )  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def fabric():
-    return runs.launch({"accelerator": "cpu", "devices": 1})
 
 
 @pytest.fixture(scope="session")

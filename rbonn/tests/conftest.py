@@ -1,13 +1,7 @@
 import pytest
 
-from common import runs
 from rbonn.tests.layouts import config, folder_config, write_class_folders
 from rbonn.train import fit
-
-
-@pytest.fixture(scope="session")
-def fabric():
-    return runs.launch({"accelerator": "cpu", "devices": 1})
 
 
 @pytest.fixture(scope="session")
