@@ -71,7 +71,7 @@ def fused_tasks(ax) -> None:
 def main() -> None:
     columns = attacked_digits()
     figure = Figure(figsize=(9.6, 3.3), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1.35, 1])
+    left, right = figure.subfigures(1, 2, width_ratios=[1.35, 1])  # type: ignore[misc]
     axes = left.subplots(3, len(columns))
     for j, (title, images, options) in enumerate(columns):
         for i, image in enumerate(images):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, rgb_to_grayscale
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from common.data.batches import stream as random_stream
 from common.data.dataset import Dataset
@@ -247,8 +247,8 @@ def _digit(name: str) -> str:
 
 def stored(image: Image, size: int, channels: int = 3) -> Tensor:
     """An RGB image as (channels, size, size) uint8: short side and centre. For training, testing and predicting alike."""
-    pixels = center_crop(resize(pil_to_tensor(image), [size], antialias=True), [size, size])
-    return pixels if channels == 3 else rgb_to_grayscale(pixels)
+    pixels = pil_to_tensor(image if channels == 3 else image.convert("L"))  # L keeps a grey pixel as it is
+    return center_crop(resize(pixels, [size], antialias=True), [size, size])
 
 
 def _files(name: str, root: str | None, size: int, workers: int, splits: Sequence[str]) -> _Loaded:

@@ -56,6 +56,8 @@ def check(cfg: DictConfig, fabric: Fabric) -> None:
         )
     if cfg.evaluate.p < 1:
         raise ValueError(f"evaluate.p={cfg.evaluate.p}, allowed: >= 1 consecutive samples of one task")
+    if not isinstance(cfg.optim.lr, int | float):  # experiment/mnist_short.yaml gives it by interpolation, a text
+        raise ValueError(f"optim.lr={cfg.optim.lr} must be a finite number")
     protocols(cfg.evaluate.more_p)
     options = runs.plain(cfg)
     options["model"] = {**options["model"], **({"pretrained": False} if "pretrained" in options["model"] else {})}

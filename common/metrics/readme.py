@@ -27,6 +27,7 @@ BEGIN, END = "<!-- evidence:begin -->", "<!-- evidence:end -->"
 EQUATIONS = ("<!-- equations:begin -->", "<!-- equations:end -->")
 EMBEDDED = ("mini", "full")  # embedded data; every other scale is real data
 FRONT = 5  # rows on a first screen
+MAPPED = 5  # equations in a README, all of them in results/README.md
 
 
 def render_front(paper_dir: str | Path) -> str:
@@ -57,14 +58,15 @@ def render_front(paper_dir: str | Path) -> str:
     return f"{table}\n\nEvery claim at every scale: [results](results/README.md).{counts}"
 
 
-def render_equations(paper_dir: str | Path) -> str:
-    """Where the paper's equations stand in the code."""
-    rows = []
-    for row in load_document(paper_dir)["equations"]:
+def render_equations(paper_dir: str | Path, *, most: int = MAPPED, up: str = "") -> str:
+    """Where the paper's equations stand in the code: the first `most` rows, and where the others are. up: path to the folder."""
+    rows, equations = [], load_document(paper_dir)["equations"]
+    for row in equations[:most]:
         module, _, name = row["code"].partition(":")
         file = module.split(".", 1)[1].replace(".", "/") + ".py"
-        rows.append([row["source"], row["says"], f"[`{name}`]({file})"])
-    return tables.markdown(["source", "what it says", "code"], rows)
+        rows.append([row["source"], row["says"], f"[`{name}`]({up}{file})"])
+    table = tables.markdown(["source", "what it says", "code"], rows)
+    return table if len(equations) <= most else f"{table}\n\nAll {len(equations)}: [results](results/README.md#equations)."
 
 
 def render_results(paper_dir: str | Path) -> str:
@@ -107,6 +109,8 @@ def render_results(paper_dir: str | Path) -> str:
     if waiting:
         parts += ["## Not run yet", tables.markdown(["claim", "paper", "command"], waiting)]
     parts += _exact_part(document, recorded)
+    if document["equations"]:
+        parts += ["## Equations", render_equations(paper_dir, most=len(document["equations"]), up="../")]
     rows = [
         [p["table"], p["setting"], p["metric"], tables.published_text(p)]
         for p in document["published"]
