@@ -66,7 +66,9 @@ def render_equations(paper_dir: str | Path, *, most: int = MAPPED, up: str = "")
         file = module.split(".", 1)[1].replace(".", "/") + ".py"
         rows.append([row["source"], row["says"], f"[`{name}`]({up}{file})"])
     table = tables.markdown(["source", "what it says", "code"], rows)
-    return table if len(equations) <= most else f"{table}\n\nAll {len(equations)}: [results](results/README.md#equations)."
+    return (
+        table if len(equations) <= most else f"{table}\n\nAll {len(equations)}: [results](results/README.md#equations)."
+    )
 
 
 def render_results(paper_dir: str | Path) -> str:

@@ -8,6 +8,7 @@ import argparse
 import csv
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -81,8 +82,19 @@ def draw_figures(folder: Path) -> list[str]:
     named = list(dict.fromkeys(r["metric"] for r in results if r["kind"] in (*TESTED, "value")))
     plots = ["claims.png"] if figures.plot_claims(results, folder / "claims.png") else []
     plots += figures.plot_arms({a: measurements[a] for a in order}, results, named, folder)
+    _relink(folder / "report.md", plots)
     (folder / "figures.json").write_text(json.dumps({"sha256": _drawn_from(folder), "figures": plots}) + "\n")
     return plots
+
+
+def _relink(page: Path, plots: list[str]) -> None:
+    """report.md shows every page of the arms, where it showed the first."""
+    if not page.is_file():
+        return
+    shown = re.compile(r"!\[([^\]]*)\]\(arms[_0-9]*\.png\)\n\n")
+    if first := shown.search(text := page.read_text()):
+        links = "".join(f"![{first[1]}]({name})\n\n" for name in plots if name.startswith("arms"))
+        page.write_text(text[: first.start()] + links + shown.sub("", text[first.end() :]))
 
 
 def stale_figures(root: Path) -> list[Path]:
