@@ -88,7 +88,7 @@ started = @test -f $*/train.py || { echo "error: $* is not started yet; papers h
 
 $(addprefix test-,$(PAPERS)): test-%: $(STAMP)
 	$(started)
-	PAPER=$* $(PYTEST) $*/tests ci/test_loop.py $(ARGS)
+	PAPER=$* $(PYTEST) $*/tests ci/test_loop.py ci/test_command_lines.py $(ARGS)
 
 $(addprefix reproduce-,$(PAPERS)): reproduce-%: $(STAMP)
 	$(started)

@@ -3,10 +3,7 @@
 The models live on the meta device and two counts of the multiply-accumulates must agree: the formula of `budget.ViTCost`, and
 the operations that torch dispatches in a dense forward pass."""
 
-from pathlib import Path
-
 import torch
-from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
 from adaptive_prune.backbones import build_vit, cost_of
@@ -46,9 +43,7 @@ def count(cfg: DictConfig) -> dict[str, float]:
     return found
 
 
-@script("counts")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    record_counts(cfg, fabric, out, lambda: count(cfg))
+main = script("counts", lambda cfg, fabric, out: record_counts(cfg, fabric, out, lambda: count(cfg)))
 
 
 if __name__ == "__main__":

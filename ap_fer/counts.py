@@ -3,10 +3,7 @@
 The models live on the meta device, and two counts must agree: the formula of cost.py, and the operations that torch
 dispatches. `gflops` adds norms as fvcore counts them: the convention of the published 12.67 G."""
 
-from pathlib import Path
-
 import torch
-from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
 from ap_fer.cost import norm_elements, published_flops, vit_macs
@@ -65,9 +62,7 @@ def all_counts(settings: DictConfig) -> dict[str, float]:
     return found
 
 
-@script("counts")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    record_counts(cfg, fabric, out, lambda: all_counts(cfg.settings))
+main = script("counts", lambda cfg, fabric, out: record_counts(cfg, fabric, out, lambda: all_counts(cfg.settings)))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def weights(out):
 
 def _leaves(node):
     if isinstance(node, torch.Tensor):
-        yield node
+        yield torch.nan_to_num(node) if node.is_floating_point() else node  # what is not measured yet equals itself
     elif isinstance(node, dict | list | tuple):
         for child in node.values() if isinstance(node, dict) else node:
             yield from _leaves(child)

@@ -242,7 +242,7 @@ def _given_elsewhere(configs: Path | None, key: str) -> list[Any]:
             value = node
             for part in name.split("."):
                 value = value.get(part, ...) if isinstance(value, Mapping) else ...
-            if value is not ...:
+            if value is not ... and not (isinstance(value, str) and "${" in value):
                 found.append(value)
     return found
 
@@ -270,11 +270,13 @@ def check_values(flat: Mapping[str, Any]) -> None:
     for key, value in flat.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{key}={value} must be a finite number")
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if value is None or isinstance(value, bool | list):
             continue
         for pattern, (low, high) in LIMITS.items():
             if not fnmatch.fnmatch(key, pattern):
                 continue
+            if not isinstance(value, int | float):  # its default is null, which takes anything
+                raise ValueError(f"{key}={value} must be a number")
             if (low is not None and value < low) or (high is not None and value > high):
                 allowed = f">= {low:g}" if high is None else f"{low:g} .. {high:g}"
                 raise ValueError(f"{key}={value}, allowed: {allowed}")

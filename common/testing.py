@@ -4,10 +4,13 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hydra.core.global_hydra import GlobalHydra
 from lightning_fabric import Fabric
+from omegaconf import DictConfig
 
 from common import runs, scripts
 
@@ -16,6 +19,36 @@ from common import runs, scripts
 def fabric() -> Fabric:
     """One process on the CPU."""
     return runs.launch({"accelerator": "cpu", "devices": 1})
+
+
+@pytest.fixture
+def resumed(tmp_path: Path, fabric: Fabric, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Path, Path]]:
+    """resumed(fit, cfg, epoch=2) -> (run directory of an uninterrupted training, of one that was killed and went on).
+
+    Killed after the epoch and before its checkpoint. Fails unless weights, metrics.jsonl and final metrics are equal."""
+
+    def call(fit: Callable[..., None], cfg: DictConfig, epoch: int = 2) -> tuple[Path, Path]:
+        whole, parts = tmp_path / "whole", tmp_path / "parts"
+        fit(cfg, fabric, whole)
+        log = runs.Run.log
+
+        def killed(self: runs.Run, **row: Any) -> None:
+            log(self, **row)
+            if row["epoch"] == epoch:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(runs.Run, "log", killed)
+            fit(cfg, fabric, parts)
+        assert runs.read_json(parts / "result.json")["status"] == "running"
+        fit(cfg, fabric, parts)
+        models = [runs.load_checkpoint(place / "last.ckpt")["model"] for place in (whole, parts)]
+        torch.testing.assert_close(models[1], models[0], rtol=0, atol=0)
+        assert (whole / "metrics.jsonl").read_text() == (parts / "metrics.jsonl").read_text()
+        assert runs.read_json(whole / "result.json")["metrics"] == runs.read_json(parts / "result.json")["metrics"]
+        return whole, parts
+
+    return call
 
 
 @pytest.fixture

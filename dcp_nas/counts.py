@@ -3,11 +3,7 @@
 python counts.py            print them;   the same numbers are the `exact` claims of claims.yaml
 """
 
-from pathlib import Path
-
 import torch
-from lightning_fabric import Fabric
-from omegaconf import DictConfig
 
 from common.metrics.ops import count_parameters, layer_ops, memory_mbit, ops_bnn64, parameter_bits, record_counts
 from common.scripts import script
@@ -70,9 +66,7 @@ def measured() -> dict[str, float]:
     return {**found, "space_size": space_size()}
 
 
-@script("counts")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    record_counts(cfg, fabric, out, measured)
+main = script("counts", lambda cfg, fabric, out: record_counts(cfg, fabric, out, measured))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,9 @@
 python counts.py        writes runs/default/counts/seed0/result.json, in seconds, without any data or weights
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
-from omegaconf import DictConfig
 
 from common.metrics.ops import count_macs, count_parameters, record_counts
 from common.scripts import script
@@ -57,9 +54,7 @@ def count() -> dict[str, float]:
     return found
 
 
-@script("counts")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    record_counts(cfg, fabric, out, count)
+main = script("counts", lambda cfg, fabric, out: record_counts(cfg, fabric, out, count))
 
 
 if __name__ == "__main__":

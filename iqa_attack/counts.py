@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from lightning_fabric import Fabric
-from omegaconf import DictConfig
 
 from common.metrics.claims import load_document
 from common.metrics.ops import count_parameters, record_counts
@@ -74,9 +72,7 @@ def count() -> dict[str, float]:
     return found
 
 
-@script("counts")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    record_counts(cfg, fabric, out, count)
+main = script("counts", lambda cfg, fabric, out: record_counts(cfg, fabric, out, count))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,7 @@
 python counts.py
 """
 
-from pathlib import Path
-
 import torch
-from lightning_fabric import Fabric
-from omegaconf import DictConfig
 
 from common.metrics.ops import count_macs, count_parameters, record_counts
 from common.scripts import script
@@ -57,9 +53,7 @@ def measure() -> dict[str, float]:
     return counts
 
 
-@script("counts")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    record_counts(cfg, fabric, out, measure)
+main = script("counts", lambda cfg, fabric, out: record_counts(cfg, fabric, out, measure))
 
 
 if __name__ == "__main__":

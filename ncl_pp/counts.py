@@ -3,11 +3,7 @@
 python counts.py        writes runs/default/counts/seed0/result.json, in seconds, without any data
 """
 
-from pathlib import Path
-
 import torch
-from lightning_fabric import Fabric
-from omegaconf import DictConfig
 
 from common.data.longtail import long_tail_counts
 from common.metrics.classification import class_groups
@@ -44,9 +40,7 @@ def count() -> dict[str, float]:
     return found
 
 
-@script("counts")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    record_counts(cfg, fabric, out, count)
+main = script("counts", lambda cfg, fabric, out: record_counts(cfg, fabric, out, count))
 
 
 if __name__ == "__main__":

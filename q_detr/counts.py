@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import yaml
-from lightning_fabric import Fabric
-from omegaconf import DictConfig
 
 from common.metrics.ops import count_parameters, record_counts
 from common.scripts import script
@@ -51,9 +49,7 @@ def measure() -> dict[str, float]:
     return found
 
 
-@script("counts")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    record_counts(cfg, fabric, out, measure)
+main = script("counts", lambda cfg, fabric, out: record_counts(cfg, fabric, out, measure))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,7 @@ python counts.py        writes runs/default/counts/seed0/result.json, in seconds
 
 The paper says 6.14x for 4-bit DeiT-S; its convention is not stated, and none of these gives that number."""
 
-from pathlib import Path
-
 import torch
-from lightning_fabric import Fabric
-from omegaconf import DictConfig
 
 from common.metrics.ops import count_ops, count_parameters, record_counts
 from common.scripts import script
@@ -51,9 +47,7 @@ def count() -> dict[str, float]:
     return found
 
 
-@script("counts")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    record_counts(cfg, fabric, out, count)
+main = script("counts", lambda cfg, fabric, out: record_counts(cfg, fabric, out, count))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,7 @@
 python counts.py            print them;   the same numbers are the `exact` claims of claims.yaml
 """
 
-from pathlib import Path
-
 import torch
-from lightning_fabric import Fabric
-from omegaconf import DictConfig
 
 from common.metrics.ops import count_ops, count_parameters, layer_ops, memory_mbit, parameter_bits, record_counts
 from common.scripts import script
@@ -51,9 +47,7 @@ def count() -> dict[str, float]:
     return {f"{name}_{key}": value for name in NETWORKS for key, value in measure(name).items()}
 
 
-@script("counts")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    record_counts(cfg, fabric, out, count)
+main = script("counts", lambda cfg, fabric, out: record_counts(cfg, fabric, out, count))
 
 
 if __name__ == "__main__":

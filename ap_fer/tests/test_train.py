@@ -64,32 +64,13 @@ def test_loss_falls_and_equal_seeds_give_equal_numbers(fabric, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["app_atp", "random_both"])  # random scores draw in training and in testing
-def test_resumed_equals_uninterrupted_bit_for_bit(method, fabric, tmp_path, monkeypatch):
+def test_resumed_equals_uninterrupted_bit_for_bit(method, resumed):
     cfg = short_config(f"method={method}", "train.epochs=3", "train.eval_every=1", "data.train_images=64")
-    fit(cfg, fabric, tmp_path / "whole")
-    log = runs.Run.log
-
-    def killed(self, **row):
-        log(self, **row)
-        if row["epoch"] == 2:
-            raise KeyboardInterrupt  # after the epoch, before its checkpoint
-
-    monkeypatch.setattr(runs.Run, "log", killed)
-    with pytest.raises(KeyboardInterrupt):
-        fit(cfg, fabric, tmp_path / "parts")
-    monkeypatch.setattr(runs.Run, "log", log)
-    fit(cfg, fabric, tmp_path / "parts")
-    whole, parts = (runs.load_checkpoint(tmp_path / n / "last.ckpt") for n in ("whole", "parts"))
-    torch.testing.assert_close(parts["model"], whole["model"], rtol=0, atol=0)
-    assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
-    found = read(tmp_path / "parts")["metrics"]
-    assert found == read(tmp_path / "whole")["metrics"]
-    rows = [json.loads(line)["top1"] for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
-    assert (
-        found["top1_best_epoch"] == max(rows)
-        and rows[int(found["best_epoch"]) - 1] == max(rows)
-        and found["top1"] == rows[-1]
-    )
+    whole, parts = resumed(fit, cfg)
+    found = read(parts)["metrics"]
+    rows = [json.loads(line)["top1"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    best = int(found["best_epoch"])
+    assert found["top1_best_epoch"] == max(rows) == rows[best - 1] and found["top1"] == rows[-1]
 
 
 def folders(root):

@@ -51,26 +51,9 @@ def test_loss_falls_and_equal_seeds_give_equal_numbers(fabric, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["nclpp", "ncl_moco"])  # ncl_moco: momentum encoders and queues, too
-def test_resumed_equals_uninterrupted_bit_for_bit(method, fabric, tmp_path, monkeypatch):
-    cfg = short_config(f"method={method}")
-    fit(cfg, fabric, tmp_path / "whole")
-    log = runs.Run.log
-
-    def killed(self, **row):
-        log(self, **row)
-        if row["epoch"] == 2:
-            raise KeyboardInterrupt  # after the epoch, before its checkpoint
-
-    monkeypatch.setattr(runs.Run, "log", killed)
-    with pytest.raises(KeyboardInterrupt):
-        fit(cfg, fabric, tmp_path / "parts")
-    assert json.loads((tmp_path / "parts/result.json").read_text())["status"] == "running"
-    monkeypatch.setattr(runs.Run, "log", log)
-    fit(cfg, fabric, tmp_path / "parts")
-    whole, parts = (runs.load_checkpoint(tmp_path / n / "last.ckpt") for n in ("whole", "parts"))
-    assert any("queue" in name for name in whole["model"]) is (method == "ncl_moco")
-    torch.testing.assert_close(parts["model"], whole["model"], rtol=0, atol=0)
-    assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
+def test_resumed_equals_uninterrupted_bit_for_bit(method, resumed):
+    whole, _ = resumed(fit, short_config(f"method={method}"))
+    assert any("queue" in name for name in runs.load_checkpoint(whole / "last.ckpt")["model"]) is (method == "ncl_moco")
 
 
 def test_the_contrastive_branch_trains_its_heads_and_moves_its_keys(fabric, tmp_path):

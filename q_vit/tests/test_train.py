@@ -67,25 +67,8 @@ def test_loss_falls_and_equal_seeds_give_equal_numbers(fabric, arm, tmp_path):
     assert (tmp_path / "a/metrics.jsonl").read_text() == (tmp_path / "b/metrics.jsonl").read_text()
 
 
-def test_resumed_equals_uninterrupted_bit_for_bit(fabric, arm, tmp_path, monkeypatch):
-    cfg = arm("train.epochs=3")
-    fit(cfg, fabric, tmp_path / "whole")
-    log = runs.Run.log
-
-    def killed(self, **row):
-        log(self, **row)
-        if row["epoch"] == 2:
-            raise KeyboardInterrupt  # after the epoch, before its checkpoint
-
-    monkeypatch.setattr(runs.Run, "log", killed)
-    with pytest.raises(KeyboardInterrupt):
-        fit(cfg, fabric, tmp_path / "parts")
-    monkeypatch.setattr(runs.Run, "log", log)
-    fit(cfg, fabric, tmp_path / "parts")
-    whole, parts = (runs.load_checkpoint(tmp_path / n / "last.ckpt") for n in ("whole", "parts"))
-    torch.testing.assert_close(parts["model"], whole["model"], rtol=0, atol=0)
-    assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
-    assert result(tmp_path / "whole")["metrics"] == result(tmp_path / "parts")["metrics"]
+def test_resumed_equals_uninterrupted_bit_for_bit(arm, resumed):
+    resumed(fit, arm("train.epochs=3"))
 
 
 def script(*args, launcher=(), file="train.py"):
