@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ap_fer.build import build
-from ap_fer.evaluate import load
+from ap_fer.checkpoint import data_options, load
 from ap_fer.ir50 import IR50, Unit
 from ap_fer.model import APViT
 from ap_fer.tests.helpers import config, small_model
@@ -103,8 +103,11 @@ def test_released_apvit_loads_by_key_and_predicts_the_same(tmp_path):
         {"meta": {"epoch": 40}, "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}},
         tmp_path / "a.pth",
     )
-    again, cfg = load(str(tmp_path / "a.pth"), data_set="raf_db")
-    assert cfg.data.name == "raf_db" and cfg.data.size == 112
+    again, config, about = load(tmp_path / "a.pth")
+    assert config == {} and about["size"] == 112 and about["classes"][:2] == ["anger", "disgust"] and not about["drawn"]
+    assert data_options(load(tmp_path / "a.pth"), "raf_db", {})["name"] == "raf_db"
+    with pytest.raises(ValueError, match="name their set, e.g. set=raf_db"):
+        data_options(load(tmp_path / "a.pth"), None, {})
     x = torch.randn(1, 3, 112, 112)
     with torch.no_grad():
         logits, kept = again(x, details=True)
@@ -112,8 +115,6 @@ def test_released_apvit_loads_by_key_and_predicts_the_same(tmp_path):
     assert [k.shape[1] for k in kept.blocks] == [160] * 4 + [144, 129, 116, 104]
     assert {k.split(".")[0] for k in model.state_dict()} == {"extractor", "vit", "head"}
     assert "vit.blocks.7.attn.qkv.bias" not in model.state_dict()
-    with pytest.raises(ValueError, match="name its data set with set="):
-        load(str(tmp_path / "a.pth"))
     with pytest.raises(ValueError, match="7 classes, the data set 8"):
         load_released(small_model(num_classes=8), model.state_dict())
     with pytest.raises(ValueError, match="other shapes"):

@@ -57,6 +57,14 @@ class DetectionSet(Dataset):
     ):
         if labels not in ("ids", "contiguous"):
             raise ValueError(f"labels must be 'ids' or 'contiguous', got {labels!r}")
+        # Null flags, which some tools write, are none; a null area is that of the box.
+        flags = ({k: int(a.get(k) or 0) for k in ("iscrowd", "difficult") if k in a} for a in coco["annotations"])
+        areas = (
+            {"area": a["bbox"][2] * a["bbox"][3]} if "area" in a and a["area"] is None else {}
+            for a in coco["annotations"]
+        )
+        annotations = [a | f | area for a, f, area in zip(coco["annotations"], flags, areas, strict=True)]
+        coco = {**coco, "annotations": annotations}
         self.folder, self.coco, self.labels, self.transform = folder, coco, labels, transform
         for what in ("images", "annotations", "categories"):
             _unique(what, [entry["id"] for entry in coco[what] if what != "annotations" or "id" in entry])
