@@ -29,7 +29,7 @@ def draw(cfg: DictConfig) -> Path:
     for i, (kind, row) in enumerate(ROWS.items()):
         k = kinds.index(kind)
         images = {m: faces.images[k, CHANNELS[m]].expand(3, -1, -1) for m in NAMES}
-        where = torch.nn.functional.max_pool2d(places[k][None].float(), 8)  # patches of 8 x 8
+        where = torch.nn.functional.max_pool2d(places[k][None].float(), 8)  # type: ignore[index]  # patches of 8 x 8
         wide = where.repeat_interleave(8, 1).repeat_interleave(8, 2)
         shown = [*images.values(), images["rgb"] * (0.15 + 0.85 * wide)]
         for j, (title, image) in enumerate(zip([*NAMES.values(), "where it is"], shown, strict=True)):

@@ -93,7 +93,7 @@ def audit_scored(
     gradient vanishes; False raises VanishingGradient there. out: folder for images. options: of `perceptual_attack`."""
     distance = build_fr(kind=fidelity, **({"weights_path": vgg16} if vgg16 else {})).to(images.device)
     x0, chebyshev = quantise(images), fidelity == "chebyshev"
-    check_images(x0, max(scored.minimum, distance.minimum), "the audit")
+    check_images(x0, max(scored.minimum, distance.minimum), "the audit")  # type: ignore[type-var]
     if black_box is None:
         black_box = not has_gradient(scored.model, x0)
     elif not black_box:

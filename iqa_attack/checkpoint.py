@@ -54,7 +54,7 @@ def fingerprint(models: Models) -> str:
     """16 hex digits of the weights and calibrations: which models a run attacked, wherever they came from."""
     digest = hashlib.sha256()
     for name, scored in models.items():
-        digest.update(f"{name} {tuple(scored.calibration)}\0".encode())
+        digest.update(f"{name} {tuple(scored.calibration)}\0".encode())  # type: ignore[arg-type]
         for key, value in scored.state_dict().items():
             digest.update(f"{key}\0".encode())
             digest.update(torch.as_tensor(value).detach().cpu().contiguous().numpy().tobytes())

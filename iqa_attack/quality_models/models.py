@@ -217,4 +217,4 @@ def load_any(spec: str, *, higher_is_better: bool) -> nn.Module:
     found = found() if isinstance(found, type) else found
     if not callable(found):
         raise ValueError(f"model={spec} is a {type(found).__name__} and no callable of images (B, 3, H, W)")
-    return CallableMetric(found, higher_is_better=higher_is_better)
+    return CallableMetric(found, higher_is_better=higher_is_better)  # type: ignore[arg-type]
