@@ -43,7 +43,7 @@ class QualitySet:
     within one; fr (N, 4): full-reference values (ANNOTATORS) where the undistorted image is known. identity: what the files
     are, for `Run.open`; upright: whether files are turned by their EXIF orientation."""
 
-    images: Sequence[Tensor | Path]
+    images: Sequence[Any]
     mos: Tensor
     names: list[str]
     std: Tensor
