@@ -76,7 +76,7 @@ class QualitySet:
 def subset(data: QualitySet, index: Sequence[int] | Tensor) -> QualitySet:
     """The images with these indices."""
     i = torch.as_tensor(index, dtype=torch.long)
-    images, names = [data.images[k] for k in i], [data.names[k] for k in i]
+    images, names = [data.images[k] for k in i.tolist()], [data.names[k] for k in i.tolist()]
     fr, source = (None if t is None else t[i] for t in (data.fr, data.source))
     mos, std, group = data.mos[i], data.std[i], data.group[i]
     return QualitySet(images, mos, names, std, group, fr, source, data.identity, data.upright)
