@@ -103,29 +103,13 @@ def meta_step(
         if len(mine) < least:
             skipped += len(mine)
             continue
-        images, labels = x[mine], y[mine]
         if independent and clean:
             _copy(base, parameters)
         optimizer = optimizers[k if options.optimizer_state == "per_task" else 0]
         learned = group if options.loss == "group" else slice(0, groups[-1].stop)
-
-        def update(inputs: Tensor, labels: Tensor = labels, learned: slice = learned, optimizer: Optimizer = optimizer):
-            logits, attention = model(inputs, return_attention=True)
-            loss = group_bce(logits, labels, learned)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            return loss.detach(), attention.detach()
-
-        for _ in range(options.steps):
-            loss, attention = update(images)
-            clean.append(loss)
-        if options.attack is not None:
-            hard = background_attack(
-                model, images, labels, attention, options.eps, mean=mean, std=std, region=options.attack,
-                generator=generator, freeze_bn=options.freeze_bn,
-            )  # fmt: skip
-            attacked.append(update(hard)[0])
+        found = _inner_loop(model, optimizer, x[mine], y[mine], learned, options, mean, std, generator)
+        clean += found[0]
+        attacked += found[1]
         if independent:
             fusion.add(parameters)
     if not independent and clean:
@@ -138,6 +122,42 @@ def meta_step(
     if attacked:
         terms["attacked"] = torch.stack(attacked).mean()
     return terms
+
+
+def _inner_loop(
+    model: nn.Module,
+    optimizer: Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    learned: slice,
+    options: MetaOptions,
+    mean: Sequence[float],
+    std: Sequence[float],
+    generator: torch.Generator | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The clean steps on the images of one task, then the attacked one; the losses of the former and of the latter.
+
+    learned: the classes whose logits the loss is over."""
+
+    def update(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        logits, attention = model(inputs, return_attention=True)
+        loss = group_bce(logits, labels, learned)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach(), attention.detach()
+
+    clean, attacked = [], []
+    for _ in range(options.steps):
+        loss, attention = update(images)
+        clean.append(loss)
+    if options.attack is not None:
+        hard = background_attack(
+            model, images, labels, attention, options.eps, mean=mean, std=std, region=options.attack,
+            generator=generator, freeze_bn=options.freeze_bn,
+        )  # fmt: skip
+        attacked.append(update(hard)[0])
+    return clean, attacked
 
 
 @torch.no_grad()

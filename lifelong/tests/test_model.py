@@ -1,5 +1,7 @@
 """Networks: published counts, gate, shapes, heads that grow, timm backbones, ONNX parity."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ SMALL = [
 
 
 def test_every_exact_number_is_the_declared_one():
-    document, measured = load_document(counts.Path(counts.__file__).parent), counts.measure()
+    document, measured = load_document(Path(counts.__file__).parent), counts.measure()
     exact = [c for c in document["claims"] if c["kind"] == "exact"]
     assert len(exact) >= 10
     for claim in exact:

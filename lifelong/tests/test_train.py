@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from PIL import Image
 
 from common import runs
 from common.metrics.claims import load_claims
+from common.scripts import arm_name
 from lifelong import evaluate as evaluation
 from lifelong import export, predict
 from lifelong.build import build
@@ -62,15 +64,27 @@ def test_every_arm_trains_and_reports(method, fabric, tmp_path):
 
 def test_arms_of_claims_exist():
     for claim in load_claims(PAPER):
-        assert set(claim["arms"]) <= {*ARMS, "counts"}, claim["id"]
+        assert {arm.partition("/")[0] for arm in claim["arms"]} <= {*ARMS, "counts"}, claim["id"]
 
 
-def test_the_sweeps_of_a_scale_hold_the_arms_of_its_claims():
-    for scale in ("mini", "full", "gpu_cifar10"):
-        names, sweeps = {"counts"}, (CONFIGS / "reproduce" / scale).glob("*_train_*.yaml")
-        for sweep in sweeps:
-            names |= set(OmegaConf.load(sweep).hydra.sweeper.params.method.split(","))
-        assert names >= {a for c in load_claims(PAPER) if scale in c["scale"] for a in c["arms"]}, scale
+def arms_of(sweep):
+    """The arms of a sweep as their directories are called: <method>, or <method>/<the other keys of the sweep>."""
+    params = {k: str(v).split(",") for k, v in OmegaConf.load(sweep).hydra.sweeper.params.items() if k != "seed"}
+    methods = params.pop("method")
+    others = [
+        ",".join(f"{k}={v}" for k, v in zip(sorted(params), vs, strict=True))
+        for vs in product(*map(params.get, sorted(params)))
+    ]
+    return {arm_name(f"{m}/{o}" if o else m) for m in methods for o in others}
+
+
+@pytest.mark.parametrize("scale", sorted(p.name for p in (CONFIGS / "reproduce").iterdir()))
+def test_the_sweeps_of_a_scale_hold_the_arms_of_its_claims(scale):
+    claimed = {a for c in load_claims(PAPER) if scale in c["scale"] for a in c["arms"]} - {"counts"}
+    assert claimed, "a scale that no claim is tested at"
+    trained = set().union(*(arms_of(sweep) for sweep in (CONFIGS / "reproduce" / scale).glob("*_train_*.yaml")))
+    assert claimed <= trained
+    assert {arm.partition("/")[0] for arm in trained} <= set(ARMS)
 
 
 @pytest.mark.parametrize("epoch", [(1, 3), (2, None)], ids=["inside task 1", "after task 2"])
