@@ -1,4 +1,4 @@
-"""Wrong command lines of many kinds (tests/command_lines.yaml of every folder): each ends in one clear line and leaves nothing."""
+"""Wrong command lines of many kinds, tests/command_lines.yaml of every folder: each ends in one clear line."""
 
 import os
 from pathlib import Path
