@@ -1,6 +1,6 @@
 """Time of really dropping tokens against the dense timm model, top-k, EViT and ToMe at equal MACs.
 
-python bench.py [model=deit_small_patch16_224] [budget=0.65] [batches=[1,8,32]]        writes bench.json
+python bench.py [vit=deit_small_patch16_224] [budget=0.65] [batches=[1,8,32]]        writes bench.json
 
 Weights are random, so thresholds are score quantiles of the images measured: the counts still vary by image, and the
 budget is met; the baselines get the cost that AS-ViT really has. `unpruned` is the same code with nothing dropped."""
@@ -69,10 +69,10 @@ def bench(cfg: DictConfig, fabric: Fabric) -> list[dict]:
     if not cfg.batches or min(cfg.batches) < 1:
         raise ValueError(f"batches={list(cfg.batches)}: batch sizes of at least 1")
     check_budget(cfg.budget)
-    check_known(cfg.model)
+    check_known(cfg.vit)
     table, dtype = Bench(cfg.out), getattr(torch, cfg.precision)
     for batch in cfg.batches:
-        dense: Any = dense_model(cfg.model).to(fabric.device)
+        dense: Any = dense_model(cfg.vit).to(fabric.device)
         size, generator = dense.patch_embed.img_size[0], torch.Generator().manual_seed(0)
         x = torch.randn(batch, 3, size, size, generator=generator) * torch.linspace(0.5, 2, batch).view(-1, 1, 1, 1)
         x = x.to(fabric.device)
@@ -82,12 +82,12 @@ def bench(cfg: DictConfig, fabric: Fabric) -> list[dict]:
         times = interleaved(calls, rounds=cfg.rounds, warmup=WARMUP, seconds=cfg.seconds)
         for name in models:
             if name != "dense":
-                table.add(f"{cfg.model} {name} vs dense", times[name], times["dense"], batch=batch, macs=cost[name])
+                table.add(f"{cfg.vit} {name} vs dense", times[name], times["dense"], batch=batch, macs=cost[name])
         for other in ("topk", "evit", "tome"):
-            table.add(f"{cfg.model} packed vs {other}", times["packed"], times[other], batch=batch, macs=cost["packed"])
+            table.add(f"{cfg.vit} packed vs {other}", times["packed"], times[other], batch=batch, macs=cost["packed"])
         reached, ideal = times["dense"].median / times["packed"].median, 1 / cost["packed"]
         table.add(
-            f"{cfg.model} packed: speed over dense vs the MAC ratio",
+            f"{cfg.vit} packed: speed over dense vs the MAC ratio",
             ideal,
             reached,
             batch=batch,

@@ -1,5 +1,6 @@
 """Thresholds for a budget without training: a baseline, and a way to retarget a model."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -17,14 +18,15 @@ def calibrate(model: PrunedViT, batches: Iterable[Tensor], budget: float, *, rou
     """Set theta without training so that the mean cost over the image batches is about `budget`; returns that cost.
 
     Stage by stage, theta_s is the score quantile that keeps the counts of `keep_counts`; `rounds` times the target is then
-    moved by what is still missing (counts that vary cost more than their mean). A training-free baseline, not AS-ViT: scores that
-    no budget has shaped keep more tokens of simple images. Raises ValueError for another rule."""
+    moved by what is still missing (counts that vary cost more than their mean); the nearest round stays. A training-free
+    baseline, not AS-ViT: scores that no budget has shaped keep more tokens of simple images. Raises ValueError for another
+    rule."""
     if model.rule != "threshold":
         raise ValueError(f"calibrate sets thresholds, but this model's rule is {model.rule!r}")
     images, was, layout = list(batches), model.training, model.inference
     model.eval()
     floor = model.cost.floor(model.locations)
-    target, achieved = check_budget(budget, floor=floor), 1.0
+    target, nearest, best = check_budget(budget, floor=floor), math.inf, model.theta.clone()
     try:
         model.inference = "masked"
         for _ in range(rounds):
@@ -35,11 +37,14 @@ def calibrate(model: PrunedViT, batches: Iterable[Tensor], budget: float, *, rou
                 model.theta[s] = quantile(scores, k * len(scores) // model.cost.patches)
             macs = torch.cat([model(x, details=True)[1].macs for x in images])
             achieved = float(macs.mean()) / model.cost.dense
+            if abs(achieved - budget) < abs(nearest - budget):
+                nearest, best = achieved, model.theta.clone()
             target = min(1.0, max(floor, target + budget - achieved))
+        model.theta.copy_(best)
     finally:
         model.inference = layout
         model.train(was)
-    return achieved
+    return nearest
 
 
 def quantile(scores: Tensor, take: int) -> Tensor:

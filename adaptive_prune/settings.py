@@ -14,7 +14,7 @@ from timm.data import Mixup  # pyright: ignore[reportPrivateImportUsage]
 from adaptive_prune.backbones import build_vit
 from adaptive_prune.budget import budget_loss
 from adaptive_prune.data import check_data
-from adaptive_prune.model import PrunedViT
+from adaptive_prune.model import RULES, PrunedViT
 from common import runs
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -96,8 +96,9 @@ def check(cfg: DictConfig) -> None:
             raise ValueError("train.mixup pairs the images of a micro-batch: their number must be even")
     _check_counts(config)
     check_data(**{**DATA, **config["data"]})
+    channels = 1 if config["data"]["name"] == "digit_grids" else 3  # the stem is a part of the floor
     with torch.device("meta"):
-        vit = build_vit(**config["model"]["vit"], num_classes=2, in_chans=3)
+        vit = build_vit(**config["model"]["vit"], num_classes=2, in_chans=channels)
     with torch.device("cpu"):
         # The counts of a matched arm come from a finished run: any will do here.
         keep = [0] * len(method["locations"]) if method["match"] else method["keep"]
@@ -108,6 +109,8 @@ def check(cfg: DictConfig) -> None:
 
 def _check_counts(config: Mapping[str, Any]) -> None:
     m = config["method"]
+    if m["rule"] not in RULES:
+        raise ValueError(f"rule={m['rule']!r}, allowed: {', '.join(RULES)}")
     if m["schedule"] not in SCHEDULES:
         raise ValueError(f"method.schedule={m['schedule']!r}, allowed: {', '.join(SCHEDULES)}")
     if m["match"] and (m["rule"] != "topk" or m["keep"]):

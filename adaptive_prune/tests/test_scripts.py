@@ -365,7 +365,7 @@ def test_bench_rows_are_complete_and_at_equal_cost(script_config, fabric, tmp_pa
 
     monkeypatch.setattr(bench.timm, "create_model", small)
     out = tmp_path / "bench.json"
-    args = ["model=deit_tiny_patch16_224", "batches=[1,3]", "rounds=3", f"out={out}"]
+    args = ["vit=deit_tiny_patch16_224", "batches=[1,3]", "rounds=3", f"out={out}"]
     with torch.random.fork_rng():
         rows = bench.bench(script_config("bench", *args), fabric)
     assert json.loads(out.read_text()) == json.loads(json.dumps(rows))
@@ -378,7 +378,7 @@ def test_bench_rows_are_complete_and_at_equal_cost(script_config, fabric, tmp_pa
     for wrong, error in (
         ("precision=int8", "allowed: float32"),
         ("batches=[0]", "at least 1"),
-        ("model=nonsense", "allowed: vit"),
+        ("vit=nonsense", "allowed: vit"),
     ):
         with pytest.raises(ValueError, match=error):
             bench.bench(script_config("bench", wrong), fabric)

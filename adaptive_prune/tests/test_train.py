@@ -269,7 +269,8 @@ def test_thresholds_are_not_decayed(fabric, tmp_path):
 # --------------------------------------------------------------------------------------------------------- every model
 LV = [
     "model=lvvit_s",
-    "+model.vit.embed_dim=24",
+    "+model.vit.patch_size=4",
+    "+model.vit.embed_dim=96",
     "+model.vit.depth=4",
     "+model.vit.num_heads=3",
     "data.size=32",
@@ -310,6 +311,12 @@ def test_two_ranks_equal_one_process_at_equal_global_batch(fabric, tmp_path):
     assert "2 devices x 1 micro-steps x 16" in two.stdout
     found = [tmp_path / "one/last.ckpt", next((tmp_path / "two").rglob("last.ckpt"))]
     a, b = (runs.load_checkpoint(f) for f in found)
+    for weights in (
+        a["model"],
+        b["model"],
+    ):  # softmax ignores the keys' biases: their gradient is rounding, scaled up by Adam
+        for name in (n for n in weights if n.endswith("qkv.bias")):
+            weights[name].view(3, -1)[1] = 0
     torch.testing.assert_close(a["model"], b["model"], rtol=1e-3, atol=2e-5)
     assert metrics_of(found[0].parent) == pytest.approx(metrics_of(found[1].parent), abs=1e-3)
     rows = [json.loads((f.parent / "metrics.jsonl").read_text().splitlines()[0]) for f in found]
@@ -321,7 +328,7 @@ def test_two_ranks_equal_one_process_at_equal_global_batch(fabric, tmp_path):
     ("overrides", "error"),
     [
         (["budget.target=1.5"], r"budget 1\.5 must be in"),
-        (["budget.target=0.2"], r"below the floor 0\.35"),
+        (["budget.target=0.2"], r"below the floor 0\.3525"),
         (["method.locations=[0,2,3]"], r"locations=\[0, 2, 3\]"),
         (["method.rule=randomly"], r"rule='randomly', allowed"),
         (["method.inference=sparse"], r"inference='sparse', allowed"),
@@ -343,7 +350,6 @@ def test_two_ranks_equal_one_process_at_equal_global_batch(fabric, tmp_path):
         (["optim.betas=[0.9,1.0]"], r"optim\.betas"),
         (["train.mixup={mixup_alpha:0.8}", "train.batch_size=32", "train.accumulation=32"], "must be even"),
         (["budget.form=flops"], r"budget\.form='flops', allowed"),
-        (["data=folder", "data.root=null"], r"data\.root is not set"),
         (["model.vit.patch_size=5"], "cannot be cut into patches of 5"),
     ],
 )  # fmt: skip
@@ -351,6 +357,13 @@ def test_a_wrong_value_names_what_is_allowed_and_leaves_nothing(overrides, error
     monkeypatch.setattr(train, "dense_start", lambda *_: pytest.fail("a start was looked for first"))
     with pytest.raises(ValueError, match=error):
         fit(config(f"run_root={tmp_path / 'runs'}", *overrides), fabric, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_own_pictures_without_their_folder_are_asked_for(fabric, tmp_path):
+    cfg = composed("data=folder", "data.root=null", "arm=test", f"start.checkpoint={contract.start()}")
+    with pytest.raises(ValueError, match=r"data\.root is not set"):
+        fit(cfg, fabric, tmp_path / "run")
     assert not list(tmp_path.iterdir())
 
 
@@ -373,7 +386,7 @@ WRONG_LINES = [
 @pytest.mark.parametrize(("line", "says"), WRONG_LINES)
 def test_a_wrong_command_is_one_line(line, says, tmp_path):
     """As a process; the other kinds of wrong lines are tested above and in test_scripts.py without one."""
-    where = [f"run_root={tmp_path}"] if line[0] == "train.py" else []
+    where = [f"run_root={tmp_path / 'runs'}"] if line[0] == "train.py" else []
     found = subprocess.run([sys.executable, *line, *where], cwd=PAPER, env=ENV, capture_output=True, text=True)
     assert found.returncode == 1 and says in found.stderr and found.stderr.count("\n") == 1, found.stderr
     assert not list(tmp_path.iterdir())
