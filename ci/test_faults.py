@@ -14,6 +14,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHOSEN = [p for p in PAPERS if os.environ.get("PAPER", p) == p]
 pytestmark = [pytest.mark.faults, pytest.mark.parametrize("paper", CHOSEN)]
 KILLS = 20
+MARK = Path(tempfile.gettempdir()) / "code-of-a-checkpoint-was-run"
 
 
 def hook(paper):
@@ -151,7 +153,7 @@ def test_a_wrong_command_line_is_one_line_and_leaves_nothing(paper, tmp_path, mo
 
 class Evil:
     def __reduce__(self):
-        return os.system, ("touch /tmp/should-not-exist",)
+        return os.system, (f"touch {MARK}",)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "code", "empty"])
@@ -176,7 +178,7 @@ def test_a_damaged_checkpoint_is_named_and_kept(paper, damage, tmp_path):
     checkpoint.write_bytes(raw)
     with pytest.raises(runs.RunError, match=r"last\.ckpt"):
         hook(paper).fit(cfg, fabric, tmp_path)
-    assert checkpoint.read_bytes() == bytes(raw) and not Path("/tmp/should-not-exist").exists()
+    assert checkpoint.read_bytes() == bytes(raw) and not MARK.exists()
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(paper, tmp_path):
