@@ -17,7 +17,7 @@ __all__ = ["ACCUMULATES", "CLIPS", "KEYS", "TEACHER", "config", "fit", "rates"]
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SHORT = [
     "data.train=16", "data.test=4", "train.batch_size=8", "train.epochs=2", "train.save_every=1", "evaluate.statistics_images=4",
-    "fabric.accelerator=cpu", "data.side=32",
+    "fabric.accelerator=cpu", "data.side=32", "optim.backbone_lr=9e-4", "optim.quant_lr=11e-4",
 ]  # fmt: skip
 
 
