@@ -6,7 +6,6 @@ At batch 1 the survivors are a Gather whose length depends on the image (NonZero
 padding to a common length, so a batch is exported as dense attention with a key mask (batch=true): right, not faster.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from adaptive_prune.checkpoint import load
 from adaptive_prune.class_attention_score import class_attention, token_score
 from adaptive_prune.model import PrunedViT
 from adaptive_prune.removal import finish_block, heads, run_dense
-from common.onnx_export import difference
+from common.onnx_export import difference, write_about
 from common.scripts import script
 
 
@@ -94,8 +93,6 @@ def _traced(
     network: nn.Module, image: Tensor, out: Path, about: Mapping[str, Any], tolerance: float, *, batch: bool
 ) -> float:
     """The older exporter: the other one handles data-dependent sizes poorly."""
-    import onnx
-
     axes = {"images": {0: "batch"}, "logits": {0: "batch"}} if batch else None
     example = image.repeat(2, 1, 1, 1) if batch else image
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -105,9 +102,7 @@ def _traced(
             network, (example,), str(beside), input_names=["images"], output_names=["logits"], dynamic_axes=axes,
             opset_version=17, dynamo=False,
         )  # fmt: skip
-        proto = onnx.load(beside)
-        onnx.helper.set_model_props(proto, {"about": json.dumps(dict(about))})
-        onnx.save(proto, beside)
+        write_about(beside, about)
         worst = difference(network, beside, image, (1, 4) if batch else (1,) * 6)
         if not worst < tolerance:
             raise ValueError(f"onnxruntime differs from torch by {worst:.2g}, allowed: tolerance={tolerance:g}")

@@ -57,7 +57,10 @@ def test_adaptation_lowers_the_group_loss_and_spares_the_model(name):
     assert torch.equal(copy.head.weight[:2], model.head.weight[:2]), "rows outside the task get no gradient"
 
 
-def test_a_single_exemplar_in_a_last_batch_is_left_out():
+def test_a_single_exemplar_in_a_last_batch_joins_the_one_before_it():
     model = build_model(name="rps_net", num_classes=5, channels=1, widths=(2, 2, 2, 2))
+    sizes = []
+    model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     x, y = torch.rand(5, 1, 8, 8), torch.tensor([2, 3, 4, 2, 3])
     adapt(model, x, y, GROUPS[1], generator=torch.Generator().manual_seed(0), batch_size=4)
+    assert sizes == [5]
