@@ -134,7 +134,9 @@ def _files(
     def make(plan: Plan, device: torch.device) -> SeededBatches:
         return SeededBatches(Views(FaceFiles(train), [transform], indices), plan, device=device, workers=workers)
 
-    source = identity(name, [*train.paths, *test.paths], root=base, classes=len(names))
+    source = identity(
+        name, [*train.paths, *test.paths], root=base, classes=len(names), left_out=train.left_out + test.left_out
+    )
     return Data(names, per_class, indices, FaceFiles(test, testing), make, source=source)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ap_fer.expressions import AFFECTNET, EXPRESSIONS, EXPW, FERPLUS, RAF_DB, expression, our_label
-from common.data.files import ENDINGS, folders, images_below, read_lines, read_table, read_text
+from common.data.files import ENDINGS, folders, images_below, read_lines, read_table, read_text, readable
 from common.data.vision import data_root
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -23,11 +23,18 @@ class Labelled:
     targets: list[int] = field(default_factory=list)
     boxes: list[Box] = field(default_factory=list)  # one per image, or none at all
     names: list[str] = field(default_factory=list)  # of own class folders; none: the expressions in our order
+    left_out: int = 0  # images that broken_images=skip left out
 
     def add(self, path: Path, target: int, *box: Box) -> None:
         self.paths.append(path)
         self.targets.append(target)
         self.boxes += box
+
+    def only(self, kept: list[int]) -> "Labelled":
+        """The images at these indices."""
+        boxes = [self.boxes[i] for i in kept] if self.boxes else []
+        paths, targets = [self.paths[i] for i in kept], [self.targets[i] for i in kept]
+        return Labelled(paths, targets, boxes, self.names, len(self.paths) - len(kept))
 
 
 def _need(path: Path, layout: str) -> Path:
@@ -269,4 +276,4 @@ def read_split(name: str, root: str | Path | None, split: str, **options: object
         raise ValueError(f"{name} under {root}: the {split} split names no image")
     if not found.paths[0].is_file():
         raise FileNotFoundError(f"{name}: its first {split} image is not at {found.paths[0]}")
-    return found
+    return found.only(readable(found.paths))

@@ -1,11 +1,19 @@
 """Wrong command lines of many kinds, tests/command_lines.yaml of every folder: each ends in one clear line."""
 
+import ast
 import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf, open_dict
 
+from common import scripts
 from common.metrics.readme import PAPERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,3 +49,45 @@ def lines():
 def test_a_wrong_command_line_is_one_line_and_leaves_nothing(paper, script, overrides, message, refused):
     overrides = [o.replace("{paper}", str(ROOT / paper)) for o in overrides]
     assert message in refused(ROOT / paper, script, overrides)
+
+
+def documented():
+    """(paper, script, overrides) of every `python <script>.py ...` and torchrun line in the READMEs and the scripts' docstrings."""
+    found = set()
+    for paper in (p for p in PAPERS if os.environ.get("PAPER", p) == p):
+        folder = ROOT / paper
+        texts = [(folder / "README.md").read_text()]
+        texts += [ast.get_docstring(ast.parse(f.read_text())) or "" for f in sorted(folder.glob("*.py"))]
+        for command in re.findall(r"(?:python|torchrun [-=\w ]*?) (\w+\.py[^\n#`;&|]*)", "\n".join(texts)):
+            try:
+                script, *overrides = shlex.split(re.split(r"\s{3,}|, |: | and | then ", command)[0])
+            except ValueError:  # prose with an apostrophe
+                continue
+            overrides = [re.sub(r"^\[(\S+=.*)\]$", r"\1", o) for o in overrides]  # [key=value]: may be left out
+            overrides = [o for o in overrides if "=" in o and not re.search(r"=(<.*|\.\.\.)?$|>$", o)]
+            found.add((paper, script.removesuffix(".py"), tuple(overrides)))
+    return sorted(found)
+
+
+@pytest.mark.parametrize(
+    ("paper", "script", "overrides"), documented(), ids=lambda x: x if isinstance(x, str) else " ".join(x)
+)
+def test_every_documented_command_line_is_accepted(paper, script, overrides):
+    """Its keys exist, its choices exist, its values have the right type."""
+    source = (ROOT / paper / f"{script}.py").read_text()
+    config = re.search(r'script\((?:\)|\s*"(\w+)")', source)
+    if config is None:
+        pytest.skip("takes no options")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(ROOT / paper / "configs"), version_base="1.3"):
+        whole = compose(config[1] or "config", overrides=list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(whole)
+        try:
+            with open_dict(whole):
+                del whole["hydra"]
+            for key in OmegaConf.missing_keys(whole):  # what the line leaves to the reader, e.g. weights=...
+                OmegaConf.update(whole, key, "given")
+            scripts.check(whole)
+        finally:
+            HydraConfig.instance().cfg = None
+            GlobalHydra.instance().clear()

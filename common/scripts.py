@@ -35,6 +35,7 @@ from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from common.data.files import on_broken
 from common.runs import NOT_IN_FINGERPRINT, RunError, flatten, launch, plain, remove_if_empty
 
 # Errors whose message says all there is to say; any other is a defect of this project and shows its traceback.
@@ -68,6 +69,7 @@ def script(config: str = "config", body: Callable[..., Any] | None = None) -> An
         out, multirun = Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().mode == RunMode.MULTIRUN
         try:
             check(cfg)
+            on_broken(cfg.get("broken_images", "stop"))
             if cfg.get("threads"):
                 torch.set_num_threads(cfg.threads)
             loggers = [make_logger(cfg.logger, out)] if cfg.get("logger") else []

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from common.data.batches import CropFlip, Plan, SeededBatches, TensorBatches
-from common.data.files import identity
+from common.data.files import identity, readable
 from common.data.presentation_attacks import ATTACKS, CHANNELS, spoof_faces
 from common.data.vision import data_root
 from fm_vit.protocols import Frames, check_format, check_pattern, check_splits, read_folders, read_list
-from fm_vit.triplets import MEAN, STD, Triplets
+from fm_vit.triplets import MEAN, STD, Triplets, read_frame
 
 SPLITS = ("train", "validation", "test")
 NAMES = ("faces", "lists", "folder")
@@ -177,6 +177,22 @@ def _lists(
     return _data("lists", base, frames, modalities=modalities, **shape)
 
 
+def _readable(frames: Frames, depth_max: float | None) -> Frames:
+    """The frames whose every modality can be read (broken_images=skip)."""
+
+    def read(paths: Mapping[str, Path]) -> None:
+        for modality, path in paths.items():
+            read_frame(path, modality=modality, depth_max=depth_max)
+
+    kept = readable(frames.paths, read)
+    if len(kept) < len(frames):
+        frames.dropped["broken"] += len(frames) - len(kept)
+        for name in ("paths", "live", "video", "subject", "species"):
+            column = getattr(frames, name)
+            setattr(frames, name, [column[i] for i in kept])
+    return frames
+
+
 def expected_counts(expected: Mapping[str, Any] | None, protocol: str | None) -> Mapping[str, Any]:
     """{split: counts} of `data.expected`, which is that, or {protocol: that} by the whole name ("2.1") or its first digit ("4").
     Nothing is asserted of a protocol that it does not have."""
@@ -204,6 +220,7 @@ def _data(
     name: str, base: Path, frames: Mapping[str, Frames], *, modalities: Sequence[str], size: int, disjoint: bool = True,
     depth_max: float | None = None, outline_only: bool = False, workers: int = 0,
 ) -> Data:  # fmt: skip
+    frames = {split: _readable(f, depth_max) for split, f in frames.items()}
     if disjoint:
         check_splits(frames)
     for split, f in frames.items():
@@ -222,5 +239,6 @@ def _data(
     dropped = {f"{split}: {why}": n for split, f in frames.items() for why, n in f.dropped.items() if n}
     labels = hashlib.sha256(b"".join(s.live.tobytes() for s in splits.values())).hexdigest()[:16]
     paths = [path for f in frames.values() for p in f.paths for path in p.values()]
-    source = identity(name, paths, root=base, labels=labels)
+    broken = sum(f.dropped["broken"] for f in frames.values())
+    source = identity(name, paths, root=base, labels=labels, left_out=broken)
     return Data(name, list(modalities), size, splits, workers=workers, dropped=dropped, source=source, **look)

@@ -18,7 +18,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from common.data.batches import stream as random_stream
 from common.data.dataset import Dataset
-from common.data.files import identity, label, open_image, read_lines, tensor_identity
+from common.data.files import identity, label, open_image, read_lines, readable, tensor_identity
 from common.data.objects import OBJECTS, digits_on_backgrounds, objects_on_backgrounds
 from common.data.vision import KNOWN, data_root, image_folder, in_memory, torchvision_set
 
@@ -306,6 +306,9 @@ def _cub200(root: str | None) -> tuple[list[str], dict[str, list[Path]], dict[st
         split = "train" if kind == "1" else "test"
         paths[split].append(folder / "images" / path)
         labels[split].append(int(c) - 1)
+    for s, found in paths.items():
+        kept = readable(found)
+        paths[s], labels[s] = [found[i] for i in kept], [labels[s][i] for i in kept]
     return [names[i][0] for i in sorted(names)], paths, {s: torch.tensor(v) for s, v in labels.items()}
 
 

@@ -45,8 +45,8 @@ def export(cfg: DictConfig, fabric: Fabric) -> Path:
         which, why = best_expert(trained, fabric, cfg.data)
     elif cfg.expert == "ensemble":
         which, why = None, f"the ensemble of {experts} experts"
-    elif isinstance(cfg.expert, int):
-        which, why = cfg.expert, f"expert {cfg.expert}"
+    elif str(cfg.expert).isdecimal() and int(cfg.expert) < experts:
+        which, why = int(cfg.expert), f"expert {cfg.expert}"
     else:
         raise ValueError(f"expert={cfg.expert!r}, allowed: best, ensemble, 0..{experts - 1}")
     model = Ensemble(trained.model) if which is None else trained.model.single(which)  # type: ignore[arg-type, operator]

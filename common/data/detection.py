@@ -24,7 +24,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
-from common.data.files import identity, is_image, open_image, read_json, read_lines
+from common.data.files import identity, is_image, open_image, read_json, read_lines, readable
 from common.data.shapes import ShapeScenes, shape_scenes
 from common.data.vision import data_root
 
@@ -43,8 +43,10 @@ class DetectionSet(Dataset):
     labels: "ids", the category ids as they are (COCO's reach 90, with gaps: a model needs 91 classes), or
     "contiguous", 0..C-1 in the order of the ids; `category_ids[label]` maps back, `classes[label]` names.
     keep_crowd=False leaves out crowd regions (usual in training). transform: (image, target) -> (image,
-    target).
+    target). left_out: images that broken_images=skip left out.
     """
+
+    left_out = 0
 
     def __init__(
         self,
@@ -125,7 +127,8 @@ class DetectionSet(Dataset):
     def identity(self) -> dict[str, Any]:
         """What the set is, see `common.data.files.identity`; {} for generated scenes."""
         paths = [self.folder / i["file_name"] for i in self.infos]
-        return identity("detection", paths, root=self.folder, boxes=sum(map(len, self._rows.values())))
+        boxes = sum(map(len, self._rows.values()))
+        return identity("detection", paths, root=self.folder, boxes=boxes, left_out=self.left_out)
 
     def image(self, index: int) -> tv_tensors.Image:
         """The image alone, uint8 RGB (3, H, W). ValueError if its size is not the annotated one."""
@@ -196,7 +199,10 @@ def coco_detection(root: str | Path | None, split: str, **options) -> DetectionS
         raise FileNotFoundError(f"no image folder {folders[0]} or {folders[1]}; {layout}")
     content = read_json(file)
     try:
-        return DetectionSet(folder, content, **options)
+        content, left_out = _readable(folder, content)
+        found = DetectionSet(folder, content, **options)
+        found.left_out = left_out
+        return found
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
@@ -244,9 +250,25 @@ def voc_detection(
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0, **o})
     categories = [{"id": i, "name": name} for i, name in enumerate(classes)]
     coco = {"images": images, "annotations": annotations, "categories": categories}
+    coco, left_out = _readable(path / "JPEGImages", coco)
     data = DetectionSet(path / "JPEGImages", coco, **options)
     data.dropped += degenerate
+    data.left_out = left_out
     return data
+
+
+def _readable(folder: Path, coco: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """The annotations without the images that `broken_images=skip` leaves out, and how many those are."""
+    images = coco["images"]
+    good = readable([folder / i["file_name"] for i in images])
+    if len(good) == len(images):
+        return coco, 0
+    kept = [images[i] for i in good]
+    ids = {i["id"] for i in kept}
+    of_others = {i["id"] for i in images} - ids
+    return {
+        **coco, "images": kept, "annotations": [a for a in coco["annotations"] if a["image_id"] not in of_others]
+    }, len(images) - len(good)  # fmt: skip
 
 
 def voc_stems(listed: Path) -> list[str]:

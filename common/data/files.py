@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
 
 ENDINGS = (*IMG_EXTENSIONS, ".jp2", ".avif", ".gif")
 ORIENTATION = 0x0112  # the EXIF tag
@@ -107,6 +109,48 @@ def _eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
     return grey
 
 
+# ------------------------------------------------------------------------------------------------------ broken images
+BROKEN = ("stop", "skip")
+_broken = "stop"
+
+
+def on_broken(what: str) -> None:
+    """The switch `broken_images=` of the scripts, for this process. stop: an image that cannot be decoded ends the run, named.
+    skip: the readers of data sets decode every image once and leave those out (`readable`). ValueError for another word."""
+    global _broken
+    if what not in BROKEN:
+        raise ValueError(f"broken_images={what}, allowed: {', '.join(BROKEN)}")
+    _broken = what
+
+
+def readable(images: Sequence[Any], read: Callable[[Any], Any] = open_image) -> list[int]:
+    """Indices of `images` (paths, or what `read` takes) to use: all of them with broken_images=stop; with skip those that `read`
+    decodes, and the others are listed on the error stream. Decided before the first batch, so that splits, batches, every rank
+    and a resumed run see the same set. ValueError if nothing is left."""
+    if _broken == "stop":
+        return list(range(len(images)))
+
+    def error(image: Any) -> str:
+        try:
+            read(image)
+        except (OSError, ValueError) as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor() as pool:
+        looked = pool.map(error, images)
+        quiet = True if len(images) < 2000 else None
+        errors = list(tqdm(looked, total=len(images), desc="reading every image once", leave=False, disable=quiet))
+    good = [i for i, error in enumerate(errors) if not error]
+    for line in filter(None, errors):
+        print(f"left out: {line}", file=sys.stderr)
+    if len(good) < len(images):
+        print(f"broken_images=skip: {len(images) - len(good)} of {len(images)} images left out", file=sys.stderr)
+    if images and not good:
+        raise ValueError(f"broken_images=skip: none of {len(images)} images can be decoded, e.g. {errors[0]}")
+    return good
+
+
 # -------------------------------------------------------------------------------------------------------------- text
 def read_text(path: str | Path) -> str:
     """The text of a list or table in UTF-8, with or without a byte order mark, with any line ends.
@@ -175,7 +219,8 @@ def identity(
     """What a set is, whatever folder it lies in: {kind, images, sha, ...}. Goes into `Run.open(data=...)`.
 
     paths: all files of the set; their names below `root` and the sizes of about a thousand of them are hashed, in seconds for a
-    million. more: further plain facts, e.g. classes=10."""
+    million. more: further plain facts, e.g. classes=10, or left_out=3 (0 is not said)."""
+    more = {k: v for k, v in more.items() if k != "left_out" or v}
     if paths is None:
         return {"kind": kind, **more}
     found = [Path(p) for p in paths]

@@ -27,6 +27,7 @@ from common.data.files import (
     read_json,
     read_lines,
     read_table,
+    readable,
     tensor_identity,
 )
 
@@ -132,9 +133,16 @@ def image_folder(root: str | Path | None, split: str | None = None, *, transform
     if not path.is_dir():
         raise FileNotFoundError(f"no folder {path}. {layout}")
     try:
-        return _ClassFolders(str(path), transform=transform, loader=open_image, is_valid_file=partial(_is_data, path))
+        found = _ClassFolders(str(path), transform=transform, loader=open_image, is_valid_file=partial(_is_data, path))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no usable classes in {path}: {error}. {layout}") from error
+    good = readable([file for file, _ in found.samples])
+    found.left_out = len(found.samples) - len(good)
+    found.samples = found.imgs = [found.samples[i] for i in good]
+    found.targets = [target for _, target in found.samples]
+    if empty := set(range(len(found.classes))) - set(found.targets):
+        raise ValueError(f"{path}: no image of class {found.classes[min(empty)]} can be decoded")
+    return found
 
 
 def _is_data(root: Path, file: str) -> bool:
@@ -142,7 +150,9 @@ def _is_data(root: Path, file: str) -> bool:
 
 
 class _ClassFolders(datasets.ImageFolder):
-    """Hidden folders are no classes."""
+    """Hidden folders are no classes. left_out: images that broken_images=skip left out."""
+
+    left_out = 0
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         names = [p.name for p in folders(Path(directory))]
@@ -165,8 +175,10 @@ class ListedImages(torch.utils.data.Dataset):
         num_classes: int | None = None,
         transform: Callable | None = None,
     ):
-        self.paths, self.targets, self.transform = paths, targets, transform
+        good = readable(paths)
+        self.left_out = len(paths) - len(good)
         self.num_classes = max(targets) + 1 if num_classes is None else num_classes
+        self.paths, self.targets, self.transform = [paths[i] for i in good], [targets[i] for i in good], transform
         if not 0 <= min(targets) <= max(targets) < self.num_classes:
             raise ValueError(f"labels span {min(targets)}..{max(targets)}, expected 0..{self.num_classes - 1}")
 
@@ -179,7 +191,7 @@ class ListedImages(torch.utils.data.Dataset):
 
     def identity(self) -> dict[str, Any]:
         """What the set is, see `common.data.files.identity`."""
-        return identity("list", self.paths, classes=self.num_classes)
+        return identity("list", self.paths, classes=self.num_classes, left_out=self.left_out)
 
 
 def image_list(
@@ -271,9 +283,8 @@ def set_identity(dataset: Any, kind: str, root: str | Path | None = None) -> dic
     if hasattr(dataset, "identity"):
         return dataset.identity()
     if hasattr(dataset, "samples"):
-        return identity(
-            kind, [path for path, _ in dataset.samples], root=root or dataset.root, classes=len(dataset.classes)
-        )
+        paths, left_out = [path for path, _ in dataset.samples], getattr(dataset, "left_out", 0)
+        return identity(kind, paths, root=root or dataset.root, classes=len(dataset.classes), left_out=left_out)
     data, targets = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
     return tensor_identity(kind, data, targets)
 

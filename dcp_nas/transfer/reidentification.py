@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from common.data.batches import Plan, stream
-from common.data.files import is_image, open_image
+from common.data.files import is_image, open_image, readable
 from common.data.vision import data_root
 from dcp_nas.network import Network
 
@@ -109,7 +109,8 @@ def market1501(root: str | Path | None) -> tuple[People, People, People]:
                 f"{path / folder}: no identity and camera in the name {bad[0]!r}, expected e.g. 0002_c1s1_000451_03.jpg"
             )
         numbers = torch.tensor([[int(m[1]), int(m[2])] for m in found if m is not None])
-        parts.append(People(list(files), numbers[:, 0], numbers[:, 1]))
+        kept = readable(files)
+        parts.append(People([files[i] for i in kept], numbers[kept, 0], numbers[kept, 1]))
     return parts[0], parts[1], parts[2]
 
 

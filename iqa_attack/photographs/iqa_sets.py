@@ -13,7 +13,7 @@ import numpy as np
 import scipy.io
 import torch
 
-from common.data.files import identity, number, output_names, read_lines, read_table
+from common.data.files import identity, number, output_names, read_lines, read_table, readable
 from common.data.vision import data_root
 from iqa_attack.photographs.photos import QualitySet
 
@@ -212,6 +212,8 @@ def read_set(name: str, root: str | Path | None, *, higher_is_better: bool = Tru
     if missing := [r.path for r in rows if not r.path.is_file()]:
         raise FileNotFoundError(f"{name}: {len(missing)} of {len(rows)} images are missing, e.g. {missing[0]}")
     _named_once(rows)
+    kept = readable([r.path for r in rows])
+    rows, left_out = [rows[i] for i in kept], len(rows) - len(kept)
     raw = torch.tensor([r.mos for r in rows], dtype=torch.float64)
     low = layout.low if layout.low is not None else float(raw.min())
     high = layout.high if layout.high is not None else float(raw.max())
@@ -226,7 +228,7 @@ def read_set(name: str, root: str | Path | None, *, higher_is_better: bool = Tru
     group = torch.tensor([contents[r.content] for r in rows])
     paths = [r.path for r in rows]
     labels, digest = output_names(paths), hashlib.sha256(raw.numpy().tobytes()).hexdigest()[:8]
-    source = identity(name, paths, root=path, opinions=digest)
+    source = identity(name, paths, root=path, opinions=digest, left_out=left_out)
     return QualitySet(paths, mos.float(), [labels[p] for p in paths], std.float(), group, identity=source, upright=own)
 
 
@@ -239,6 +241,8 @@ def _named_once(rows: list[Row]) -> None:
 
 def unrated(paths: list[Path], root: str | Path | None = None) -> QualitySet:
     """Images without opinions: mos is NaN. No two have the same name."""
+    kept = readable(paths)
+    paths, left_out = [paths[i] for i in kept], len(paths) - len(kept)
     nan, labels = torch.full((len(paths),), float("nan")), output_names(paths)
-    source = identity("folder", paths, root=root)
+    source = identity("folder", paths, root=root, left_out=left_out)
     return QualitySet(list(paths), nan, [labels[p] for p in paths], nan, torch.arange(len(paths)), identity=source)

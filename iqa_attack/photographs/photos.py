@@ -21,7 +21,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from common.data.backgrounds import PHOTOGRAPHS, photographs
-from common.data.files import find_images, identity
+from common.data.files import find_images, identity, readable
 from iqa_attack.fidelities.fidelity import grey, ssim
 from iqa_attack.photographs.images import from_bytes, read_image, to_bytes
 
@@ -167,6 +167,12 @@ def _pixels(path: Path) -> np.ndarray:
     return to_bytes(read_image(path)).permute(1, 2, 0).numpy()
 
 
+def photographs(root: str | Path) -> list[Path]:
+    """The photographs below a folder that can be used."""
+    found = find_images(root)
+    return [found[i] for i in readable(found)]
+
+
 def scenes(
     root: str | Path | None, seed: int, *, test: int, reduce: int, size: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -176,7 +182,7 @@ def scenes(
     their compression.
 
     root: a folder of pristine photographs; null: those that ship inside scikit-image and scikit-learn."""
-    base = embedded() if root is None else [_pixels(p) for p in find_images(root)]
+    base = embedded() if root is None else [_pixels(p) for p in photographs(root)]
     if not 0 < test < len(base):
         raise ValueError(f"data.test_photos={test}, allowed with {len(base)} photographs: 1..{len(base) - 1}")
     order = np.random.default_rng([seed, 1]).permutation(len(base))
@@ -242,5 +248,5 @@ def graded_photos(
         for i, crop in enumerate(rng.permutation(available)[:test_images])
     ]
     found = sets | {"attack": subset(sets["test"], chosen)}
-    source = identity("photos") if root is None else identity("photo_folder", find_images(root), root=root)
+    source = identity("photos") if root is None else identity("photo_folder", photographs(root), root=root)
     return {name: replace(data, identity=source) for name, data in found.items()}
