@@ -52,7 +52,7 @@ def test_a_wrong_command_line_is_one_line_and_leaves_nothing(paper, script, over
 
 
 def documented():
-    """(paper, script, overrides) of every `python <script>.py ...` and torchrun line in the READMEs and the scripts' docstrings."""
+    """(paper, script, overrides) of every `python <script>.py ...` and torchrun line of READMEs and scripts' docstrings."""
     found = set()
     for paper in (p for p in PAPERS if os.environ.get("PAPER", p) == p):
         folder = ROOT / paper

@@ -27,7 +27,8 @@ LINES = {
     "adaptive_prune": ["data=folder", "method=pretrain"],
     "rbonn": ["data=folder", "data.size=32"],
     "lifelong": ["data=folder", "method=er", "data.tasks=2", "data.stored_size=32", "prepare.size=32"],
-    "iqa_attack": ["data=photo_folder", "data.test_photos=2", "data.crops_per_photo=1", "data.size=64", "data.test_images=2", "method=brisque"],
+    "iqa_attack": ["data=photo_folder", "data.test_photos=2", "data.crops_per_photo=1", "data.size=64", "data.test_images=2",
+        "method=brisque"],
 }  # fmt: skip
 CHOSEN = [p for p in PAPERS if os.environ.get("PAPER", p) == p]
 

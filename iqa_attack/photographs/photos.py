@@ -167,7 +167,7 @@ def _pixels(path: Path) -> np.ndarray:
     return to_bytes(read_image(path)).permute(1, 2, 0).numpy()
 
 
-def photographs(root: str | Path) -> list[Path]:
+def usable(root: str | Path) -> list[Path]:
     """The photographs below a folder that can be used."""
     found = find_images(root)
     return [found[i] for i in readable(found)]
@@ -182,7 +182,7 @@ def scenes(
     their compression.
 
     root: a folder of pristine photographs; null: those that ship inside scikit-image and scikit-learn."""
-    base = embedded() if root is None else [_pixels(p) for p in photographs(root)]
+    base = embedded() if root is None else [_pixels(p) for p in usable(root)]
     if not 0 < test < len(base):
         raise ValueError(f"data.test_photos={test}, allowed with {len(base)} photographs: 1..{len(base) - 1}")
     order = np.random.default_rng([seed, 1]).permutation(len(base))
@@ -248,5 +248,5 @@ def graded_photos(
         for i, crop in enumerate(rng.permutation(available)[:test_images])
     ]
     found = sets | {"attack": subset(sets["test"], chosen)}
-    source = identity("photos") if root is None else identity("photo_folder", photographs(root), root=root)
+    source = identity("photos") if root is None else identity("photo_folder", usable(root), root=root)
     return {name: replace(data, identity=source) for name, data in found.items()}
