@@ -42,7 +42,7 @@ from omegaconf import DictConfig, OmegaConf
 # Where and on what a run computes is not what it computes: these keys do not enter the fingerprint.
 NOT_IN_FINGERPRINT = (
     "run_root", "force", "preflight", "threads", "estimate", "after", "logger", "train.log_every", "train.save_every",
-    "data.root", "data.download", "data.workers",
+    "data.root", "data.download", "data.workers", "broken_images",  # what was left out is part of the identity of the data
     "fabric.accelerator", "fabric.devices", "fabric.strategy", "fabric.num_nodes",
 )  # fmt: skip
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "lightning-fabric", "hydra-core")
