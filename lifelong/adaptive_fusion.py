@@ -68,6 +68,7 @@ class OnlineFusion:
         self.base, self.weights, self.distance, self.constant = list(base), weights, distance, constant
         self.mean: list[Tensor] = []
         self.total: list[Tensor] = []
+        self.shares: list[Tensor] = []  # u of every task, (tensors,)
 
     @torch.no_grad()
     def add(self, tensors: Iterable[Tensor]) -> None:
@@ -76,6 +77,7 @@ class OnlineFusion:
         if [t.shape for t in tensors] != [b.shape for b in self.base]:
             raise ValueError("the tensors of a task must have the shapes of the base, in its order")
         u = [self._weight(b, t) for b, t in zip(self.base, tensors, strict=True)]
+        self.shares.append(torch.stack(u).float() if u else torch.ones(1))
         if not self.mean:
             self.mean, self.total = [t.clone() for t in tensors], u
             return
@@ -88,6 +90,13 @@ class OnlineFusion:
         if self.weights == "mean":
             return torch.ones((), dtype=dtype, device=base.device)
         return update_distance(base.to(dtype), updated.to(dtype), distance=self.distance) ** 2 + self.constant
+
+    def spread(self) -> Tensor:
+        """How far the weights are from the plain mean, 0..1: the largest |w_k - 1/K| of a tensor, mean over tensors."""
+        if len(self.shares) < 2:
+            return torch.zeros(())
+        w = torch.stack(self.shares)
+        return (w / w.sum(0) - 1 / len(w)).abs().amax(0).mean()
 
     @torch.no_grad()
     def result(self, alpha: float) -> list[Tensor]:

@@ -63,7 +63,7 @@ def background_attack(
         if w.shape[-2:] != x.shape[-2:]:
             w = F.interpolate(w, size=x.shape[-2:], mode="bilinear", align_corners=False)
     if delta is None:
-        delta = (2 * torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device) - 1) * bound
+        delta = start_noise(x, eps, std, generator)
     delta = delta.detach().clone().requires_grad_(True)
     with frozen_statistics(model, freeze_bn), torch.enable_grad():
         (gradient,) = torch.autograd.grad(F.cross_entropy(model(x.detach() + delta), y), delta)
@@ -71,6 +71,12 @@ def background_attack(
         moved = w * (delta + bound * gradient.sign())
         moved = torch.clamp(moved, -bound, bound)
         return torch.clamp(x + moved, (0 - mu) / sigma, (1 - mu) / sigma)
+
+
+def start_noise(x: Tensor, eps: float, std: Sequence[float], generator: torch.Generator | None = None) -> Tensor:
+    """delta_0 with the shape of x, uniform in -eps_c .. eps_c."""
+    bound = eps / 255 / torch.tensor(list(std), dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
+    return (2 * torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device) - 1) * bound
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from lifelong.icarl import ICaRL
 from lifelong.learner import BinaryReplay, Learner, MetaLearner
 from lifelong.lwf import LwF
 from lifelong.model import Gated, build_model
+from lifelong.ranks import Ranks
 
 LEARNERS = {
     "meta": MetaLearner, "ce": Learner, "bce": BinaryReplay, "lwf": LwF, "icarl": ICaRL, "ewc": EWC, "reservoir": ReservoirReplay,
@@ -39,10 +40,12 @@ def build(
     *,
     device: torch.device | str = "cpu",
     outputs: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Learner:
     """The learner of a configuration of train.py for tasks of `sizes` classes, its weights drawn from the seed.
 
-    outputs: of the head, where they are known; default: all classes, or those of the first task with model.growing."""
+    outputs: of the head, where they are known; default: all classes, or those of the first task with model.growing.
+    ranks: see `Learner`."""
     config = plain(cfg)
     torch.manual_seed(random_stream(config["seed"]))
     network, parity, prepare = dict(config["model"]), config["parity"], config["prepare"]
@@ -56,5 +59,5 @@ def build(
         method.pop("learner"), model, Prepare(**prepare), method, replay=method.pop("replay"), seed=config["seed"],
         device=device, total_tasks=len(sizes), batch_size=train["batch_size"], epochs=train["epochs"],
         last_batch=train["last_batch"], optim=config["optim"], schedule=config["schedule"],
-        attack_stats=parity["attack_stats"], **config["memory"],
+        attack_stats=parity["attack_stats"], ranks=ranks, **config["memory"],
     )  # fmt: skip

@@ -37,22 +37,24 @@ class ReservoirReplay(Learner):
             raise ValueError("a reservoir learner keeps its own buffer: method.replay must be none")
 
     def losses(self, x: Tensor, raw: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        if not len(self.reservoir):
-            logits = self.model(x)
-            terms = {"ce": F.cross_entropy(logits, labels)}
-        elif self.w_logits > 0 or self.w_labels > 0:
-            logits = self.model(x)
-            terms = {"ce": F.cross_entropy(logits, labels)}
-            old, _, stored = self.reservoir.sample(self.batch_size, generator=generator)
-            now, known = self.model(self.prepare(old, generator))[:, : stored.shape[1]], ~stored.isnan()
-            terms["logits"] = self.w_logits * F.mse_loss(now[known], stored[known])
+        mine, both = self.ranks.mine, not (self.w_logits > 0 or self.w_labels > 0)
+        if both and len(self.reservoir):
             old, targets, _ = self.reservoir.sample(self.batch_size, generator=generator)
-            terms["labels"] = self.w_labels * F.cross_entropy(self.model(self.prepare(old, generator)), targets)
+            logits = self.model(torch.cat([mine(x), mine(self.prepare(old, generator))]))
+            terms = {"ce": _ce(logits, torch.cat([mine(labels), mine(targets)]), len(labels) + len(targets))}
         else:
+            logits = self.model(mine(x))
+            terms = {"ce": _ce(logits, mine(labels), len(labels))}
+        if not both and len(self.reservoir):
+            old, _, stored = self.reservoir.sample(self.batch_size, generator=generator)
+            now = self.model(mine(self.prepare(old, generator)))[:, : stored.shape[1]]
+            kept, known = mine(stored), ~mine(stored).isnan()
+            distance = F.mse_loss(now[known], kept[known], reduction="sum") / (~stored.isnan()).sum()
+            terms["logits"] = self.w_logits * distance
             old, targets, _ = self.reservoir.sample(self.batch_size, generator=generator)
-            logits = self.model(torch.cat([x, self.prepare(old, generator)]))
-            terms = {"ce": F.cross_entropy(logits, torch.cat([labels, targets]))}
-        self.offer = (raw, labels, logits[: len(x)].detach())
+            again = self.model(mine(self.prepare(old, generator)))
+            terms["labels"] = self.w_labels * _ce(again, mine(targets), len(targets))
+        self.offer = (raw, labels, self.ranks.gather(logits[: len(mine(x))].detach(), len(x)))
         return terms
 
     def step(self, raw: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -70,3 +72,8 @@ class ReservoirReplay(Learner):
         super().load_state_dict(state)
         self.reservoir.load_state_dict(state["reservoir"])
         self.reservoir.items = [t.to(self.device) for t in self.reservoir.items]
+
+
+def _ce(logits: Tensor, labels: Tensor, of: int) -> Tensor:
+    """The share of these rows in a mean cross entropy over `of` rows."""
+    return F.cross_entropy(logits, labels, reduction="sum") / of

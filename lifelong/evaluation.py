@@ -1,6 +1,7 @@
 """Accuracies of a learner on the tasks of a stream under the three protocols, and the figures of a run."""
 
 import csv
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -65,6 +66,14 @@ def final_metrics(
         masks = stream.masks[stream.indices("test", *range(len(stream)))]
         metrics["background_gap"] = background_gap(region_weight(attention), masks)
     return metrics
+
+
+def fusion_spread(out: Path) -> dict[str, float]:
+    """{fusion_spread}: how far the fusion's weights were from the plain mean (`OnlineFusion.spread`), mean over the epochs of the
+    tasks after the first, from the log of a run; {} for learners that fuse nothing."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found = [row["spread"] for row in rows if row["task"] > 0 and "spread" in row]
+    return {"fusion_spread": sum(found) / len(found)} if found else {}
 
 
 def save_matrices(out: Path, matrices: Mapping[str, Tensor], title: str) -> None:

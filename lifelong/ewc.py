@@ -44,7 +44,7 @@ class EWC(Learner):
             for name, p in self.model.named_parameters():
                 old = tuple(slice(n) for n in self.anchor[name].shape)  # a head may have grown
                 penalty = penalty + (self.fisher[name] * (p[old] - self.anchor[name]) ** 2).sum()
-            terms["ewc"] = self.weight / 2 * penalty
+            terms["ewc"] = self.weight / 2 * penalty / self.ranks.world  # the same on every rank
         return terms
 
     def end_task(self, images: Tensor, labels: Tensor) -> None:

@@ -14,12 +14,13 @@ class ICaRL(Distilling):
     adapts = False
 
     def losses(self, x: Tensor, raw: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        count, x = len(labels), self.ranks.mine(x)
         logits = self.model(x)[:, : self.seen]
-        targets = F.one_hot(labels, self.seen).to(logits.dtype)
+        targets = F.one_hot(self.ranks.mine(labels), self.seen).to(logits.dtype)
         if self.teacher is not None:
             targets[:, : self.groups[-1].start] = self.old_logits(x).sigmoid().to(logits.dtype)
-        loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-        return {"bce": loss.sum(1).mean()}  # summed over classes, as many tasks would else shrink the gradient
+        # Summed over classes, as many tasks would else shrink the gradient.
+        return {"bce": F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / count}
 
     def run(self, function, raw: Tensor, batch_size: int = 500) -> Tensor:
         if function == self.scores:

@@ -25,6 +25,7 @@ from lifelong.batches import LAST, cut
 from lifelong.memory import ExemplarMemory
 from lifelong.meta_update import MetaOptions, group_bce, meta_step
 from lifelong.model import Gated, grow_head
+from lifelong.ranks import Ranks
 from lifelong.task_prediction import adapt, group_scores, vote, within_group
 
 MODES = ("class_il", "continuum", "task_il")
@@ -66,7 +67,7 @@ class Learner:
     model: see lifelong.model; a head smaller than the classes seen grows. prepare: see `Prepare`. total_tasks: K, None for an
     open stream. budget, policy: see `ExemplarMemory`. last_batch: see `cut`. optim, schedule: see `make_optimizer`,
     `lr_factor`; a fresh optimiser for every task. attack_stats: mean and std of the attack's step and box, data | imagenet
-    (parity with the released code).
+    (parity with the released code). ranks: the processes that share every batch.
     ValueError for values that are not allowed.
     """
 
@@ -89,6 +90,7 @@ class Learner:
         seed: int = 0,
         device: torch.device | str = "cpu",
         attack_stats: str = "data",
+        ranks: Ranks | None = None,
     ):
         if replay not in REPLAYS:
             raise ValueError(f"method.replay={replay!r}, allowed: {', '.join(REPLAYS)}")
@@ -98,7 +100,7 @@ class Learner:
             raise ValueError(f"parity.attack_stats={attack_stats!r}, allowed: data, imagenet")
         if last_batch not in LAST:
             raise ValueError(f"train.last_batch={last_batch!r}, allowed: {', '.join(LAST)}")
-        self.schedule, self.last_batch = schedule or {}, last_batch
+        self.schedule, self.last_batch, self.ranks = schedule or {}, last_batch, ranks or Ranks()
         lr_factor(1, epochs, **self.schedule)
         self.model, self.prepare, self.device = model.to(device), prepare, torch.device(device)
         self.total_tasks, self.replay, self.seed = total_tasks, replay, seed
@@ -163,12 +165,13 @@ class Learner:
         return torch.cat([images, *(x for x, _ in old)]), torch.cat([labels, *(y for _, y in old)])
 
     def step(self, raw: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """One update on a batch of `epoch`; returns named scalars."""
+        """One update on a batch of `epoch`, which all ranks have whole; returns named scalars."""
         terms = self.losses(self.prepare(raw, generator), raw, labels, generator)
         self.optimizers[0].zero_grad(set_to_none=True)
         torch.stack([*terms.values()]).sum().backward()
+        terms = self.ranks.add(self.model.parameters(), terms)
         self.optimizers[0].step()
-        return {name: value.detach() for name, value in terms.items()}
+        return terms
 
     def end_task(self, images: Tensor, labels: Tensor) -> None:
         """Keep exemplars of the new task."""
@@ -205,8 +208,10 @@ class Learner:
         """Called when a task begins, before its classes are added."""
 
     def losses(self, x: Tensor, raw: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Loss terms of a batch; x: prepared images, raw: as they came."""
-        return {"ce": F.cross_entropy(self.model(x)[:, : self.seen], labels)}
+        """This rank's share of the loss terms of a batch: sums over its rows, divided by all rows. x: prepared images, raw: as
+        they came, both of the whole batch."""
+        logits = self.model(self.ranks.mine(x))[:, : self.seen]
+        return {"ce": F.cross_entropy(logits, self.ranks.mine(labels), reduction="sum") / len(labels)}
 
     def scores(self, x: Tensor) -> Tensor:
         """Prepared images -> (B, classes seen), the largest is the predicted class."""
@@ -215,12 +220,13 @@ class Learner:
     # ----------------------------------------------------------------------------------------------------- inference
     @torch.no_grad()
     def run(self, function: Callable[[Tensor], Tensor], raw: Tensor, batch_size: int = 500) -> Tensor:
-        """function(prepared images) in evaluation mode over raw images in batches, on CPU."""
-        training = self.model.training
+        """function(prepared images) in evaluation mode over raw images in batches, on CPU. Ranks share the images."""
+        training, shared = self.model.training, len(raw) >= self.ranks.world
         self.model.eval()
-        out = [function(self.prepare(part.to(self.device))).float().cpu() for part in raw.split(batch_size)]
+        mine = self.ranks.mine(raw) if shared else raw
+        out = torch.cat([function(self.prepare(part.to(self.device))).float() for part in mine.split(batch_size)])
         self.model.train(training)
-        return torch.cat(out)
+        return (self.ranks.gather(out, len(raw)) if shared else out).cpu()
 
     def adapted(self, task: int, **options: Any) -> Gated:
         """A copy of the model adapted to the exemplars of a task; see `task_prediction.adapt`.
@@ -325,7 +331,7 @@ class MetaLearner(Learner):
     def step(self, raw: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         return meta_step(
             self.model, self.optimizers, self.prepare(raw, generator), labels, self.groups,
-            alpha=self.alpha, options=self.options, generator=generator, **self.stats,
+            alpha=self.alpha, options=self.options, generator=generator, ranks=self.ranks, **self.stats,
         )  # fmt: skip
 
 
@@ -333,4 +339,5 @@ class BinaryReplay(Learner):
     """Experience replay with the loss of the meta update, binary cross entropy over the classes seen, in plain steps."""
 
     def losses(self, x: Tensor, raw: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        return {"bce": group_bce(self.model(x), labels, slice(0, self.seen))}
+        logits, mine = self.model(self.ranks.mine(x)), self.ranks.mine(labels)
+        return {"bce": group_bce(logits, mine, slice(0, self.seen), of=len(labels))}

@@ -55,10 +55,12 @@ class LwF(Distilling):
         super().__init__(model, prepare, **common)
 
     def losses(self, x: Tensor, raw: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        count, x, mine = len(labels), self.ranks.mine(x), self.ranks.mine(labels)
         group, logits = self.groups[-1], self.model(x)
-        terms = {"ce": F.cross_entropy(logits[:, group], labels - group.start)}
+        terms = {"ce": F.cross_entropy(logits[:, group], mine - group.start, reduction="sum") / count}
         if self.teacher is not None:
             t = self.temperature
             new, old = (logits[:, : group.start] / t).log_softmax(1), (self.old_logits(x) / t).log_softmax(1)
-            terms["distillation"] = self.weight * t**2 * F.kl_div(new, old, reduction="batchmean", log_target=True)
+            distance = F.kl_div(new, old, reduction="sum", log_target=True) / count
+            terms["distillation"] = self.weight * t**2 * distance
         return terms

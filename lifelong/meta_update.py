@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lifelong.adaptive_fusion import OnlineFusion
-from lifelong.background_attack import REGIONS, background_attack
+from lifelong.background_attack import REGIONS, background_attack, start_noise
+from lifelong.ranks import Ranks
 
 SEMANTICS = ("independent", "sequential_last")
 LOSSES = ("group", "seen")
@@ -64,12 +65,15 @@ class MetaOptions:
         OnlineFusion([], weights=self.weights, distance=self.distance, constant=self.constant)
 
 
-def group_bce(logits: Tensor, labels: Tensor, group: slice) -> Tensor:
+def group_bce(logits: Tensor, labels: Tensor, group: slice, *, of: int | None = None) -> Tensor:
     """Binary cross entropy, mean over samples and the logits of a group; rows of the head outside `group` get no gradient.
 
-    logits: (B, C); labels: (B,), all in group.start .. group.stop - 1. The group is a task's, or that of all classes seen."""
-    inside = logits[:, group]
-    return F.binary_cross_entropy_with_logits(inside, F.one_hot(labels - group.start, inside.shape[1]).to(inside.dtype))
+    logits: (B, C); labels: (B,), all in group.start .. group.stop - 1. The group is a task's, or that of all classes seen.
+    of: the samples that the mean is over, of which these are a share; None: they are all."""
+    inside = logits[:, group].to(torch.promote_types(logits.dtype, torch.float32))  # a sum in bfloat16 would be coarse
+    targets = F.one_hot(labels - group.start, inside.shape[1]).to(inside.dtype)
+    total = F.binary_cross_entropy_with_logits(inside, targets, reduction="sum")
+    return total / ((len(labels) if of is None else of) * inside.shape[1])
 
 
 def meta_step(
@@ -84,11 +88,14 @@ def meta_step(
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
     generator: torch.Generator | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Tensor]:
-    """Update the parameters of `model` on one batch; returns {clean, attacked: mean loss, skipped: samples not used}.
+    """Update the parameters of `model` on one batch; returns {clean, attacked: mean loss, skipped: samples not used, spread:
+    see `OnlineFusion.spread`}.
 
     model(x, return_attention=True) -> logits (B, C), map (B, 1, h, w). optimizers: one, or one per task for per_task state.
     x: (B, c, H, W), normalised with mean, std; y: (B,). groups: the classes of the tasks seen. alpha: see `step_size`.
+    ranks: processes that all have the whole batch and share the images of every inner step; None: this one alone.
     Tasks that are absent from the batch take no part. Running statistics are not fused, they run along all passes."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     least = options.min_samples or (
@@ -107,7 +114,9 @@ def meta_step(
             _copy(base, parameters)
         optimizer = optimizers[k if options.optimizer_state == "per_task" else 0]
         learned = group if options.loss == "group" else slice(0, groups[-1].stop)
-        found = _inner_loop(model, optimizer, x[mine], y[mine], learned, options, mean, std, generator)
+        found = _inner_loop(
+            model, optimizer, x[mine], y[mine], learned, options, mean, std, generator, ranks or Ranks()
+        )
         clean += found[0]
         attacked += found[1]
         if independent:
@@ -116,7 +125,7 @@ def meta_step(
         fusion.add(parameters)
     if clean:
         _copy(fusion.result(alpha), parameters)
-    terms = {"skipped": torch.tensor(float(skipped), device=x.device)}
+    terms = {"skipped": torch.tensor(float(skipped), device=x.device), "spread": fusion.spread()}
     if clean:
         terms["clean"] = torch.stack(clean).mean()
     if attacked:
@@ -134,27 +143,32 @@ def _inner_loop(
     mean: Sequence[float],
     std: Sequence[float],
     generator: torch.Generator | None,
+    ranks: Ranks,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The clean steps on the images of one task, then the attacked one; the losses of the former and of the latter.
 
-    learned: the classes whose logits the loss is over."""
+    learned: the classes whose logits the loss is over. Every step is on the images of all ranks, each of which takes its own."""
+    count, own = len(labels), ranks.mine(labels)
+    parameters = [p for p in model.parameters() if p.requires_grad]
 
     def update(inputs: Tensor) -> tuple[Tensor, Tensor]:
         logits, attention = model(inputs, return_attention=True)
-        loss = group_bce(logits, labels, learned)
+        loss = group_bce(logits, own, learned, of=count)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        whole = ranks.add(parameters, {"loss": loss})["loss"]
         optimizer.step()
-        return loss.detach(), attention.detach()
+        return whole, attention.detach()
 
     clean, attacked = [], []
     for _ in range(options.steps):
-        loss, attention = update(images)
+        loss, attention = update(ranks.mine(images))
         clean.append(loss)
     if options.attack is not None:
+        noise = start_noise(images, options.eps, std, generator)  # of all images, so that ranks draw alike
         hard = background_attack(
-            model, images, labels, attention, options.eps, mean=mean, std=std, region=options.attack,
-            generator=generator, freeze_bn=options.freeze_bn,
+            model, ranks.mine(images), own, attention, options.eps, mean=mean, std=std, region=options.attack,
+            delta=ranks.mine(noise), freeze_bn=options.freeze_bn,
         )  # fmt: skip
         attacked.append(update(hard)[0])
     return clean, attacked

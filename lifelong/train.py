@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import runs
-from common.loop import Means, Progress, bar, preflight
+from common.loop import Means, Progress, bar, preflight, sync_norm
 from common.scripts import script
 from lifelong.build import build
 from lifelong.checkpoint import restore, state
-from lifelong.evaluation import empty_matrices, evaluate, final_metrics, protocols, save_matrices
+from lifelong.evaluation import empty_matrices, evaluate, final_metrics, fusion_spread, protocols, save_matrices
 from lifelong.learner import Learner
+from lifelong.ranks import Ranks
 from lifelong.streams import Stream, build_stream
 
 
@@ -45,11 +46,7 @@ def train_one_epoch(
 
 def check(cfg: DictConfig, fabric: Fabric) -> None:
     """What can be refused before data is read: every value of the learner (built on no device), protocols, precision, ranks."""
-    if fabric.world_size > 1:
-        raise runs.RunError(
-            f"{fabric.world_size} processes: the inner loops of a batch follow one another, and this script does not split "
-            "them over ranks; start arms and seeds side by side, a device each (GPUS=8 PER_RUN=1)"
-        )
+    runs.per_device_batch(cfg.train.batch_size, fabric.world_size)
     if fabric._precision.precision not in ("32-true", "bf16-mixed"):
         raise ValueError(
             f"fabric.precision={cfg.fabric.precision!r}, allowed: 32-true, bf16-mixed (no loss scaler here)"
@@ -62,7 +59,13 @@ def check(cfg: DictConfig, fabric: Fabric) -> None:
     options = runs.plain(cfg)
     options["model"] = {**options["model"], **({"pretrained": False} if "pretrained" in options["model"] else {})}
     with torch.device("meta"):
-        build(options, [2, 2], len(cfg.prepare.mean), device="meta")
+        model = build(options, [2, 2], len(cfg.prepare.mean), device="meta").model
+    normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    if normed and fabric.world_size > 1 and fabric.device.type != "cuda":
+        raise runs.RunError(
+            f"{cfg.model.name} on {fabric.world_size} CPU processes: batch norm would use the statistics of each process by "
+            "itself (torch synchronises them on GPUs only), and the numbers would be others; use one process"
+        )
 
 
 def probe(fabric: Fabric, learner: Learner, stream: Stream) -> None:
@@ -89,7 +92,8 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     """Build, learn task after task, evaluate after each; resumes in the middle of the stream from out/last.ckpt."""
     check(cfg, fabric)
     stream = build_stream(seed=cfg.seed, **runs.plain(cfg)["data"])
-    learner = build(cfg, stream.sizes, stream.channels, device=fabric.device)
+    learner = build(cfg, stream.sizes, stream.channels, device=fabric.device, ranks=Ranks(fabric))
+    learner.model = sync_norm(fabric, learner.model)
     if learner.memory is not None:
         learner.memory.share(stream.groups[-1].stop)  # a memory too small stops here, not in the last task
     if cfg.preflight:
@@ -117,8 +121,9 @@ def train(fabric: Fabric, run: runs.Run, cfg: DictConfig, stream: Stream, learne
     matrices, task0, epoch0 = resume(run, learner, stream, cfg.evaluate.more_p)
     fabric.print(
         f"{cfg.arm} on {cfg.data.name}: tasks of {stream.sizes} classes, "
-        f"{len(stream.indices('train', *range(tasks)))} training images, memory {cfg.memory.budget}, batch "
-        f"{cfg.train.batch_size} on one device, lr {cfg.optim.lr}, from task {task0} epoch {epoch0 + 1} of {tasks} x {epochs}"
+        f"{len(stream.indices('train', *range(tasks)))} training images, memory {cfg.memory.budget}, global batch "
+        f"{cfg.train.batch_size} on {fabric.world_size} device(s), lr {cfg.optim.lr}, from task {task0} epoch {epoch0 + 1} of "
+        f"{tasks} x {epochs}"
     )
     tests = stream.test_sets(cfg.seed, tasks)
     first = min(task0 * epochs + epoch0 + 1, tasks * epochs)
@@ -148,7 +153,11 @@ def train(fabric: Fabric, run: runs.Run, cfg: DictConfig, stream: Stream, learne
         epoch0 = 0
         save(t + 1, 0)
     metrics = final_metrics(matrices, [len(y) for _, y in tests], learner, stream)
-    save_matrices(run.dir, matrices, f"{cfg.arm}, seed {cfg.seed}, p = {cfg.evaluate.p}, memory {cfg.memory.budget}")
+    if fabric.is_global_zero:
+        metrics |= fusion_spread(run.dir)
+        save_matrices(
+            run.dir, matrices, f"{cfg.arm}, seed {cfg.seed}, p = {cfg.evaluate.p}, memory {cfg.memory.budget}"
+        )
     run.finish(metrics)
     for name in protocols(cfg.evaluate.more_p):
         fabric.print("  ".join(f"{k} {v:.2f}" for k, v in metrics.items() if k.startswith(f"{name}_")))
