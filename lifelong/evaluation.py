@@ -56,8 +56,8 @@ def evaluate(
 def final_metrics(
     matrices: Mapping[str, Tensor], counts: list[int], learner: Learner, stream: Stream
 ) -> dict[str, float]:
-    """{protocol}_{summary} of every protocol, class_il_{acc, forgetting}_after_<t> of the stream up to task t, the last task vote,
-    and the attack weight on background minus foreground."""
+    """{protocol}_{summary} of every protocol, class_il_{acc, forgetting}_after_<t> of the stream up to task t, the last task
+    vote, and the attack weight on background minus foreground."""
     names = [name for name in matrices if name != "vote"]
     metrics = {f"{name}_{k}": v for name in names for k, v in summaries(matrices[name], counts).items()}
     for t in range(len(stream)):  # the curves: the same stream, had it ended with task t

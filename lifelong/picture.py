@@ -1,8 +1,12 @@
-"""Draws pictures/idea.png from embedded data: what the attack does on digits, and what the fusion does with three tasks.
+"""Draws pictures/idea.png from embedded data: what the attack does on digits, and what the fusion does with three tasks; and
+pictures/after_each_task.png from the recorded results: accuracy and forgetting of every arm after every task.
 
 python picture.py
 """
 
+import csv
+import hashlib
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -68,7 +72,64 @@ def fused_tasks(ax) -> None:
     ax.set_title("fusion: who moved furthest weighs most", fontsize=10)
 
 
+def recorded() -> list[Path]:
+    """The recorded cells that hold the accuracies after every task."""
+    files = sorted((HERE / "results").glob("*/cells.csv"))
+    return [f for f in files if "class_il_acc_after_1" in f.read_text().partition("\n")[0]]
+
+
+def sources() -> str:
+    """A hash of what after_each_task.png is drawn from; the picture holds it."""
+    return hashlib.sha256(b"".join(f.read_bytes() for f in recorded())).hexdigest()
+
+
+def curves(file: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """{acc | forgetting: {arm: [(tasks learned, mean over seeds)]}}; arms with other settings, which the name says, left out."""
+    values: dict = {kind: defaultdict(lambda: defaultdict(list)) for kind in ("acc", "forgetting")}
+    with file.open() as lines:
+        for row in csv.DictReader(lines):
+            for kind, arms in values.items():
+                for name, value in row.items():
+                    if name.startswith(f"class_il_{kind}_after_") and value and "/" not in row["arm"]:
+                        arms[row["arm"]][int(name.rpartition("_")[2]) + 1].append(float(value))
+    return {
+        kind: {arm: sorted((t, sum(v) / len(v)) for t, v in found.items()) for arm, found in arms.items()}
+        for kind, arms in values.items()
+    }
+
+
+def style(arm: str, arms: list[str]) -> dict:
+    """Baselines dotted, the published loss dashed, the loss over all classes seen solid."""
+    meta = arm.startswith(("ari", "itaml", "second", "third", "attack", "sequential"))
+    line = ":" if not meta else "-" if arm.endswith("_seen") else "--"
+    return {"color": f"C{arms.index(arm) % 10}", "ls": line, "marker": "os^"[arms.index(arm) // 10], "ms": 4}
+
+
+def after_each_task() -> Figure:
+    """A row per recorded scale: class-incremental accuracy and forgetting after every task."""
+    files = recorded()
+    figure = Figure(figsize=(9.6, 3.9 * len(files)), layout="constrained")
+    figure.suptitle(
+        "dotted: baselines; dashed: inner loss as published; solid: inner loss over all classes seen", fontsize=9
+    )
+    for axes, file in zip(figure.subplots(len(files), 2, squeeze=False), files, strict=True):
+        found = curves(file)
+        arms = sorted(found["acc"], key=lambda a: -found["acc"][a][-1][1])
+        for ax, kind, said in zip(
+            axes, found, ("accuracy on all classes seen", "forgetting (less is better)"), strict=True
+        ):
+            for arm in arms:
+                if points := found[kind].get(arm):
+                    ax.plot(*zip(*points, strict=True), label=arm, **style(arm, arms))
+            ax.set(xlabel="tasks learned", ylabel="%", xticks=range(1, len(found["acc"][arms[0]]) + 1))
+            ax.set_title(f"{file.parent.name}: {said}", fontsize=9)
+        axes[1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), title="best first")
+    return figure
+
+
 def main() -> None:
+    if recorded():
+        after_each_task().savefig(HERE / "pictures/after_each_task.png", dpi=100, metadata={"Source": sources()})
     columns = attacked_digits()
     figure = Figure(figsize=(9.6, 3.3), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.35, 1])  # type: ignore[misc]

@@ -52,6 +52,22 @@ def test_weights_tend_to_uniform_and_to_squared_shares():
     assert fusion_weights(torch.full((4,), 7.0)).tolist() == [0.25] * 4
 
 
+def test_the_spread_of_the_weights_by_hand():
+    """Of the first tensor d = (1, 3): u = (1.85, 9.85), w = (.158, .842); the second does not move: weights 1/2."""
+    base, moved = [torch.zeros(2), torch.zeros(3)], lambda d: [torch.tensor([d, 0.0]), torch.zeros(3)]
+    fusion = OnlineFusion(base)
+    fusion.add(moved(1.0))
+    assert fusion.spread().item() == 0, "one task has all the weight, as its mean has"
+    fusion.add(moved(-3.0))
+    assert fusion.spread().item() == pytest.approx((9.85 / 11.7 - 0.5) / 2)
+    fusion.add(moved(0.0))  # u = .85: |.85 / 12.55 - 1/3| is smaller than 9.85 / 12.55 - 1/3
+    assert fusion.spread().item() == pytest.approx((9.85 / 12.55 - 1 / 3) / 2)
+    plain = OnlineFusion(base, weights="mean")
+    plain.add(moved(1.0))
+    plain.add(moved(-3.0))
+    assert plain.spread().item() == 0
+
+
 def test_distances_by_hand():
     base, new = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 2.0]])
     assert update_distance(base, new).item() == 4

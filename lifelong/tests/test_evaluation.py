@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lifelong.evaluation import empty_matrices, evaluate, final_metrics, protocols
+from lifelong.evaluation import empty_matrices, evaluate, final_metrics, fusion_spread, protocols
 from lifelong.learner import MetaLearner
 from lifelong.task_prediction import within_group
 from lifelong.tests.test_learner import TASKS, blobs, make
@@ -57,6 +57,16 @@ def test_the_gap_is_positive_where_the_attention_finds_the_foreground():
     matrices = {name: torch.tensor([[50.0, torch.nan], [40.0, 60.0]]) for name in empty_matrices(2)}
     found = final_metrics(matrices, [2, 2], fake, stream)
     assert found["background_gap"] == pytest.approx((1 - 0.2**2) - (1 - 0.8**2))
+    assert found["class_il_acc_after_0"] == 50 and found["class_il_acc_after_1"] == 50 == found["class_il_acc"]
+    assert "class_il_forgetting_after_0" not in found and found["class_il_forgetting_after_1"] == 10
+
+
+def test_the_spread_of_a_run_leaves_the_first_task_and_other_learners_out(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"task": 0, "spread": 9}\n{"task": 1, "spread": 0.2}\n{"task": 1}\n{"task": 2, "spread": 0.4}\n')
+    assert fusion_spread(tmp_path) == {"fusion_spread": pytest.approx(0.3)}
+    log.write_text('{"task": 0, "ce": 1}\n{"task": 1, "ce": 1}\n')
+    assert fusion_spread(tmp_path) == {}
 
 
 def test_lengths_below_one_are_refused():
