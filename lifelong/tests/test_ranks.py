@@ -11,7 +11,7 @@ import torch
 
 from common import runs
 from lifelong.ranks import Ranks
-from lifelong.tests.test_train import config
+from lifelong.tests.test_train import composed, config
 from lifelong.tests.two_ranks import CASES, learn
 from lifelong.train import check, fit
 
@@ -84,7 +84,7 @@ def test_rows_are_dealt_once_and_gradients_and_terms_are_summed_in_one_message()
 
 def test_what_ranks_cannot_do_is_refused_with_the_reason(fabric):
     with pytest.raises(runs.RunError, match="rps_net on 2 CPU processes: batch norm would use the statistics of each"):
-        check(config("model=rps_net", "model.widths=[2,2,2,2]"), two_of(fabric))
+        check(composed("config", "arm=test", "model=rps_net", "model.widths=[2,2,2,2]"), two_of(fabric))
     with pytest.raises(ValueError, match=r"train\.batch_size=63 is the global batch"):
         check(config("train.batch_size=63"), two_of(fabric))
     check(config(), two_of(fabric))
