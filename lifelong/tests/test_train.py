@@ -21,7 +21,7 @@ from common import runs
 from common.metrics.claims import load_claims
 from common.scripts import arm_name
 from lifelong import evaluate as evaluation
-from lifelong import export, predict
+from lifelong import export, picture, predict
 from lifelong.build import build
 from lifelong.checkpoint import load, load_learner, test_stream
 from lifelong.model import build_model
@@ -389,6 +389,19 @@ def test_every_config_composes_and_builds():
                 overrides=[f"+reproduce/{sweep.parent.name}={sweep.stem}", "arm=test"], return_hydra_config=True,
             )  # fmt: skip
             assert cfg.scale == sweep.parent.name and cfg.hydra.sweeper.params
+
+
+def test_every_arm_has_its_own_rate_and_a_command_line_wins():
+    for method, rate in {"er": 0.3, "ari": 2.0, "itaml": 4.0}.items():
+        assert composed("config", f"method={method}", f"arm={method}").optim.lr == rate
+    assert composed("config", "method=er", "arm=er", "optim.lr=0.7").optim.lr == 0.7
+    short = composed("config", "experiment=mnist_short", "method=itaml", "arm=itaml", "data.root=/x")
+    assert short.optim.lr in (0.003, 0.01, 0.03), "a recipe with another optimizer must not take the rates of the miniature"
+
+
+def test_the_curves_are_drawn_from_what_is_recorded():
+    with Image.open(PAPER / "pictures/after_each_task.png") as drawn:
+        assert drawn.info["Source"] == picture.sources(), "python picture.py draws them again"
 
 
 def test_build_draws_the_same_weights_for_a_seed():
