@@ -396,7 +396,9 @@ def test_every_arm_has_its_own_rate_and_a_command_line_wins():
         assert composed("config", f"method={method}", f"arm={method}").optim.lr == rate
     assert composed("config", "method=er", "arm=er", "optim.lr=0.7").optim.lr == 0.7
     short = composed("config", "experiment=mnist_short", "method=itaml", "arm=itaml", "data.root=/x")
-    assert short.optim.lr in (0.003, 0.01, 0.03), "a recipe with another optimizer must not take the rates of the miniature"
+    assert short.optim.lr in (0.003, 0.01, 0.03), (
+        "a recipe with another optimizer must not take the rates of the miniature"
+    )
 
 
 def test_the_curves_are_drawn_from_what_is_recorded():
