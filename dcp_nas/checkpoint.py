@@ -10,14 +10,14 @@ from torch.optim import Optimizer
 
 from common import runs
 from common.loop import Loaded
-from common.quant.pack import unpack_signs
 from common.scripts import arm_name
+from dcp_nas.deploy import pack_
 from dcp_nas.network import Network
 from dcp_nas.operations import Bits
 from dcp_nas.search_space import Genotype
 
 NEW_IN_STEP_2 = ("m", "beta")
-PACKED = "dcp-nas-packed-2"
+PACKED = "dcp-nas-packed-3"
 NETWORK = ("model", "stage", "parity")  # the nodes of a configuration that make a network
 
 
@@ -61,25 +61,24 @@ def load(path: str | Path) -> Loaded:
     config, about = found["config"], found["about"]
     if about["task"] != "classification":
         raise ValueError(f"{path} is a checkpoint of {about['task']}, not of dcp_nas/train.py")
-    packed = found.get("format") == PACKED
-    network = build_network(
-        genotype=Genotype.parse(about["genotype"]), model=config["model"],
-        stage={**config["stage"], "weights": "real"} if packed else config["stage"],
-        official_m_grad=config["parity"]["official_m_grad"], classes=len(about["classes"]), channels=about["channels"],
-    )  # fmt: skip
-    network.load_state_dict({**found["model"], **unpacked(found, network)} if packed else found["model"])
+    kind = found.get("format")
+    if kind not in (None, PACKED):
+        raise ValueError(f"{path} is a packed file of an older kind ({kind}): export the checkpoint again")
+    network = untrained(config, about)
+    if kind == PACKED:
+        pack_(network)
+    network.load_state_dict(found["model"])
+    if kind == PACKED:
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return Loaded(network.eval(), config, about)
 
 
-@torch.no_grad()
-def unpacked(content: Mapping[str, Any], network: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights scale o sign(w) of the 1-bit convolutions of a packed file, for `network` with ordinary ones."""
-    weights = {}
-    for name, bits in content["signs"].items():
-        shape = network.get_submodule(name).weight.shape  # type: ignore[union-attr]
-        signs = unpack_signs(bits, shape.numel()).view(shape)  # type: ignore[union-attr, arg-type]
-        weights[f"{name}.weight"] = signs * content["scales"][name].view(-1, 1, 1, 1)
-    return weights
+def untrained(config: Mapping[str, Any], about: Mapping[str, Any]) -> Network:
+    """The network that a checkpoint (or a packed file) describes, before its weights."""
+    return build_network(
+        genotype=Genotype.parse(about["genotype"]), model=config["model"], stage=config["stage"],
+        official_m_grad=config["parity"]["official_m_grad"], classes=len(about["classes"]), channels=about["channels"],
+    )  # fmt: skip
 
 
 def stage_path(cfg: Any, node: Any) -> Path | None:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from common.loop import Loaded
 from common.metrics.external import check_claim, print_metrics, write_record
 from common.scripts import script
-from dcp_nas.checkpoint import load
+from dcp_nas.checkpoint import load, untrained
 from dcp_nas.counts import count
 from dcp_nas.data import build_test
 from dcp_nas.train import classification_metrics, predict
@@ -51,7 +51,10 @@ def evaluate(cfg: DictConfig, fabric: Fabric) -> dict[str, float]:
             f"{cfg.weights} was trained on images of {about['size']} normalised by {about['normalise']}, {options['name']} gives "
             f"{look['size']} and {look['normalise']}"
         )
-    counts = count(trained.model, torch.zeros(1, about["channels"], about["size"], about["size"]))
+    with torch.device("meta"):  # of the network that was trained, also where the file is a packed one
+        counts = count(
+            untrained(trained.config, about), torch.empty(1, about["channels"], about["size"], about["size"])
+        )
     model = fabric.setup_module(trained.model)
     logits, labels = predict(fabric, model, test, batch_size=cfg.batch_size, workers=cfg.workers)
     metrics = classification_metrics(logits, labels)

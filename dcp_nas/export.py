@@ -1,8 +1,9 @@
-"""Export a checkpoint as ONNX (ordinary convolutions) and as a packed file with one bit per binary weight; both are checked.
+"""Export a checkpoint (or a packed file) as ONNX, with ordinary convolutions, and packed: one bit per binary weight, in the order
+of the kernel that runs it. Both are checked.
 
 python export.py weights=runs/default/dcp_ggn/seed0/last.ckpt out=model.onnx packed=model.packed.pt
 
-evaluate.py and predict.py read the packed file as they read a checkpoint.
+evaluate.py, predict.py and bench.py take the packed file as they take a checkpoint; it runs on bits there (numba on a CPU).
 """
 
 import copy
@@ -12,43 +13,22 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
 
 from common.loop import Loaded
 from common.onnx_export import export_onnx
-from common.quant.binary import binary_sign
-from common.quant.pack import pack_signs
+from common.quant.packed_conv import in_float_
 from common.scripts import script
 from dcp_nas.checkpoint import NETWORK, PACKED, load
-from dcp_nas.operations import BinaryConv2d
+from dcp_nas.deploy import deploy_, pack_
 
 
 @torch.no_grad()
-def deploy_(network: nn.Module) -> nn.Module:
-    """Replace every 1-bit convolution by nn.Conv2d with the weights scale o sign(w), in place; evaluation mode."""
-    for parent in list(network.modules()):
-        for name, conv in list(parent.named_children()):
-            if isinstance(conv, BinaryConv2d):
-                plain = nn.Conv2d(
-                    conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
-                    conv.groups, bias=False,
-                )  # fmt: skip
-                plain.weight.copy_(conv.scale() * binary_sign(conv.weight))
-                setattr(parent, name, plain.to(conv.weight.device))
-    return network.eval()
-
-
-@torch.no_grad()
-def pack(trained: Loaded) -> dict[str, Any]:
-    """Content of a packed file: signs as bits, scales, everything else as float32, and how to rebuild the network."""
-    binary = {name: m for name, m in trained.model.named_modules() if isinstance(m, BinaryConv2d)}
-    own = tuple(f"{name}." for name in binary)
-    return {
-        "format": PACKED, "about": trained.about, "config": {key: trained.config[key] for key in NETWORK},
-        "signs": {n: pack_signs(m.weight.flatten()) for n, m in binary.items()},
-        "scales": {n: m.scale().flatten().clone() for n, m in binary.items()},
-        "model": {k: v for k, v in trained.model.state_dict().items() if not own or not k.startswith(own)},
-    }  # fmt: skip
+def pack(trained: Loaded) -> tuple[dict[str, Any], dict[str, str]]:
+    """(content of a packed file: the network after `pack_` and how to rebuild it; where its 1-bit convolutions run)."""
+    network = copy.deepcopy(trained.model)
+    where = pack_(network)
+    config = {key: trained.config[key] for key in NETWORK}
+    return {"format": PACKED, "about": trained.about, "config": config, "model": network.state_dict()}, where
 
 
 @torch.no_grad()
@@ -59,7 +39,8 @@ def write_packed(trained: Loaded, target: Path, *, tolerance: float) -> float:
     target.parent.mkdir(parents=True, exist_ok=True)
     x = torch.randn(2, about["channels"], about["size"], about["size"], generator=torch.Generator().manual_seed(0))
     try:
-        torch.save(pack(trained), beside)
+        content, where = pack(trained)
+        torch.save(content, beside)
         expected = trained.model(x)
         worst = ((load(beside).model(x) - expected).abs().max() / expected.abs().max()).item()
         if not worst <= tolerance:
@@ -69,6 +50,9 @@ def write_packed(trained: Loaded, target: Path, *, tolerance: float) -> float:
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
+    if where:
+        bits = sum(how == "bits" for how in where.values())
+        print(f"1-bit convolutions: {bits} on bits, {len(where) - bits} in float (real-valued inputs, or depth-wise)")
     return worst
 
 
@@ -84,7 +68,7 @@ def export(cfg: DictConfig) -> dict[str, float]:
         packed = Path(cfg.packed).expanduser()
         found["packed"] = write_packed(trained, packed, tolerance=cfg.tolerance)
         found["packed_bytes"] = packed.stat().st_size
-    deployed = deploy_(copy.deepcopy(trained.model))
+    deployed = in_float_(deploy_(copy.deepcopy(trained.model)))
     found["onnx"] = export_onnx(deployed, image, out, about=about, tolerance=cfg.tolerance)
     found["onnx_bytes"] = out.stat().st_size
     for name, value in found.items():

@@ -1,67 +1,75 @@
-"""Speed of a binary 3x3 convolution from packed bits against float convolutions on this CPU. Writes bench.json; a minute.
+"""Speed and size of RBONN-18 on bits, beside every float form of the same network on this CPU. Writes bench.json; minutes.
 
-python bench.py threads=1
+python bench.py                                                    ResNet-18 at 224 x 224, batch 1 and 8, 1 and 2 threads
+python bench.py weights=model.packed.pt                            any classifier of train.py or export.py
+python bench.py out=results/deploy/bench.json                      what the README's table is made from
 
-Interleaved rounds, medians with quartiles; ratio = baseline / ours; nothing is asserted. The baseline is the fastest float
-convolution of the same shape: eager, channels_last, or bfloat16 channels_last.
+Interleaved rounds, medians with quartiles; ratio = baseline / ours; nothing is asserted. The baseline is the fastest of eager,
+channels_last, compiled (fp32 and bf16) and onnxruntime; norms are folded in all of them.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from lightning_fabric import Fabric
 from omegaconf import DictConfig
+from torch import Tensor, nn
 
-from common.metrics.timing import Bench, interleaved
-from common.quant.pack import binary_conv2d, pack_signs
+from common.metrics.deployment import Forms, add_accuracy, add_sizes, time_network, usable_threads
+from common.metrics.timing import Bench
 from common.scripts import script
+from rbonn.checkpoint import load
+from rbonn.counts import measure
+from rbonn.deploy import pack_
+from rbonn.network import build_network
 
-SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels and side of the four stages of ResNet-18 at 224 x 224
+PAPER = Path(__file__).resolve().parent
+ARM = "drelu_official"
 
 
-def calls(channels: int, side: int) -> tuple[dict[str, Callable], dict[str, Callable]]:
-    """({ours}, {float convolutions}) of one shape. RuntimeError if the packed result is not the float one."""
-    x, w = torch.randn(1, channels, side, side).sign(), torch.randn(channels, channels, 3, 3).sign()
-    packed, weight = pack_signs(x.permute(0, 2, 3, 1)), pack_signs(w.permute(0, 2, 3, 1))
-    last = x.contiguous(memory_format=torch.channels_last), w.contiguous(memory_format=torch.channels_last)
-    half = last[0].bfloat16(), last[1].bfloat16()
-    result = binary_conv2d(packed, weight, channels, padding=1, backend="numba").permute(0, 3, 1, 2)
-    if not torch.equal(result.float(), F.conv2d(x, w, padding=1)):
-        raise RuntimeError(f"the packed convolution of {channels} channels is not the float one")
+def default_network() -> nn.Module:
+    """RBONN-18 with random weights, and the statistics of random images in its norms."""
+    torch.manual_seed(0)
+    method = {"weights": "bilinear", "recurrent": "none", "activations": "binary"}
+    shape = {"name": "react_resnet", "layers": (4, 4, 4, 4)}
+    network = build_network(model=shape, method=method, sign_zero=1, classes=1000, channels=3).eval()
+    for m in network.modules():
+        m.train(isinstance(m, nn.BatchNorm2d))
+    with torch.no_grad():
+        network(torch.randn(2, 3, 224, 224))
+    return network.eval()
 
-    def convolve(bits: torch.Tensor) -> torch.Tensor:
-        return binary_conv2d(bits, weight, channels, padding=1, backend="numba")
 
-    ours = {
-        "packed input": lambda: convolve(packed),
-        "packing included": lambda: convolve(pack_signs(x.permute(0, 2, 3, 1))),
-    }
-    return ours, {
-        "float eager": lambda: F.conv2d(x, w, padding=1),
-        "float channels_last": lambda: F.conv2d(*last, padding=1),
-        "bf16 channels_last": lambda: F.conv2d(*half, padding=1),
-    }
+def subject(weights: str | None) -> tuple[str, nn.Module, Tensor]:
+    """(name, network on bits, an image (1, C, H, W)) of a file, or of the default. ValueError for a detector or float weights."""
+    if weights is None:
+        name, network, image = "RBONN-18", default_network(), torch.zeros(1, 3, 224, 224)
+    else:
+        network, _, about = load(weights, zero=None)
+        if about["task"] == "detect":
+            raise ValueError(f"weights={weights} is a detector: its time depends on what it finds, give a classifier")
+        name, image = Path(weights).name, torch.zeros(1, about["channels"], about["size"], about["size"])
+    pack_(network)
+    return name, network, image
 
 
 @torch.inference_mode()
-def bench(out: str | Path, *, rounds: int, shapes: tuple[tuple[int, int], ...] = SHAPES) -> list[dict]:
-    """Writes `out` and returns its rows: two per shape."""
-    table = Bench(out)
-    for channels, side in shapes:
-        ours, floats = calls(channels, side)
-        times = interleaved({**ours, **floats}, rounds=rounds)
-        best = min(floats, key=lambda name: times[name].median)
-        for name in ours:
-            label = f"3x3 convolution, {channels} channels, {side}x{side}, {name}"
-            table.add(label, times[name], times[best], baseline_is=best)
+def bench(cfg: DictConfig) -> list[dict]:
+    """Measures, prints, writes cfg.out and returns the rows; see configs/bench.yaml."""
+    table = Bench(cfg.out)
+    name, network, image = subject(cfg.weights)
+    add_sizes(table, name, network)
+    if cfg.weights is None:
+        found = measure("rbonn18")
+        table.add(f"{name}, OPs", found["ops"], found["bops"] + found["flops"], unit="OPs", kind="ops", network=name)
+        add_accuracy(table, name, PAPER / "results/mini/cells.csv", arm=ARM, metric="top1", data="the digits miniature")
+    forms = Forms(network, image, compiled=cfg.compiled)
+    time_network(
+        table, name, forms, image, batches=cfg.batches, threads=usable_threads(cfg.threads), rounds=cfg.rounds
+    )  # fmt: skip
     return table.write()
 
 
-@script("bench")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    bench(cfg.out, rounds=cfg.rounds)
+main = script("bench", bench)
 
 
 if __name__ == "__main__":

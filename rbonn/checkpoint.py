@@ -53,6 +53,8 @@ def load(path: str | Path, *, zero: int | None = None) -> Loaded:
         raise ValueError(f"{path} holds a {type(found).__name__}, no checkpoint")
     if found.get("format") == FORMAT:
         return unpack(found)
+    if str(found.get("format", "")).startswith("rbonn-packed"):
+        raise ValueError(f"{path} is a packed file of an older kind ({found['format']}): export the checkpoint again")
     if is_released(found):
         network, build = load_released(found, zero=0 if zero is None else zero)
         about = {"classes": imagenet_names(build["classes"]), "channels": 3, **look(224, STATS["folder"], crop=True)}

@@ -1,11 +1,16 @@
-"""Export a checkpoint: a classifier as ONNX (ordinary convolutions), and any network packed with one bit per binary weight.
+"""Export a checkpoint, published weights or a packed file: packed (one bit per binary weight, in the order of the kernel that
+runs it), and a classifier as ONNX, too (ordinary convolutions).
 
 python export.py weights=runs/default/drelu_official/seed0/last.ckpt out=model.onnx        also writes model.packed.pt
 python export.py weights=detector.ckpt out=detector.packed.pt                              packed only
+python export.py weights=model.packed.pt out=again.onnx                                    from bits
+
+evaluate.py, predict.py and bench.py take the packed file as they take a checkpoint; it runs on bits there (with numba on a CPU).
 """
 
 import copy
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +21,11 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
 from common.onnx_export import export_onnx
+from common.quant.packed_conv import in_float_
 from common.scripts import script
+from rbonn.binary_conv import binary_layers
 from rbonn.checkpoint import load
-from rbonn.deploy import deploy_, pack
+from rbonn.deploy import deploy_, pack, pack_
 
 
 def outputs(network: Any, images: Tensor) -> list[Tensor]:
@@ -49,7 +56,10 @@ def export(cfg: DictConfig, fabric: Fabric) -> dict[str, float]:
     size = cfg.size or (96 if detector else about["size"])
     generator = torch.Generator().manual_seed(0)
     example = torch.randn(2, about["channels"], size, size, generator=generator)
-    deployed = deploy_(copy.deepcopy(trained.model))
+    packed_already = not binary_layers(trained.model)
+    deployed = in_float_(copy.deepcopy(trained.model)) if packed_already else deploy_(copy.deepcopy(trained.model))
+    on_bits = copy.deepcopy(trained.model)
+    where = Counter(pack_(on_bits).values())
     found = {
         "checkpoint_bytes": sum(v.numel() * v.element_size() for v in trained.model.state_dict().values()),
         "deployed": worst_difference(trained.model, deployed, example),
@@ -57,7 +67,7 @@ def export(cfg: DictConfig, fabric: Fabric) -> dict[str, float]:
     packed.parent.mkdir(parents=True, exist_ok=True)
     beside = packed.with_name(f".{packed.name}.tmp")
     try:
-        torch.save(pack(deployed, trained.config, about), beside)
+        torch.save(pack(on_bits, trained.config, about), beside)
         found |= {
             "packed": worst_difference(trained.model, load(beside).model, example),
             "packed_bytes": beside.stat().st_size,
@@ -74,6 +84,10 @@ def export(cfg: DictConfig, fabric: Fabric) -> dict[str, float]:
         os.replace(beside, packed)
     finally:
         beside.unlink(missing_ok=True)
+    if where:
+        print(
+            f"binary convolutions: {where['bits']} on bits, {where['float']} in float (real inputs, sign(0) = 0 or depth-wise)"
+        )
     print("written: " + ", ".join(str(f) for f in ((packed,) if detector else (out, packed))))
     for name, value in found.items():
         print(f"{name:20s} {value:,}" if name.endswith("bytes") else f"{name:20s} differs by {value:.2g}")

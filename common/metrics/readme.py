@@ -24,6 +24,7 @@ PAPERS = {
     "lifelong": "attack backgrounds, fuse learners, forget less",
 }
 BEGIN, END = "<!-- evidence:begin -->", "<!-- evidence:end -->"
+DEPLOY = ("<!-- deploy:begin -->", "<!-- deploy:end -->")
 EQUATIONS = ("<!-- equations:begin -->", "<!-- equations:end -->")
 EMBEDDED = ("mini", "full")  # embedded data; every other scale is real data
 FRONT = 5  # rows on a first screen
@@ -69,6 +70,68 @@ def render_equations(paper_dir: str | Path, *, most: int = MAPPED, up: str = "")
     return (
         table if len(equations) <= most else f"{table}\n\nAll {len(equations)}: [results](results/README.md#equations)."
     )
+
+
+def render_deployment(paper_dir: str | Path) -> str | None:
+    """The recorded bench of a network with one bit per weight: bytes and milliseconds of every kind, in the least and the most
+    that was measured; None without results/deploy/bench.json."""
+    file = Path(paper_dir) / "results/deploy/bench.json"
+    if not file.is_file():
+        return None
+    rows = json.loads(file.read_text())
+    by_kind = {
+        kind: [r for r in rows if r.get("kind") == kind] for kind in ("network", "bytes", "ops", "accuracy", "layer")
+    }
+    settings, size = by_kind["network"], by_kind["bytes"][0]
+    chosen = sorted(settings, key=lambda r: (r["threads"], r["batch"]))
+    chosen = [chosen[0], chosen[-1]] if len(chosen) > 1 else chosen
+    bits = "bits, real-valued rest "
+    kinds = {
+        "float32": ([k for k in chosen[0]["forms"] if "fp32" in k], size["baseline"]),
+        "bfloat16": ([k for k in chosen[0]["forms"] if k.startswith("bf16")], size["bf16"]),
+        bits + "float32": (["packed"], size["ours"]), bits + "bfloat16": (["packed, rest bf16"], size["ours"]),
+    }  # fmt: skip
+    table = []
+    for kind, (names, nbytes) in kinds.items():
+        cells = []
+        for row in chosen:
+            best = min((n for n in names if n in row["forms"]), key=lambda n: row["forms"][n][0])
+            median, low, high = row["forms"][best]
+            which = f", {best.partition(' ')[2]}" if len(names) > 1 else ""
+            cells.append(f"{median:.1f} [{low:.1f}, {high:.1f}]{which}")
+        table.append([kind, f"{nbytes / 1e6:.1f}", *cells])
+    header = [
+        f"{settings[0]['network']} in",
+        "MB",
+        *(f"ms: batch {r['batch']}, {_threads(r['threads'])}" for r in chosen),
+    ]
+    return tables.markdown(header, table) + "\n\n" + " ".join(_deployment_notes(settings, by_kind))
+
+
+def _deployment_notes(settings: list[dict[str, Any]], by_kind: dict[str, list[dict[str, Any]]]) -> list[str]:
+    ratios, limits = [r["ratio"] for r in settings], [r["limit"] for r in settings]
+    machine = settings[0]["machine"]
+    notes = [
+        f"Over the fastest float form: x {min(ratios):.2f} to {max(ratios):.2f}; with binary layers that take no time it would "
+        f"be x {min(limits):.2f} to {max(limits):.2f}."
+    ]
+    if layers := [r["ratio"] for r in by_kind["layer"]]:
+        notes.append(
+            f"A binary layer alone, over float32 in the library's own order: x {min(layers):.1f} to {max(layers):.1f}."
+        )
+    notes += [f"In theory (OPs, another thing): x {r['ratio']:.2f}." for r in by_kind["ops"]]
+    notes += [
+        f"Top-1 of `{r['arm']}` on {r['data']}: {r['ours']:.1f} +/- {r['std']:.1f} % ({r['seeds']} seeds), the same in every row "
+        "but bfloat16, which was not evaluated." for r in by_kind["accuracy"]
+    ]  # fmt: skip
+    notes.append(
+        f"Medians and quartiles of one run, 224 x 224, random weights; {machine.get('cpu', 'unknown')}, {settings[0]['isa']}."
+    )
+    return notes
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def render_results(paper_dir: str | Path) -> str:
@@ -216,6 +279,8 @@ def update_readmes(root: str | Path, check: bool) -> list[Path]:
         text = _filled(folder / "README.md", _read(folder / "README.md"), (BEGIN, END), render_front(folder))
         if load_document(folder)["equations"]:
             text = _filled(folder / "README.md", text, EQUATIONS, render_equations(folder))
+        if (deployment := render_deployment(folder)) is not None:
+            text = _filled(folder / "README.md", text, DEPLOY, deployment)
         fresh[folder / "README.md"] = text
         fresh[folder / "results/README.md"] = render_results(folder)
     fresh[root / "README.md"] = _filled(

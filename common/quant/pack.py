@@ -6,14 +6,11 @@ itself runs in NumPy on the CPU.
 """
 
 import math
-from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-Backend = Literal["torch", "numba"]
 
 
 def packed_bytes(elements: int, bits: int) -> int:
@@ -62,18 +59,18 @@ def unpack_codes(packed: Tensor, n: int, bits: int, *, signed: bool) -> Tensor:
     return torch.from_numpy(codes.astype(np.int32)).to(packed.device)
 
 
-def binary_matmul(a: Tensor, b: Tensor, n: int, *, backend: Backend = "torch") -> Tensor:
+def binary_matmul(a: Tensor, b: Tensor, n: int) -> Tensor:
     """All dot products of +-1 vectors of length n from their packed signs: n - 2 popcount(a xor b).
 
     a: (..., M, ceil(n / 8)) and b: (O, ceil(n / 8)) from `pack_signs` -> int32 (..., M, O), exact; equals
     `unpack_signs(a, n) @ unpack_signs(b, n).T`. Padding bits are equal in both and count nothing.
-    backend: "torch" runs anywhere; "numba" (extra `deploy`) is the fast kernel for CPUs."""
+    This is the plain form; what is fast is `packed_conv.PackedConv2d`."""
     _check_bytes(a, packed_bytes(n, 1))
     _check_bytes(b, packed_bytes(n, 1))
     if b.ndim != 2:
         raise ValueError(f"b of shape {tuple(b.shape)}: expected (outputs, bytes)")
     rows = a.reshape(1, 1, -1, a.shape[-1])
-    out = _binary_conv(rows, b.view(len(b), 1, 1, -1), n, 1, 0, 1, backend)
+    out = _binary_conv(rows, b.view(len(b), 1, 1, -1), n, 1, 0, 1)
     return out.reshape(*a.shape[:-1], len(b))
 
 
@@ -85,7 +82,6 @@ def binary_conv2d(
     stride: int = 1,
     padding: int = 0,
     dilation: int = 1,
-    backend: Backend = "torch",
 ) -> Tensor:
     """Convolution of signs, padded with zeros AFTER the sign as binary networks do: borders sum fewer products.
 
@@ -100,7 +96,7 @@ def binary_conv2d(
         )
     if stride < 1 or dilation < 1 or padding < 0:
         raise ValueError(f"stride={stride}, dilation={dilation} must be at least 1 and padding={padding} at least 0")
-    return _binary_conv(x, weight, channels, stride, padding, dilation, backend)
+    return _binary_conv(x, weight, channels, stride, padding, dilation)
 
 
 def integer_matmul(
@@ -181,17 +177,13 @@ def _popcount(x: Tensor) -> Tensor:
     return (x + (x >> 32)) & 0x7F
 
 
-def _binary_conv(x: Tensor, w: Tensor, n: int, stride: int, padding: int, dilation: int, backend: Backend) -> Tensor:
+def _binary_conv(x: Tensor, w: Tensor, n: int, stride: int, padding: int, dilation: int) -> Tensor:
     kh, kw = w.shape[1:3]
     height = (x.shape[1] + 2 * padding - dilation * (kh - 1) - 1) // stride + 1
     width = (x.shape[2] + 2 * padding - dilation * (kw - 1) - 1) // stride + 1
     if height < 1 or width < 1:
         raise ValueError(f"input {x.shape[1]}x{x.shape[2]} is smaller than the kernel {kh}x{kw}")
     x, w = _words(x), _words(w)
-    if backend == "numba":
-        return _numba_conv(x, w, n, stride, padding, dilation, height, width)
-    if backend != "torch":
-        raise ValueError(f"backend={backend!r}: choose from ('torch', 'numba')")
     out = torch.zeros(len(x), height, width, len(w), dtype=torch.int32, device=x.device)
     for i in range(kh):
         rows, xs = _valid(i * dilation - padding, stride, x.shape[1], height)
@@ -211,18 +203,3 @@ def _valid(offset: int, stride: int, size: int, outputs: int) -> tuple[slice, sl
     last = max(first, min(outputs, (size - 1 - offset) // stride + 1))
     start = first * stride + offset
     return slice(first, last), slice(start, start + (last - first) * stride, stride)
-
-
-def _numba_conv(x: Tensor, w: Tensor, *geometry: int) -> Tensor:
-    try:
-        from common.quant import numba_kernels as kernels
-    except ImportError as error:
-        raise ImportError('backend="numba" needs numba: pip install "vision-reproductions[deploy]"') from error
-    if x.device.type != "cpu" or w.device.type != "cpu":
-        raise ValueError(f'backend="numba" runs on the CPU, the input is on {x.device}')
-    taps = w.permute(1, 2, 3, 0).contiguous()  # outputs last: the innermost loop runs over them
-    return torch.from_numpy(kernels.conv(_unsigned(x), _unsigned(taps), *geometry, threads=torch.get_num_threads()))
-
-
-def _unsigned(words: Tensor) -> Any:
-    return words.numpy().view(np.uint64)

@@ -1,7 +1,3 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-import common
 from common.quant import pack
 from common.quant.binary import binary_sign
 from common.quant.lsq import LSQQuantizer, int_bounds
@@ -32,14 +27,6 @@ def seeded():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
-
-
-BACKENDS = ["torch", "numba"]
-
-
-def need(backend):
-    if backend == "numba":
-        pytest.importorskip("numba", reason="extra `deploy` is not installed")
 
 
 def test_bit_order_and_padding_of_signs():
@@ -85,13 +72,11 @@ def test_sizes_of_packed_weights():
     assert packed_bytes(10, 3) == 4
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("n", [1, 8, 63, 64, 65, 200])
-def test_binary_matmul_equals_float(backend, n):
-    need(backend)
+def test_binary_matmul_equals_float(n):
     g = torch.Generator().manual_seed(n)
     a, b = torch.randn(2, 3, n, generator=g), torch.randn(5, n, generator=g)
-    out = binary_matmul(pack_signs(a), pack_signs(b), n, backend=backend)
+    out = binary_matmul(pack_signs(a), pack_signs(b), n)
     assert out.dtype == torch.int32
     assert torch.equal(out, (binary_sign(a) @ binary_sign(b).T).int())
 
@@ -108,7 +93,6 @@ def test_popcount(words):
     assert pack._popcount(torch.tensor(words)).tolist() == [(w & (2**64 - 1)).bit_count() for w in words]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("channels", "size", "kernel", "stride", "padding", "dilation"),
     [
@@ -120,8 +104,7 @@ def test_popcount(words):
         (8, 6, 2, 2, 0, 1),
     ],
 )
-def test_binary_convolution_with_zero_padding_equals_float(backend, channels, size, kernel, stride, padding, dilation):
-    need(backend)
+def test_binary_convolution_with_zero_padding_equals_float(channels, size, kernel, stride, padding, dilation):
     x, w = torch.randn(2, channels, size, size + 1), torch.randn(6, channels, kernel, kernel)
     geometry = {"stride": stride, "padding": padding, "dilation": dilation}
     out = binary_conv2d(
@@ -129,30 +112,9 @@ def test_binary_convolution_with_zero_padding_equals_float(backend, channels, si
         pack_signs(w.permute(0, 2, 3, 1)),
         channels,
         **geometry,
-        backend=backend,
     )
     ref = F.conv2d(binary_sign(x), binary_sign(w), **geometry)
     assert out.dtype == torch.int32 and torch.equal(out.permute(0, 3, 1, 2), ref.int())
-
-
-def test_numba_is_imported_only_when_asked_for_and_its_absence_is_explained():
-    code = """
-import sys
-import torch
-from common.quant.pack import binary_matmul, pack_signs
-assert "numba" not in sys.modules
-sys.modules["numba"] = None
-p = pack_signs(torch.ones(1, 8))
-assert binary_matmul(p, p, 8).item() == 8
-try:
-    binary_matmul(p, p, 8, backend="numba")
-except ImportError as e:
-    assert "[deploy]" in str(e), e
-else:
-    raise SystemExit("no error")
-"""
-    root = Path(common.__file__).parents[1]
-    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=120)
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -229,7 +191,6 @@ def test_codes_of_every_width_fit_their_pack():
         (lambda: unpack_codes(torch.zeros(2, dtype=torch.uint8), 9, 3, signed=True), "4 bytes"),
         (lambda: unpack_signs(torch.zeros(2), 9), "uint8"),
         (lambda: binary_matmul(pack_signs(torch.ones(2, 8)), pack_signs(torch.ones(2, 9)), 8), "1 bytes"),
-        (lambda: binary_matmul(*[pack_signs(torch.ones(2, 8))] * 2, 8, backend="cuda"), "backend='cuda'"),
         (lambda: binary_conv2d(*[pack_signs(torch.ones(1, 2, 2, 8))] * 2, 8, stride=0), "stride=0"),
         (
             lambda: binary_conv2d(pack_signs(torch.ones(1, 2, 2, 8)), pack_signs(torch.ones(1, 3, 3, 8)), 8),

@@ -1,22 +1,30 @@
 """A checkpoint in use: what it says, evaluate, predict, export, and that nothing of it needs the training data."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from common import runs
 from common.data.scenes import noisy_digits
 from common.onnx_export import read_about
+from common.quant.packed_conv import in_float_
 from dcp_nas import data as data_module
 from dcp_nas import train
+from dcp_nas.bench import bench
 from dcp_nas.checkpoint import load
 from dcp_nas.data import build_data, build_test, inference_transform
+from dcp_nas.deploy import pack_
 from dcp_nas.evaluate import evaluate
-from dcp_nas.export import export
+from dcp_nas.export import export, pack
+from dcp_nas.network import Network
+from dcp_nas.operations import BinaryConv2d, Bits
 from dcp_nas.predict import classify
+from dcp_nas.search_space import GENOTYPES
 from dcp_nas.tests.layouts import SHORT, composed, config, write_class_folders
 
 
@@ -127,23 +135,84 @@ def test_predict_lists_a_broken_file_and_goes_on(step2, fabric, tmp_path, capsys
             classify(composed("predict", f"weights={step2}", f"images={tmp_path}/a.png", *overrides), fabric)
 
 
+def _digit(folder):
+    Image.new("L", (8, 8), 9).save(folder / "digit.png")
+    return folder / "digit.png"
+
+
+@pytest.mark.parametrize("weights", ["m", "beta"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_network_on_bits_is_the_trained_one(weights, strict):
+    """1,000 images: the same class, the logits to 1e-5 of the largest, and the bits of the float twin; as a backbone, too."""
+    torch.manual_seed(0)
+    bits = Bits(weights, "binary", strict_1bit=strict)
+    network = Network(GENOTYPES["DCP_NAS_L"], num_classes=5, in_channels=1, channels=20, cells=3, bits=bits)
+    for m in network.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.normal_(m.running_mean, std=0.1)
+            nn.init.uniform_(m.weight, -1, 1)
+            nn.init.uniform_(m.running_var, 0.5, 2)
+    network.eval()
+    x = torch.randn(1000, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    packed = copy.deepcopy(network)
+    where = pack_(packed)
+    binary = {n: m for n, m in network.named_modules() if isinstance(m, BinaryConv2d)}
+    assert where.keys() == binary.keys() and not [m for m in packed.modules() if isinstance(m, BinaryConv2d)]
+    assert {n for n, how in where.items() if how == "bits"} == {
+        n for n, m in binary.items() if m.act_bits == 1 and m.groups == 1
+    }
+    with torch.no_grad():
+        expected, found = network(x), packed(x)
+        torch.testing.assert_close(in_float_(copy.deepcopy(packed), exact=True)(x), found, rtol=0, atol=0)
+        for ours, theirs in zip(packed.features(x[:2]), network.features(x[:2]), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    off = (found - expected).abs().amax(1) > 1e-5 * expected.abs().max()
+    # a value within rounding of 0 may fall on either side of a sign
+    assert off.float().mean() <= 5e-3
+    assert torch.equal(found.argmax(1)[~off], expected.argmax(1)[~off])
+
+
 def test_exported_and_packed_files_say_what_they_are_and_compute_the_same(step2, fabric, tmp_path):
     cfg = composed("export", f"weights={step2}", f"out={tmp_path}/m.onnx", f"packed={tmp_path}/m.packed.pt")
     found = export(cfg)
     assert found["onnx"] < 1e-4 and found["packed"] < 1e-4 and found["packed_bytes"] > 0
     assert read_about(tmp_path / "m.onnx") == load(step2).about == load(tmp_path / "m.packed.pt").about
-    signs = runs.load_checkpoint(tmp_path / "m.packed.pt")["signs"]
-    weights = sum(m.weight.numel() for m in load(step2).model.modules() if type(m).__name__ == "MConv2d")
-    assert weights <= 8 * sum(v.numel() * v.element_size() for v in signs.values()) < 2 * weights + 64 * 8 * len(signs)
+    state = runs.load_checkpoint(tmp_path / "m.packed.pt")["model"]
+    binary = {n for n, m in load(step2).model.named_modules() if type(m).__name__ == "MConv2d"}
+    assert not any(k.endswith((".m", "body.2.weight", "body.6.weight")) for k in state)
+    stored = {k.rpartition(".")[0] for k in state if k.endswith((".signs", ".words"))}
+    assert len(stored) == len(binary) and any(k.endswith(".words") for k in state)
+    out = classify(
+        composed("predict", f"weights={tmp_path}/m.packed.pt", f"images={_digit(tmp_path)}", f"out={tmp_path}/p.csv"),
+        fabric,
+    )
+    assert len(out.read_text().splitlines()) == 2
     a = evaluate(composed("evaluate", f"weights={tmp_path}/m.packed.pt"), fabric)
+    whole = evaluate(composed("evaluate", f"weights={step2}"), fabric)
+    assert a["test_ce"] == pytest.approx(whole["test_ce"], rel=1e-4)
     assert a["top1"] == json.loads((step2.parent / "result.json").read_text())["metrics"]["top1"]
-    with pytest.raises(ValueError, match="onnxruntime differs"):
-        export(
-            composed(
-                "export", f"weights={step2}", f"out={tmp_path}/n.onnx", f"packed={tmp_path}/n.pt", "tolerance=1e-12"
+    from_bits = (
+        f"{tmp_path}/m.packed.pt",
+        "null",
+        r"onnxruntime differs from torch by \S+e-0[5-9]",
+    )  # off by rounding alone
+    for weights, packed, error in (from_bits, (step2, f"{tmp_path}/n.pt", "the packed network differs")):
+        with pytest.raises(ValueError, match=error):
+            export(
+                composed(
+                    "export", f"weights={weights}", f"out={tmp_path}/n.onnx", f"packed={packed}", "tolerance=1e-12"
+                )
             )
-        )
-    assert not (tmp_path / "n.onnx").exists()
+    assert not list(tmp_path.glob("n.*")) and not list(tmp_path.glob(".*"))
+
+
+def test_bench_takes_a_packed_file(step2, tmp_path):
+    torch.save(pack(load(step2))[0], tmp_path / "m.packed.pt")
+    options = ["batches=[2]", "threads=1", "rounds=3", "compiled=false", "search=false"]
+    rows = bench(composed("bench", f"weights={tmp_path}/m.packed.pt", f"out={tmp_path}/bench.json", *options))
+    network = next(r for r in rows if r["kind"] == "network")
+    assert network["limit"] == network["baseline"] / network["rest"] and network["batch"] == 2
+    assert {r["kind"] for r in rows} == {"bytes", "network", "layer"}
 
 
 def test_checkpoints_of_other_tasks_are_refused_by_name(step1, tmp_path):

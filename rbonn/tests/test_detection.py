@@ -126,8 +126,9 @@ def test_a_detector_is_evaluated_used_and_packed_from_its_checkpoint(fabric, tra
 
     from PIL import Image
 
+    from common.quant.packed_conv import PackedConv2d
+    from rbonn.binary_conv import binary_layers
     from rbonn.checkpoint import load
-    from rbonn.deploy import binary_names
     from rbonn.evaluate import evaluate
     from rbonn.export import export
     from rbonn.predict import predict
@@ -151,7 +152,9 @@ def test_a_detector_is_evaluated_used_and_packed_from_its_checkpoint(fabric, tra
     found = export(composed("export", weights, f"out={tmp_path / 'd.packed.pt'}"), fabric)
     assert max(found["deployed"], found["packed"]) < 1e-4
     packed = load(tmp_path / "d.packed.pt")
-    assert len(binary_names(packed.model)) == 9 and packed.about["classes"] == ["rectangle", "ellipse", "triangle"]
+    on_bits = [m for m in packed.model.modules() if isinstance(m, PackedConv2d)]
+    assert len(on_bits) == len(binary_layers(load(trained / "last.ckpt").model)) == 9
+    assert packed.about["classes"] == ["rectangle", "ellipse", "triangle"]
     again = evaluate(composed("evaluate", f"weights={tmp_path / 'd.packed.pt'}", "batch_size=4"), fabric)
     assert again["map50"] == pytest.approx(metrics["map50"], abs=1e-3)
 

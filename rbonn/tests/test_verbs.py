@@ -12,10 +12,11 @@ from PIL import Image
 
 from common import runs
 from common.onnx_export import read_about
+from common.quant.packed_conv import PackedConv2d
 from rbonn import bench, counts
 from rbonn.checkpoint import imagenet_names, load
 from rbonn.data import inference_transform
-from rbonn.deploy import FORMAT
+from rbonn.deploy import FORMAT, pack, pack_
 from rbonn.evaluate import evaluate
 from rbonn.export import export
 from rbonn.metrics import classification_metrics
@@ -178,8 +179,15 @@ def test_exported_files_agree_and_say_what_they_need(checkpoint, fabric, tmp_pat
     a, b = (evaluate(composed("evaluate", f"weights={w}"), fabric) for w in (checkpoint, tmp_path / "m.packed.pt"))
     assert a["test_ce"] == pytest.approx(b["test_ce"], rel=1e-4)
     content = runs.load_checkpoint(tmp_path / "m.packed.pt")
-    assert content["format"] == FORMAT and content["signs"]["layer1.0.conv"].dtype == torch.uint8
-    assert len(content["signs"]["layer1.0.conv"]) == 8 * 8 * 9 // 8
+    assert content["format"] == FORMAT and content["model"]["layer1.0.conv.words"].shape == (1, 1, 9, 8)
+    again = export(composed("export", f"weights={tmp_path / 'm.packed.pt'}", f"out={tmp_path / 'n.onnx'}"), fabric)
+    assert again["packed"] == 0 and again["packed_bytes"] == found["packed_bytes"] and again["onnx"] < 1e-4
+
+
+def test_a_packed_file_of_an_older_kind_is_named(tmp_path):
+    torch.save({"format": "rbonn-packed-2", "signs": {}, "about": {}, "config": {}}, tmp_path / "old.pt")
+    with pytest.raises(ValueError, match=r"older kind \(rbonn-packed-2\): export the checkpoint again"):
+        load(tmp_path / "old.pt")
 
 
 def test_an_export_that_differs_leaves_no_file(checkpoint, fabric, tmp_path):
@@ -208,13 +216,41 @@ def test_published_weights_are_predicted_with_names_and_packed(fabric, tmp_path)
     assert about["build"]["sign_zero"] == 0
     with pytest.raises(ValueError, match="data.root is not set"):
         evaluate(composed("evaluate", weights), fabric)
+    found = export(composed("export", weights, f"out={tmp_path / 'm.packed.pt'}", "size=32"), fabric)
+    assert found["packed"] < 1e-4 and found["packed_bytes"] < found["checkpoint_bytes"] / 9
+    packed = f"weights={tmp_path / 'm.packed.pt'}"
+    predict(composed("predict", packed, f"images={tmp_path / 'a.jpg'}", f"out={tmp_path / 'q.csv'}"), fabric)
+    assert table(tmp_path / "q.csv")[0]["label"] == table(tmp_path / "p.csv")[0]["label"]
 
 
 # ------------------------------------------------------------------------------------------------------ bench and counts
-def test_bench_writes_a_row_per_shape_and_way(tmp_path):
-    rows = bench.bench(tmp_path / "bench.json", rounds=3, shapes=((8, 6),))
-    assert [r["name"].rsplit(", ", 1)[1] for r in rows] == ["packed input", "packing included"]
-    assert all(r["baseline_is"] in ("float eager", "float channels_last", "bf16 channels_last") for r in rows)
+def test_bench_takes_a_checkpoint_or_a_packed_file_and_fills_the_table(checkpoint, tmp_path, capsys):
+    model, config, about = load(checkpoint)
+    pack_(model)
+    torch.save(pack(model, config, about), tmp_path / "m.packed.pt")
+    for weights, batches in ((checkpoint, [1, 3]), (tmp_path / "m.packed.pt", [1])):
+        options = [f"batches={batches}", "threads=1", "rounds=3", "compiled=false"]
+        rows = bench.bench(composed("bench", f"weights={weights}", f"out={tmp_path / 'bench.json'}", *options))
+        networks = [r for r in rows if r.get("kind") == "network"]
+        assert [r["batch"] for r in networks] == batches and json.loads((tmp_path / "bench.json").read_text()) == rows
+        for row in networks:
+            floats = {"fp32 eager", "fp32 channels_last", "bf16 channels_last", "onnxruntime fp32"}
+            assert set(row["forms"]) == floats | {"packed", "packed, rest bf16"} and row["baseline_is"] in floats
+            assert row["ratio"] == row["baseline"] / row["ours"] and row["rest"] > 0 and row["baseline_quartiles"]
+            assert row["baseline"] == min(row["forms"][k][0] for k in floats)
+        assert {r["kind"] for r in rows} == {
+            "bytes",
+            "network",
+            "layer",
+        }  # no published counts for a network of one's own
+    assert "real-valued rest" in capsys.readouterr().out
+
+
+def test_the_default_of_the_bench_is_the_published_network():
+    name, network, image = bench.subject(None)
+    assert name == "RBONN-18" and image.shape == (1, 3, 224, 224)
+    layers = [m for m in network.modules() if isinstance(m, PackedConv2d)]
+    assert len(layers) == 16 and sum(m.words.numel() * 64 for m in layers) == 10_985_472
 
 
 def test_counts_are_named_by_network():
