@@ -225,126 +225,20 @@ def convolve(x, rows, classes, offsets, w, corrections, a, b, slope, shift, skip
                                 for i in range(outputs):
                                     spare[q, i] = skip[picture * pixels + p + q, g * outputs + i]
                             s, s_row = spare_at, 128
+                    # fmt: off
                     if many and n == 4:
-                        _block44(
-                            xp,
-                            r,
-                            k_at,
-                            steps,
-                            wv,
-                            w_stride,
-                            cv,
-                            c,
-                            c_stride,
-                            av,
-                            bv,
-                            slopev,
-                            shiftv,
-                            s,
-                            s_row,
-                            y,
-                            y_row,
-                        )
+                        _block44(xp, r, k_at, steps, wv, w_stride, cv, c, c_stride, av, bv, slopev, shiftv, s, s_row, y, y_row)
                     elif many and n == 2:
-                        _block42(
-                            xp,
-                            r,
-                            k_at,
-                            steps,
-                            wv,
-                            w_stride,
-                            cv,
-                            c,
-                            c_stride,
-                            av,
-                            bv,
-                            slopev,
-                            shiftv,
-                            s,
-                            s_row,
-                            y,
-                            y_row,
-                        )
+                        _block42(xp, r, k_at, steps, wv, w_stride, cv, c, c_stride, av, bv, slopev, shiftv, s, s_row, y, y_row)
                     elif many:
-                        _block41(
-                            xp,
-                            r,
-                            k_at,
-                            steps,
-                            wv,
-                            w_stride,
-                            cv,
-                            c,
-                            c_stride,
-                            av,
-                            bv,
-                            slopev,
-                            shiftv,
-                            s,
-                            s_row,
-                            y,
-                            y_row,
-                        )
+                        _block41(xp, r, k_at, steps, wv, w_stride, cv, c, c_stride, av, bv, slopev, shiftv, s, s_row, y, y_row)
                     elif n == 4:
-                        _block14(
-                            xp,
-                            r,
-                            k_at,
-                            steps,
-                            wv,
-                            w_stride,
-                            cv,
-                            c,
-                            c_stride,
-                            av,
-                            bv,
-                            slopev,
-                            shiftv,
-                            s,
-                            s_row,
-                            y,
-                            y_row,
-                        )
+                        _block14(xp, r, k_at, steps, wv, w_stride, cv, c, c_stride, av, bv, slopev, shiftv, s, s_row, y, y_row)
                     elif n == 2:
-                        _block12(
-                            xp,
-                            r,
-                            k_at,
-                            steps,
-                            wv,
-                            w_stride,
-                            cv,
-                            c,
-                            c_stride,
-                            av,
-                            bv,
-                            slopev,
-                            shiftv,
-                            s,
-                            s_row,
-                            y,
-                            y_row,
-                        )
+                        _block12(xp, r, k_at, steps, wv, w_stride, cv, c, c_stride, av, bv, slopev, shiftv, s, s_row, y, y_row)
                     else:
-                        _block11(
-                            xp,
-                            r,
-                            k_at,
-                            steps,
-                            wv,
-                            w_stride,
-                            cv,
-                            c,
-                            c_stride,
-                            av,
-                            bv,
-                            slopev,
-                            shiftv,
-                            s,
-                            s_row,
-                            y,
-                            y_row,
-                        )
+                        _block11(xp, r, k_at, steps, wv, w_stride, cv, c, c_stride, av, bv, slopev, shiftv, s, s_row, y, y_row)
+                    # fmt: on
                     done = PIXELS if many else 1
                     if outputs < 8:
                         for q in range(done):
