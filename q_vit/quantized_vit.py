@@ -298,6 +298,7 @@ class Tapped(nn.Module):
     def __init__(self, model: nn.Module, at: Literal["raw", "pre_quant", "post_quant"] = "pre_quant"):
         super().__init__()
         self.model, self._found, self._handles = model, {}, []
+        self.training = model.training
         attentions = [m for m in model.modules() if isinstance(m, Attention | WindowAttention)]
         names = {"raw": None, "pre_quant": "norm", "post_quant": "quantizer"}
         if at not in names:

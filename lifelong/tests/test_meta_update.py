@@ -204,7 +204,7 @@ def test_steps_on_a_real_network():
     model = build_model(name="rps_net", num_classes=5, widths=(2, 2, 2, 2), channels=1)
     x = torch.rand(8, 1, 8, 8)
     terms = run(model, x, torch.tensor([0, 1, 0, 1, 2, 3, 4, 2]), attack="background", eps=8.0)
-    assert {"clean", "attacked", "skipped"} == set(terms) and all(v.isfinite() for v in terms.values())
+    assert {"clean", "attacked", "skipped", "spread"} == set(terms) and all(v.isfinite() for v in terms.values())
 
 
 @pytest.mark.parametrize(
