@@ -97,7 +97,7 @@ def render_deployment(paper_dir: str | Path) -> str | None:
         for row in chosen:
             best = min((n for n in names if n in row["forms"]), key=lambda n: row["forms"][n][0])
             median, low, high = row["forms"][best]
-            which = f", {best.partition(' ')[2]}" if len(names) > 1 else ""
+            which = f", {' '.join(w for w in best.split() if w not in ('fp32', 'bf16'))}" if len(names) > 1 else ""
             cells.append(f"{median:.1f} [{low:.1f}, {high:.1f}]{which}")
         table.append([kind, f"{nbytes / 1e6:.1f}", *cells])
     header = [
