@@ -37,7 +37,8 @@ help:
 	@echo "make lint                format, ruff, types, import contracts, stale README tables;  make format mends the first two"
 	@echo "make reproduce           the evidence of every paper;  make reproduce-<paper> of one"
 	@echo "                         SCALE=mini|full|real_<set>|gpu_<set>|paper  DATA=<folder of the data set>  ONLY=<claim>"
-	@echo "                         SCALE=paper: GPUS=8 PER_RUN=8|1, DRY=1 prints the commands, ALL=1 or ONLY= starts them"
+	@echo "                         SCALE=paper: GPUS=8 PER_RUN=8|1, DRY=1 prints the commands with estimated hours, DRY=measure"
+	@echo "                         with hours from a step on this machine; ALL=1 or ONLY= starts them"
 	@echo "make record-<paper>      copy the evidence of SCALE to <paper>/results/ and renew the README tables"
 	@echo "make verify-<paper>      run one recorded cell again and compare [CELL=<arm>/seed<k>]"
 	@echo "make compare-<paper>     RESULT=<run directory>: your numbers beside the record and the published ones"
@@ -92,7 +93,7 @@ $(addprefix test-,$(PAPERS)): test-%: $(STAMP)
 
 $(addprefix reproduce-,$(PAPERS)): reproduce-%: $(STAMP)
 	$(started)
-	@$(PY) -m common.reproduce run $* --scale $(SCALE) --data $(call q,$(DATA)) --gpus $(GPUS) --per-run $(PER_RUN) --only "$(ONLY)" $(if $(ALL),--all) $(if $(DRY),--dry)
+	@$(PY) -m common.reproduce run $* --scale $(SCALE) --data $(call q,$(DATA)) --gpus $(GPUS) --per-run $(PER_RUN) --only "$(ONLY)" $(if $(ALL),--all) $(if $(DRY),--dry $(if $(filter measure,$(DRY)),measure,estimate))
 
 $(addprefix record-,$(PAPERS)): record-%: $(STAMP)
 	$(started)

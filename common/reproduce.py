@@ -3,7 +3,8 @@
 A scale is a folder of Hydra sweeps `<paper>/configs/reproduce/<scale>/<nn>_<script>[_<what>].yaml`. `run` carries them out in
 name order, skips finished cells and ends with the report; a sweep whose runs read those of earlier ones names them under
 `after: [10_train_teacher]`. At `--scale paper` every cell is a process of its own (torchrun
-for several devices), and `--dry` prints the commands instead, one line per cell. `record` copies the report to
+for several devices), and `--dry` prints the commands instead, one line per cell, with hours: estimated, or with `--dry measure`
+from a preflight of every arm on this machine (with its data). `record` copies the report to
 `<paper>/results/<scale>/`; `verify` runs one recorded cell again and compares its numbers.
 """
 
@@ -13,6 +14,7 @@ import itertools
 import json
 import os
 import queue
+import re
 import shlex
 import shutil
 import signal
@@ -56,6 +58,7 @@ class Cell:
     seed: int
     sha: str
     gpu_hours: float | None
+    has_preflight: bool
     after: tuple[str, ...]
 
     def status(self) -> str:
@@ -111,6 +114,7 @@ def _cells_of(paper: Path, scale: str, file: Path, extra: tuple[str, ...]) -> li
                 seed=task.seed,
                 sha=fingerprint(task),
                 gpu_hours=OmegaConf.select(task, "estimate.gpu_hours"),
+                has_preflight="preflight" in task,
                 after=tuple(OmegaConf.select(task, "after", default=())),
             )
         )
@@ -171,9 +175,10 @@ def run_paper_scale(
     per_run: int,
     only: str | None,
     all_cells: bool,
-    dry: bool,
+    dry: str = "",
 ) -> int:
-    """Every open cell as a process: `gpus // per_run` at a time, each on its own cards. `dry` prints the commands.
+    """Every open cell as a process: `gpus // per_run` at a time, each on its own cards. dry: estimate | measure prints the
+    commands with their hours instead.
 
     Nothing starts without `only` (a claim's id) or `all_cells`. Returns the number of cells that did not finish."""
     todo = [c for c in cells(paper, scale, extra) if c.status() != "finished"]
@@ -186,9 +191,14 @@ def run_paper_scale(
     if gpus % per_run or per_run < 1:
         raise RunError(f"GPUS={gpus} must be a multiple of PER_RUN={per_run}")
     if dry:
+        measured: dict[str, str | None] = {}  # seeds of an arm take as long
         for cell in todo:
-            hours = f"about {cell.gpu_hours / per_run:.1f} h, an estimate" if cell.gpu_hours else "hours not known"
-            print(f"cd {shlex.quote(str(paper))} && {shlex.join(_command(cell, scale, extra, per_run))}  # {hours}")
+            command = _command(cell, scale, extra, per_run)
+            if dry == "measure" and cell.arm not in measured:
+                measured[cell.arm] = _measured_hours(cell, command, paper)
+            estimate = f"about {cell.gpu_hours / per_run:.1f} h, an estimate" if cell.gpu_hours else "hours not known"
+            hours = measured.get(cell.arm) or estimate
+            print(f"cd {shlex.quote(str(paper))} && {shlex.join(command)}  # {hours}", flush=True)
         return 0
     failed: list[Cell] = []
     for _, group in itertools.groupby(todo, key=lambda c: c.stage):  # a stage may read what the one before it wrote
@@ -204,6 +214,18 @@ def run_paper_scale(
     _tell(failed)
     report.main([paper.name, scale, "--root", str(paper.parent)])
     return len(failed)
+
+
+def _measured_hours(cell: Cell, command: list[str], paper: Path) -> str | None:
+    """The hours that the preflight of a cell measures on this machine; None for a script that has none, or if it says none."""
+    if not cell.has_preflight:
+        return None
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    process = subprocess.run([*command, "preflight=true"], cwd=paper, env=env, capture_output=True, text=True)
+    if process.returncode:
+        raise RunError(f"{cell.name()}: {(process.stderr.strip().splitlines() or ['the preflight failed'])[-1]}")
+    hours = [float(h) for h in re.findall(r"about (\S+) h for [\d,]+ steps", process.stdout)]
+    return f"about {sum(hours):.2g} h, an estimate from steps measured on this machine" if hours else None
 
 
 _RUNNING: set[subprocess.Popen] = set()
@@ -423,13 +445,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--per-run", type=int, default=1, help="cards of one run (paper scale)")
     parser.add_argument("--only", default="", help="the cells of one claim")
     parser.add_argument("--all", action="store_true", help="paper scale: start every cell")
-    parser.add_argument("--dry", action="store_true", help="paper scale: print one command per cell")
+    parser.add_argument(
+        "--dry", nargs="?", const="estimate", default="", choices=["estimate", "measure"],
+        help="print one command per cell with its hours, estimated or from a preflight here",
+    )  # fmt: skip
     parser.add_argument("--cell", default="", help="verify: the recorded cell, e.g. nclpp/seed100")
     args = parser.parse_args(argv)
     paper = args.root.resolve() / args.paper
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)
     extra = (override("data.root", Path(args.data).expanduser().absolute()),) if args.data else ()
+    if args.dry == "estimate" and not args.data and args.scale.startswith(("paper", "real_")):
+        extra = ("data.root=DATA",)  # nothing is read: the lines show where the folder goes
     try:
         if not (paper / "configs").is_dir():
             raise RunError(f"{args.paper}: no such paper here, or not started yet")

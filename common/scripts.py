@@ -81,7 +81,8 @@ def script(config: str = "config", body: Callable[..., Any] | None = None) -> An
                 raise
             _end(error)
         finally:
-            remove_if_empty(out, cfg.get("run_root") or ".")
+            root = cfg.get("run_root")
+            remove_if_empty(out, root if isinstance(root, str) and root else ".")
 
     @functools.wraps(body)
     def main() -> None:

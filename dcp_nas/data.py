@@ -69,7 +69,7 @@ def check_data(
             raise ValueError(
                 f"data.root={root}: digits is embedded; name the set at the root with data=folder or data=cifar10"
             )
-        if not 1 <= train < 1797:
+        if not isinstance(train, int) or not 1 <= train < 1797:
             raise ValueError(f"data.train={train}, allowed: 1..1796 of the 1,797 digits")
     if not val or val.startswith(("/", "..")):
         raise ValueError(f"data.val={val!r} must be a folder below data.root")

@@ -175,7 +175,7 @@ def dry(toy, capsys, **kwargs):
         "per_run": 8,
         "only": None,
         "all_cells": False,
-        "dry": True,
+        "dry": "estimate",
     }
     assert reproduce.run_paper_scale(toy, "paper", **{**options, **kwargs}) == 0
     return capsys.readouterr().out.splitlines()
@@ -197,6 +197,30 @@ def test_dry_prints_one_command_per_cell_with_its_hours(toy, capsys):
     )
 
 
+def test_dry_can_measure_an_arm_once_by_its_preflight(toy, capsys, monkeypatch):
+    started = []
+
+    def fake(command, **options):
+        started.append(command)
+        said = "preflight: data found, 0.1 s per step without data loading, about 3.5 h for 1,200 steps\n"
+        return subprocess.CompletedProcess(command, 0, said, "")
+
+    monkeypatch.setattr(reproduce.subprocess, "run", fake)
+    config = toy / "configs/config.yaml"
+    config.write_text(config.read_text() + "preflight: false\n")
+    lines = dry(toy, capsys, dry="measure")
+    assert len(lines) == 7 and all(
+        line.endswith("# about 3.5 h, an estimate from steps measured on this machine") for line in lines
+    )
+    assert len(started) == len({line.split("method=")[1].split()[0] for line in lines}) < 7
+    assert all(command[-1] == "preflight=true" for command in started)
+    monkeypatch.setattr(
+        reproduce.subprocess, "run", lambda c, **o: subprocess.CompletedProcess(c, 1, "", "x\nno data\n")
+    )
+    with pytest.raises(RunError, match="no data"):
+        dry(toy, capsys, dry="measure")
+
+
 def test_only_takes_the_cells_of_one_claim_and_the_stages_before(toy, capsys):
     lines = dry(toy, capsys, only="better")
     assert len(lines) == 7
@@ -215,7 +239,7 @@ def test_only_at_a_small_scale_runs_single_cells(toy, monkeypatch, tmp_path):
 
 
 def test_nothing_starts_at_paper_scale_unasked(toy):
-    options = {"extra": (), "gpus": 1, "per_run": 1, "only": None, "dry": False}
+    options = {"extra": (), "gpus": 1, "per_run": 1, "only": None}
     with pytest.raises(RunError, match="ONLY=<claim> or ALL=1"):
         reproduce.run_paper_scale(toy, "paper", all_cells=False, **options)
     with pytest.raises(RunError, match="GPUS=3 must be a multiple of PER_RUN=2"):
@@ -230,7 +254,7 @@ def test_paper_scale_pins_free_cards_and_judges_by_result_json(toy, monkeypatch)
 
     monkeypatch.setattr(reproduce, "_call", fake)
     monkeypatch.setattr(reproduce.report, "main", lambda argv: 0)
-    failed = reproduce.run_paper_scale(toy, "paper", extra=(), gpus=2, per_run=1, only=None, all_cells=True, dry=False)
+    failed = reproduce.run_paper_scale(toy, "paper", extra=(), gpus=2, per_run=1, only=None, all_cells=True)
     assert failed == 7 == len(started), "an exit status alone does not make a run complete"
     assert {cards for _, cards in started} <= {"0", "1"}
     assert "method=teacher" in started[0][0], "the first stage ends before the second begins"
