@@ -26,7 +26,8 @@ class Data:
     """names: class names in our order; counts: training images per class; indices: those of an epoch, with repeats.
 
     test: yields (image (3, S, S) normalised, label). parts: named slices of it that are also reported alone. truth: for
-    parametric faces {"face", "background", "occluder"} masks (N, S, S) of the test images. source: the identity of the files."""
+    parametric faces {"face", "background", "occluder"} masks (N, S, S) of the test images. source: the identity of the files.
+    files: the training images of a set on disk, each once, as they are."""
 
     names: tuple[str, ...]
     counts: list[int]
@@ -36,6 +37,7 @@ class Data:
     parts: Mapping[str, slice] = field(default_factory=dict)
     truth: Mapping[str, Tensor] = field(default_factory=dict)
     source: Mapping[str, Any] = field(default_factory=dict)
+    files: "FaceFiles | None" = None
 
 
 class FaceFiles(Dataset):
@@ -137,7 +139,7 @@ def _files(
     source = identity(
         name, [*train.paths, *test.paths], root=base, classes=len(names), left_out=train.left_out + test.left_out
     )
-    return Data(names, per_class, indices, FaceFiles(test, testing), make, source=source)
+    return Data(names, per_class, indices, FaceFiles(test, testing), make, source=source, files=FaceFiles(train))
 
 
 def normalise(images: Tensor) -> Tensor:

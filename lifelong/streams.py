@@ -252,7 +252,7 @@ def stored(image: Image, size: int, channels: int = 3) -> Tensor:
 
 
 def _files(name: str, root: str | None, size: int, workers: int, splits: Sequence[str]) -> _Loaded:
-    names, paths, targets = _cub200(root) if name == "cub200" else _folder(root, splits)
+    names, paths, targets = files_of(name, root, splits)
 
     def decode(split: str, at: Tensor) -> Tensor:
         with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -260,6 +260,13 @@ def _files(name: str, root: str | None, size: int, workers: int, splits: Sequenc
 
     source = identity(name, [p for s in splits for p in paths[s]], root=root, classes=len(names))
     return _Loaded(names, targets, (3, size, size), decode, source)
+
+
+def files_of(
+    name: str, root: str | None, splits: Sequence[str]
+) -> tuple[list[str], dict[str, list[Path]], dict[str, Tensor]]:
+    """(class names, files by split, labels by split) of cub200 or of one's own class folders."""
+    return _cub200(root) if name == "cub200" else _folder(root, splits)
 
 
 def _numbered(file: Path) -> dict[int, tuple[str, str]]:

@@ -1,15 +1,19 @@
 """Says what is in a data folder, and what is missing or broken:
 
 python -m common.data.check <set> <root> [--deep] [--list FILE ...] [--strip-prefix PREFIX]
+python -m common.data.check <paper>.<set> <root> [key=value ...]    a set that one paper reads, e.g. ap_fer.raf_db, fm_vit.cefa
 
 Exit status 0: usable; 1: not usable, with the first ten problems and the layout expected; 2: wrong arguments.
-Nothing is written. `--deep` opens every image.
+Nothing is written. `--deep` opens every image. Everything is read by the loaders that train. `key=value`: keys of the set's
+`data` configuration, e.g. protocol=2.1. Without arguments it lists the sets.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
+import importlib.util
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -19,10 +23,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf, open_dict
+
 from common.data.detection import DetectionSet, coco_detection, voc_detection, voc_stems
 from common.data.files import folders as _folders
 from common.data.files import hidden, images_below, open_image
 from common.data.vision import KNOWN, data_root, image_list, torchvision_set
+from common.metrics.readme import PAPERS
 
 SHOWN = 10
 LAYOUTS = {
@@ -41,6 +51,20 @@ class Options:
     deep: bool = False
     lists: list[Path] = field(default_factory=list)
     strip_prefix: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)  # of a paper's set
+
+
+@dataclass(frozen=True)
+class Found:
+    """One split as the loader of a paper reads it. `<paper>/check.py` has SETS, {name: layout in words}, and
+    read(name, root, **options), which yields them.
+
+    files: every image; per_class: how many of each class, identity, kind; open: reads one image as the loader does."""
+
+    split: str
+    files: list[Path]
+    per_class: Mapping[Any, int]
+    open: Callable[[Path], Any] = open_image
 
 
 @dataclass
@@ -71,10 +95,10 @@ class Report:
         return "\n".join(out)
 
 
-def _open_all(paths: Iterable[Path], report: Report) -> None:
+def _open_all(paths: Iterable[Path], report: Report, read: Callable[[Path], Any] = open_image) -> None:
     for path in paths:
         try:
-            open_image(path)
+            read(path)
         except (FileNotFoundError, ValueError) as error:
             report.problems.append(str(error))
 
@@ -225,31 +249,87 @@ CHECKS: dict[str, Callable[[Path, Report, Options], None]] = {
 }
 
 
+def data_choices(script: str) -> dict[str, str]:
+    """{name: its first comment, the layout} of the configurations `data=<name>` beside the file `script`."""
+    files = sorted(Path(script).parent.glob("configs/data/*.yaml"))
+    lines = {f.stem: f.read_text(encoding="utf-8").splitlines() for f in files}
+    return {name: next(t[2:] for t in text if not t.startswith("# @package")) for name, text in lines.items()}
+
+
+def data_options(script: str, name: str, root: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The node `data` of a paper's configuration with data=<name>, data.root and further keys. ValueError for one it lacks."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(Path(script).resolve().parent / "configs"), version_base="1.3"):
+        node = compose("config", overrides=[f"data={name}"]).data
+    if unknown := sorted(set(given) - set(node)):
+        raise ValueError(f"data={name} has no key {', '.join(unknown)}; it has {', '.join(node)}")
+    with open_dict(node):
+        node.update(root=str(root), **given)
+    options: Any = OmegaConf.to_container(node, resolve=True)
+    return options
+
+
+def papers_sets() -> dict[str, str]:
+    """{<paper>.<set>: layout} of the sets that only one paper reads."""
+    # By name and at call time: nothing here depends on a paper.
+    modules = {p: f"{p}.check" for p in PAPERS if importlib.util.find_spec(f"{p}.check")}
+    return {f"{p}.{name}": text for p, m in modules.items() for name, text in importlib.import_module(m).SETS.items()}
+
+
+def _check_of_paper(name: str, root: Path, report: Report, options: Options) -> None:
+    paper, name = name.split(".", 1)
+    try:
+        for found in importlib.import_module(f"{paper}.check").read(name, root, **options.settings):
+            report.counts(found.split, len(found.files), found.per_class)
+            report.problems += [f"{found.split}: no image {p}" for p in found.files if not p.is_file()]
+            if options.deep:
+                _open_all((p for p in found.files if p.is_file()), report, found.open)
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, TypeError) and "unexpected keyword" not in str(error):
+            raise
+        report.problems.append(str(error))
+
+
 def check(name: str, root: str | Path, options: Options | None = None) -> Report:
-    """What is in `root`, read as the data set `name` (a key of CHECKS, else ValueError)."""
-    if name not in CHECKS:
-        raise ValueError(f"unknown data set {name!r}; choose from {', '.join(CHECKS)}")
-    report = Report()
+    """What is in `root`, read as the data set `name` (a key of CHECKS or of `papers_sets`, else ValueError)."""
+    if name not in CHECKS and name not in (others := papers_sets()):
+        raise ValueError(f"unknown data set {name!r}; choose from {', '.join([*CHECKS, *others])}")
+    report, options = Report(), options or Options()
     try:
         path = data_root(root)
     except (FileNotFoundError, ValueError) as error:
         report.problems.append(str(error))
         return report
     report.say(f"{name} in {path}")
-    CHECKS[name](path, report, options or Options())
+    if name in CHECKS:
+        CHECKS[name](path, report, options)
+    else:
+        _check_of_paper(name, path, report, options)
     return report
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m common.data.check", description="What a data folder holds.")
-    parser.add_argument("set", choices=CHECKS)
+    parser.add_argument("set", help="a data set; without arguments: all there are")
     parser.add_argument("root")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="of the data configuration of a paper's set")
     parser.add_argument("--deep", action="store_true", help="open every image")
     parser.add_argument("--list", action="append", type=Path, default=[], help="a list file (set `list`)")
     parser.add_argument("--strip-prefix", help="removed from the front of the listed paths (set `list`)")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    layouts = LAYOUTS | papers_sets()
+    if not arguments:
+        print("\n".join(f"{name:24s} {layout}" for name, layout in layouts.items()))
+        return 0
     given = parser.parse_args(arguments)
-    report = check(given.set, given.root, Options(given.deep, given.list, given.strip_prefix))
-    print(report.text(LAYOUTS[given.set]))
+    settings = dict(text.split("=", 1) for text in given.settings if "=" in text)
+    if given.set not in layouts:
+        parser.error(f"unknown data set {given.set!r}; choose from {', '.join(layouts)}")
+    if len(settings) < len(given.settings) or (settings and given.set in CHECKS):
+        parser.error("further arguments are key=value, for the set of a paper")
+    values = {key: yaml.safe_load(value) for key, value in settings.items()}
+    report = check(given.set, given.root, Options(given.deep, given.list, given.strip_prefix, values))
+    print(report.text(layouts[given.set]))
     return 1 if report.problems else 0
 
 

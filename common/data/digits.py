@@ -61,7 +61,7 @@ def split_total(*, train: int = 1000, seed: int = 0) -> tuple[Dataset, Dataset]:
     Raises ValueError unless 1 <= train <= 1796.
     """
     data = all_digits()
-    if not 1 <= train < len(data):
+    if not isinstance(train, int) or not 1 <= train < len(data):
         raise ValueError(f"train must be in 1..{len(data) - 1}, got {train}")
     order = np.random.default_rng(seed).permutation(len(data))
     return data.subset(order[:train]), data.subset(order[train:])

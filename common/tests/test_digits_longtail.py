@@ -62,6 +62,8 @@ def test_split_total():
     assert torch.equal(joint.sum(0), everything.sum(0))
     with pytest.raises(ValueError, match="got 1797"):
         split_total(train=1797)
+    with pytest.raises(ValueError, match="1..1796, got abc"):
+        split_total(train="abc")  # type: ignore[arg-type]
 
 
 def test_subset_carries_masks_and_extra():
