@@ -31,7 +31,7 @@ from adaptive_prune.settings import check, options
 from adaptive_prune.stages import check_start, dense_start, load_start, matched_counts, matched_run, teacher_of
 from common import runs
 from common.data.batches import Plan, stream
-from common.loop import Means, Progress, bar, preflight, sync_norm
+from common.loop import Means, Progress, bar, compiled, preflight, sync_norm
 from common.scripts import script
 
 
@@ -127,7 +127,7 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     spared = ("vit.cls_token", "vit.pos_embed")
     groups = param_groups_weight_decay(model, cfg.optim.weight_decay, no_weight_decay_list=spared)
     optimizer = torch.optim.AdamW(groups, lr=cfg.optim.lr, betas=tuple(cfg.optim.betas))
-    model, optimizer = fabric.setup(sync_norm(fabric, model), optimizer)
+    model, optimizer = fabric.setup(compiled(sync_norm(fabric, model), cfg.compile), optimizer)
     ema = ModelEmaV3(model.module, decay=cfg.train.ema) if cfg.train.ema else None
     teacher = fabric.to_device(teacher) if teacher is not None else None
     if cfg.preflight:

@@ -24,7 +24,7 @@ from ap_fer.stages import stems_first
 from ap_fer.token_selection import to_mask
 from common import runs
 from common.data.batches import Plan, eval_batches, seeded, stream
-from common.loop import Means, Progress, bar, gather, preflight, sync_norm
+from common.loop import Means, Progress, bar, compiled, gather, preflight, sync_norm
 from common.scripts import script
 
 
@@ -105,7 +105,7 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     data = build_data(seed=cfg.seed, **cfg.data)
     network = build(cfg, len(data.names))
     cost = macs(network, cfg)
-    model, optimizer = fabric.setup(sync_norm(fabric, network), build_optimizer(network, cfg))
+    model, optimizer = fabric.setup(compiled(sync_norm(fabric, network), cfg.compile), build_optimizer(network, cfg))
     batches = data.make(Plan.of(cfg.train, len(data.indices), fabric, seed=cfg.seed), fabric.device)
     if cfg.preflight:
         model.train()

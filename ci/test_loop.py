@@ -212,3 +212,24 @@ def test_every_key_of_the_method_changes_the_training(paper, fabric, tmp_path):
         )
         silent += [key] * same
     assert not silent, f"nothing reads {', '.join(silent)}"
+
+
+def test_compile_translates_the_trained_network_only_when_it_is_asked_to(paper, fabric, tmp_path, monkeypatch):
+    hook = HOOKS[paper]
+    if "compile" not in hook.config():
+        pytest.skip("no switch: inner loops on copies of the network, small regressors, or a graph that dynamo does not take")
+    translated, trained = [], set()
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: translated.append(self))
+    handle = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: trained.update(id(p) for g in optimizer.param_groups for p in g["params"])
+    )
+    try:
+        hook.fit(hook.config(), fabric, tmp_path / "plain")
+        assert not translated
+        hook.fit(hook.config("compile=true"), fabric, tmp_path / "compiled")
+    finally:
+        handle.remove()
+    (network,) = translated
+    assert {id(p) for p in network.parameters()} & trained, "another network was translated"
+    for a, b in zip(weights(tmp_path / "plain"), weights(tmp_path / "compiled"), strict=True):
+        assert torch.equal(a, b), "names, state and start are those of the plain run"

@@ -2,13 +2,15 @@
 means over images and ranks, the finite check, gathering over ranks, the progress of a run, and its preflight.
 """
 
+import os
 import resource
+import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from lightning_fabric import Fabric
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.runs import Run, check_finite
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Loaded(NamedTuple):
@@ -106,6 +110,18 @@ def sync_norm(fabric: Fabric, model: nn.Module) -> nn.Module:
         "differ from one process with the whole batch"
     )
     return model
+
+
+def compiled(network: Network, wanted: bool) -> Network:
+    """The network itself, which torch.compile will translate at its first step if `wanted` (cfg.compile); its names, state and
+    type stay. Sums may run in another order, so `compile=true` is part of what a run is. ValueError without a compiler."""
+    if wanted:
+        if not torch.cuda.is_available() and not shutil.which(os.environ.get("CXX", "c++")):
+            raise ValueError(
+                "compile=true needs a C++ compiler on a CPU (Debian, Ubuntu: apt install g++; or CXX=<compiler>)"
+            )
+        network.compile()
+    return network
 
 
 def bar(batches: Iterable, *, total: int, title: str, quiet_below: int = 20) -> Iterator:

@@ -45,6 +45,8 @@ NOT_IN_FINGERPRINT = (
     "data.root", "data.download", "data.workers", "broken_images",  # what was left out is part of the identity of the data
     "fabric.accelerator", "fabric.devices", "fabric.strategy", "fabric.num_nodes",
 )  # fmt: skip
+# Keys that came later: with the value that changes nothing, a configuration is what it was without them.
+ABSENT_AS = {"compile": False}
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "lightning-fabric", "hydra-core")
 
 
@@ -86,7 +88,8 @@ def _fingerprinted(config: Mapping) -> dict[str, Any]:
     def ignored(key: str) -> bool:
         return any(key == name or key.startswith(name + ".") for name in NOT_IN_FINGERPRINT)
 
-    return {key: value for key, value in flatten(config).items() if not ignored(key)}
+    flat = flatten(config).items()
+    return {k: v for k, v in flat if not ignored(k) and not (k in ABSENT_AS and v == ABSENT_AS[k])}
 
 
 def differing_keys(old: Mapping, new: Mapping) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common import runs
 from common.data.batches import Plan, eval_batches, stream
-from common.loop import Means, Progress, bar, gather, preflight, sync_norm
+from common.loop import Means, Progress, bar, compiled, gather, preflight, sync_norm
 from common.scripts import script
 from dcp_nas.checkpoint import build_network, build_teacher, initialise, stage_path, state
 from dcp_nas.checks import check_training
@@ -130,7 +130,7 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     model = build(cfg, data, genotype)
     teacher = build_teacher(cfg.teacher, stage_path(cfg, cfg.teacher), classes=data.classes, channels=data.channels)
     network = sync_norm(fabric, model) if cfg.train.sync_norm else model
-    model, optimizer = fabric.setup(network, build_optimizer(network, cfg))
+    model, optimizer = fabric.setup(compiled(network, cfg.compile), build_optimizer(network, cfg))
     teacher = None if teacher is None else fabric.to_device(teacher)
     batches = data.batches(plan, fabric.device)
     if cfg.preflight:

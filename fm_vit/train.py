@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from common import runs
 from common.data.batches import Plan, eval_batches, stream
-from common.loop import Means, Progress, bar, gather, preflight, sync_norm
+from common.loop import Means, Progress, bar, compiled, gather, preflight, sync_norm
 from common.scripts import script
 from fm_vit.checkpoint import build, state, untrained
 from fm_vit.data import Data, build_data, check_data
@@ -142,7 +142,7 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     plan = Plan.of(cfg.train, len(data.splits["train"]), fabric, seed=cfg.seed)
     model = build(runs.plain(cfg), data.modalities)
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg.optim))
-    model, optimizer = fabric.setup(sync_norm(fabric, model), optimizer)
+    model, optimizer = fabric.setup(compiled(sync_norm(fabric, model), cfg.compile), optimizer)
     batches = data.batches(plan, fabric.device)
     if cfg.preflight:
         model.train()

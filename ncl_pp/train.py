@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from common import runs
 from common.data.batches import Plan, eval_batches, stream
 from common.data.longtail import save_indices
-from common.loop import Means, Progress, bar, gather, preflight, sync_norm
+from common.loop import Means, Progress, bar, compiled, gather, preflight, sync_norm
 from common.scripts import script
 from ncl_pp.checkpoint import state
 from ncl_pp.contrastive import MomentumContrast, check_queue
@@ -109,7 +109,7 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     data.split(cfg.evaluate.split)
     model, criterion = build(cfg, data)
     optimizer = torch.optim.SGD(model.parameters(), **cfg.optim)
-    model, optimizer = fabric.setup(sync_norm(fabric, model), optimizer)
+    model, optimizer = fabric.setup(compiled(sync_norm(fabric, model), cfg.compile), optimizer)
     criterion = criterion.to(fabric.device)
     plan = Plan.of(cfg.train, len(data.indices), fabric, seed=cfg.seed)
     batches = data.batches(plan, copies=cfg.method.copies, device=fabric.device, second_view=bool(cfg.method.w_con))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from common import runs
 from common.data.batches import Plan, eval_batches, stream
-from common.loop import Means, Progress, bar, gather, preflight
+from common.loop import Means, Progress, bar, compiled, gather, preflight
 from common.quant.lsq import check_steps
 from common.scripts import script
 from q_vit import teacher as teachers
@@ -103,7 +103,7 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
         prefix, source = (prefix[0], prefix_tokens(teacher)), source | {"teacher": digest(teacher)}
         teacher = Tapped(teacher, "raw").to(fabric.device).eval()
     student = Tapped(core, "raw" if is_float(cfg.method) else cfg.method.dgd.student_tap)
-    student, optimizer = fabric.setup(student, make_optimizer(core, cfg.optim))
+    student, optimizer = fabric.setup(compiled(student, cfg.compile), make_optimizer(core, cfg.optim))
     for line in notices(cfg, fabric.world_size):
         fabric.print(line)
     if cfg.preflight:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from common import runs
 from common.data.batches import Plan, eval_batches, stream
-from common.loop import Means, Progress, bar, gather, preflight, sync_norm
+from common.loop import Means, Progress, bar, compiled, gather, preflight, sync_norm
 from common.scripts import script
 from rbonn.binarize import parameter_groups
 from rbonn.checkpoint import resume, state
@@ -134,7 +134,7 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     network, teacher, begun = build(cfg, data)
     network = sync_norm(fabric, network) if cfg.train.sync_norm else network
     torch_optimizer = build_optimizer(network, cfg)
-    model, optimizer = fabric.setup(network, torch_optimizer)
+    model, optimizer = fabric.setup(compiled(network, cfg.compile), torch_optimizer)
     recurrence = Recurrence(network, torch_optimizer)
     teacher = None if teacher is None else fabric.to_device(teacher)
     batches = data.batches(plan, fabric.device)

@@ -41,6 +41,14 @@ def test_fingerprint_covers_results_not_places():
         assert runs.fingerprint(CFG) != runs.fingerprint(other)
 
 
+def test_a_key_that_came_later_changes_a_run_only_with_another_value():
+    assert (
+        runs.fingerprint({**CFG, "compile": False})
+        == runs.fingerprint(CFG)
+        != runs.fingerprint({**CFG, "compile": True})
+    )
+
+
 def test_differing_keys_name_old_and_new():
     new = {**CFG, "optim": {"lr": 0.2, "nesterov": True}, "data": {"root": "/y", "name": "d"}}
     assert runs.differing_keys(CFG, new) == ["optim.lr: 0.1 -> 0.2", "optim.nesterov: (absent) -> True"]
