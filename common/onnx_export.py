@@ -22,11 +22,13 @@ def export_onnx(
     tolerance: float = 1e-4,
     batches: Sequence[int] = (1, 5),
     outputs: Sequence[str] = ("logits",),
+    translations: Mapping[Any, Any] | None = None,
 ) -> float:
     """Writes model(images (B, C, H, W)) -> outputs with a dynamic batch, `about` as JSON in its metadata (`read_about`); returns
     the largest difference between onnxruntime and torch.
 
-    image: one example (1, C, H, W). Checked on random batches of sizes `batches`; ValueError, and no file, above `tolerance`."""
+    image: one example (1, C, H, W). translations: what custom operators become, see torch.onnx.export.
+    Checked on random batches of sizes `batches`; ValueError, and no file, above `tolerance`."""
     for name in ("onnxscript", "onnx_ir"):  # they tell every node that they remove
         logging.getLogger(name).setLevel(logging.WARNING)
     out, model = Path(out).expanduser(), model.cpu().eval()
@@ -37,6 +39,7 @@ def export_onnx(
             torch.onnx.export(
                 model, (image.repeat(2, 1, 1, 1),), beside, input_names=["images"], output_names=list(outputs),
                 dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, external_data=False, verbose=False,
+                custom_translation_table=None if translations is None else dict(translations),
             )  # fmt: skip
         write_about(beside, about)
         worst = difference(model, beside, image, batches)
@@ -65,11 +68,13 @@ def difference(model: nn.Module, file: str | Path, image: Tensor, batches: Seque
 
 
 def write_about(file: str | Path, about: Mapping[str, Any]) -> None:
-    """Puts what is needed to use a network into the metadata of its ONNX file."""
+    """Puts what is needed to use a network into the metadata of its ONNX file; takes the exporter's notes out."""
     import onnx
 
     proto = onnx.load(str(file))
     onnx.helper.set_model_props(proto, {"about": json.dumps(dict(about))})
+    for noted in (*proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
+        del noted.metadata_props[:]  # stack traces with paths of this machine, 2 kB each
     onnx.save(proto, str(file))
 
 
