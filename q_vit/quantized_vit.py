@@ -20,6 +20,7 @@ from timm.models.swin_transformer import PatchMerging, WindowAttention
 from timm.models.vision_transformer import Attention  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
+from common.quant.integer_onnx import Operand, integer_product
 from common.quant.lsq import MIN_STEP, LSQQuantizer
 from q_vit.information_rectification import Form, InformationRectification, Stats
 
@@ -245,15 +246,19 @@ class QuantConv2d(nn.Conv2d):
         return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
 
 
-def _product(module: Any, a: Tensor, b: Tensor, qa: nn.Module, qb: nn.Module) -> Tensor:
-    """Q(a) Q(b)^T per head; a (B, H, M, K), b (B, H, N, K)."""
+def _product(module: Any, a: Tensor, b: Tensor, qa: nn.Module, qb: nn.Module, factor: float = 1.0) -> Tensor:
+    """factor Q(a) Q(b)^T per head; a (B, H, M, K), b (B, H, N, K). On codes the factor is part of the scale of a head."""
+    if isinstance(qa, Operand) and isinstance(qb, Operand):
+        return integer_product(qa(a), qb(b).mT, qa, qb, (qa.step * qb.step * factor).view(-1, 1, 1))
     if not (module.integer and _integers(module, qa, qb)):
-        return qa(a) @ qb(b).mT
+        found = qa(a) @ qb(b).mT
+        return found if factor == 1 else found * factor
     assert isinstance(qa, LSQQuantizer) and isinstance(qb, LSQQuantizer)
     exact = _exact(qa, qb, terms=a.shape[-1])
     with torch.autocast(a.device.type, enabled=False):
         product = centred_codes(qa, a).to(exact) @ centred_codes(qb, b).to(exact).mT
-        return (product.float() * (qa.effective_step() * qb.effective_step()).view(1, -1, 1, 1)).to(a.dtype)
+        scale = qa.effective_step() * qb.effective_step() * factor
+        return (product.float() * scale.view(1, -1, 1, 1)).to(a.dtype)
 
 
 def _attend(m: Any, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -261,7 +266,7 @@ def _attend(m: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     b, n, _ = x.shape
     q, k, v = m.qkv(x).reshape(b, n, 3, m.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = m.q_norm(q), m.k_norm(k)
-    scores = _product(m, q, k, m.q_quantizer, m.k_quantizer) * m.scale
+    scores = _product(m, q, k, m.q_quantizer, m.k_quantizer, m.scale)
     if bias is not None:
         scores = scores + bias
     attention = m.attn_drop(scores.softmax(dim=-1))
