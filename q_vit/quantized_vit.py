@@ -20,6 +20,7 @@ from timm.models.swin_transformer import PatchMerging, WindowAttention
 from timm.models.vision_transformer import Attention  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
+from common.quant.integer import LARGEST, centred_codes, exact_linear, reach, scaled, weight_codes
 from common.quant.integer_onnx import Operand, integer_product
 from common.quant.lsq import MIN_STEP, LSQQuantizer
 from q_vit.information_rectification import Form, InformationRectification, Stats
@@ -177,28 +178,6 @@ def keep_steps_positive(model: nn.Module) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ integer codes
-def centred_codes(quantizer: LSQQuantizer, x: Tensor) -> Tensor:
-    """c = clip(round(x / step), qn - z, qp - z): integers as floats, same shape as x; x is about step * c.
-
-    Rounds before the zero point is added, as ONNX QuantizeLinear does. The fake-quantised form of training rounds after,
-    which differs only where x / step lies exactly between two integers and z is odd."""
-    (qn, qp), shape = quantizer.bounds, _shape(quantizer, x)
-    step, z = quantizer.effective_step().view(shape), quantizer.code_of_zero().view(shape)
-    return (x.float() / step).round().clamp(qn - z, qp - z)
-
-
-def _shape(quantizer: LSQQuantizer, x: Tensor) -> list[int]:
-    shape = [1] * x.ndim
-    if quantizer.axis is not None:
-        shape[quantizer.axis] = quantizer.groups
-    return shape
-
-
-def _exact(*quantizers: LSQQuantizer, terms: int) -> torch.dtype:
-    """A float type in which a sum of `terms` products of centred codes is exact (|c| < 2^(bits + 1) for z in range)."""
-    return torch.float32 if terms * 2 ** (sum(q.bits for q in quantizers) + 2) <= 2**24 else torch.float64
-
-
 def _integers(module: nn.Module, *quantizers: nn.Module) -> bool:
     """Whether to compute on codes: in evaluation, except while the quantisers collect statistics."""
     return not module.training and all(isinstance(q, LSQQuantizer) and q._statistics is None for q in quantizers)
@@ -219,11 +198,9 @@ class QuantLinear(nn.Linear):
     def _on_codes(self, x: Tensor) -> Tensor:
         a, w = self.input_quantizer, self.weight_quantizer
         assert isinstance(a, LSQQuantizer)
-        exact = _exact(a, w, terms=self.in_features)
         with torch.autocast(x.device.type, enabled=False):
-            product = F.linear(centred_codes(a, x).to(exact), centred_codes(w, self.weight).to(exact))
-            y = product.float() * (a.effective_step() * w.effective_step())
-            return (y if self.bias is None else y + self.bias).to(x.dtype)
+            y = exact_linear(centred_codes(a, x), weight_codes(self, w, self.weight), reach(a) * reach(w))
+            return scaled(y, a.effective_step() * w.effective_step(), self.bias).to(x.dtype)
 
 
 class QuantConv2d(nn.Conv2d):
@@ -237,12 +214,13 @@ class QuantConv2d(nn.Conv2d):
         if self.integer and _integers(self, self.input_quantizer):
             a, w = self.input_quantizer, self.weight_quantizer
             assert isinstance(a, LSQQuantizer)
-            exact = _exact(a, w, terms=self.weight[0].numel())
             with torch.autocast(x.device.type, enabled=False):
-                codes, weight = centred_codes(a, x).to(exact), centred_codes(w, self.weight).to(exact)
+                codes, weight = centred_codes(a, x), weight_codes(self, w, self.weight)
+                if self.weight[0].numel() * reach(a) * reach(w) > LARGEST:
+                    codes, weight = codes.double(), weight.double()
                 y = self._conv_forward(codes, weight, None).float()
-                y = y * (a.effective_step() * w.effective_step()).view(1, -1, 1, 1)
-                return (y if self.bias is None else y + self.bias.view(1, -1, 1, 1)).to(x.dtype)
+                scale = (a.effective_step() * w.effective_step()).view(-1, 1, 1)
+                return scaled(y, scale, None if self.bias is None else self.bias.view(-1, 1, 1)).to(x.dtype)
         return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
 
 
@@ -254,11 +232,10 @@ def _product(module: Any, a: Tensor, b: Tensor, qa: nn.Module, qb: nn.Module, fa
         found = qa(a) @ qb(b).mT
         return found if factor == 1 else found * factor
     assert isinstance(qa, LSQQuantizer) and isinstance(qb, LSQQuantizer)
-    exact = _exact(qa, qb, terms=a.shape[-1])
     with torch.autocast(a.device.type, enabled=False):
-        product = centred_codes(qa, a).to(exact) @ centred_codes(qb, b).to(exact).mT
+        product = exact_linear(centred_codes(qa, a), centred_codes(qb, b), reach(qa) * reach(qb))
         scale = qa.effective_step() * qb.effective_step() * factor
-        return (product.float() * scale.view(1, -1, 1, 1)).to(a.dtype)
+        return scaled(product, scale.view(-1, 1, 1), None).to(a.dtype)
 
 
 def _attend(m: Any, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -166,6 +166,11 @@ class LSQQuantizer(nn.Module):
         # Python copies of the two buffers: reading a buffer in every forward would wait for the device.
         self._calibrated, self._signed = False, self.signed is not False
         self._statistics: _Statistics | None = None
+        self.moves = 0  # how often the state was moved or cast, which leaves no other trace
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "LSQQuantizer":
+        self.moves += 1
+        return super()._apply(fn, recurse)
 
     def _read_flags(self) -> None:
         self._calibrated, self._signed = bool(self.calibrated), bool(self.is_signed)

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 from common import runs
+from common.quant.lsq import LSQQuantizer
+from common.quant.packed_weights import payload
 from q_vit.bench import bench
 from q_vit.checkpoint import load
 from q_vit.data import build_data
@@ -40,8 +42,15 @@ def test_a_packed_network_is_the_same_network_bit_for_bit(bits, preset, tmp_path
     model, x = student(bits, preset=preset)
     torch.save(pack(model), tmp_path / "packed.pt")
     file = runs.load_checkpoint(tmp_path / "packed.pt")
-    for name, (m, q) in quantised_weights(model).items():
+    found = quantised_weights(model)
+    for name, (m, q) in found.items():
         assert len(file["packed"][name]) == math.ceil(m.weight.numel() * q.bits / 8)
+    coded = sum(math.ceil(m.weight.numel() * q.bits / 8) for m, q in found.values())
+    real = sum(p.numel() for p in model.parameters()) - sum(m.weight.numel() for m, _ in found.values())
+    flags = 2 * sum(isinstance(m, LSQQuantizer) for m in model.modules())
+    assert payload(file) == coded + 4 * real + flags  # to the byte: steps are among the real ones
+    tensors = len(file["packed"]) + len(file["rest"])
+    assert payload(file) < (tmp_path / "packed.pt").stat().st_size < payload(file) + 400 * tensors
     other, _ = student(bits, seed=1, preset=preset)
     assert not torch.equal(other(x), model(x))
     torch.testing.assert_close(unpack(other, file)(x), model(x), rtol=0, atol=0)
