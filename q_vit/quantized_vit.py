@@ -224,7 +224,7 @@ class QuantConv2d(nn.Conv2d):
         return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
 
 
-def _product(module: Any, a: Tensor, b: Tensor, qa: nn.Module, qb: nn.Module, factor: float = 1.0) -> Tensor:
+def head_product(module: Any, a: Tensor, b: Tensor, qa: nn.Module, qb: nn.Module, factor: float = 1.0) -> Tensor:
     """factor Q(a) Q(b)^T per head; a (B, H, M, K), b (B, H, N, K). On codes the factor is part of the scale of a head."""
     if isinstance(qa, Operand) and isinstance(qb, Operand):
         return integer_product(qa(a), qb(b).mT, qa, qb, (qa.step * qb.step * factor).view(-1, 1, 1))
@@ -243,11 +243,11 @@ def _attend(m: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     b, n, _ = x.shape
     q, k, v = m.qkv(x).reshape(b, n, 3, m.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = m.q_norm(q), m.k_norm(k)
-    scores = _product(m, q, k, m.q_quantizer, m.k_quantizer, m.scale)
+    scores = head_product(m, q, k, m.q_quantizer, m.k_quantizer, m.scale)
     if bias is not None:
         scores = scores + bias
     attention = m.attn_drop(scores.softmax(dim=-1))
-    return _product(m, attention, v.mT, m.p_quantizer, m.v_quantizer).transpose(1, 2).reshape(b, n, -1)
+    return head_product(m, attention, v.mT, m.p_quantizer, m.v_quantizer).transpose(1, 2).reshape(b, n, -1)
 
 
 class QuantAttention(Attention):

@@ -73,12 +73,16 @@ def render_equations(paper_dir: str | Path, *, most: int = MAPPED, up: str = "")
 
 
 def render_deployment(paper_dir: str | Path) -> str | None:
-    """The recorded bench of a network with one bit per weight: bytes and milliseconds of every kind, in the least and the most
-    that was measured; None without results/deploy/bench.json."""
+    """The recorded bench of a network on bits or on 8-bit integers: bytes and milliseconds of every kind, in the least and the
+    most that was measured; None without results/deploy/bench.json."""
     file = Path(paper_dir) / "results/deploy/bench.json"
     if not file.is_file():
         return None
     rows = json.loads(file.read_text())
+    if any(r.get("kind") == "integer" for r in rows):
+        from common.metrics.integer_deployment import render  # it times networks, too: not without need
+
+        return render(rows)
     by_kind = {
         kind: [r for r in rows if r.get("kind") == kind] for kind in ("network", "bytes", "ops", "accuracy", "layer")
     }

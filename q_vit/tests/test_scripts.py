@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from common import runs
+from common.metrics.readme import render_deployment
 from common.quant.lsq import LSQQuantizer
 from common.quant.packed_weights import payload
 from q_vit.bench import bench
@@ -244,10 +245,25 @@ def test_diagnose_sets_networks_side_by_side(fabric, root, checkpoint, tmp_path)
     assert not (tmp_path / "e.png").exists()
 
 
-def test_bench_writes_its_rows(tmp_path):
-    found = bench(config(f"out={tmp_path / 'b.json'}", "rounds=1", "batch_size=1", name="bench"))
-    assert len(found) == 4 and found == json.loads((tmp_path / "b.json").read_text())
-    assert found[-1]["unit"] == "MB" and found[-1]["ratio"] > 6
+def test_bench_writes_its_rows_and_they_make_the_table(tmp_path):
+    tiny = "+model={name:vit,img_size:16,patch_size:8,embed_dim:24,depth:1,num_heads:2}"
+    options = [tiny, "bits=[4]", "rounds=1", "batches=[1]", "threads=1", "compiled=false", "layers=false", "classes=5"]
+    found = bench(config(f"out={tmp_path / 'b.json'}", *options, name="bench"))
+    assert found == json.loads((tmp_path / "b.json").read_text())
+    (row,) = (r for r in found if r.get("kind") == "integer")
+    assert row["ours_is"] == "4 bit" and row["baseline_is"] in {"fp32 eager", "bf16 eager", "onnxruntime fp32"}
+    assert row["forms"].keys() == {
+        "fp32 eager", "bf16 eager", "onnxruntime fp32", "onnxruntime int8 dynamic", "4 bit"
+    }  # fmt: skip
+    sizes = {r["form"]: r["ours"] for r in found if r.get("kind") == "bytes"}
+    assert sizes["4 bit packed"] < sizes["4 bit"] < sizes["onnxruntime fp32"]
+    assert all(r["ours"] > 0 for r in found if r.get("kind") == "memory")
+    (tmp_path / "results/deploy").mkdir(parents=True)
+    (tmp_path / "results/deploy/bench.json").write_text((tmp_path / "b.json").read_text())
+    lines = (render_deployment(tmp_path) or "").splitlines()
+    assert len(lines) > 6 and len({line.count("|") for line in lines[:6]}) == 1  # four ways under a head
+    with pytest.raises(ValueError, match="give the widths"):
+        bench(config("bits=[]", name="bench"))
 
 
 def test_the_lines_of_the_readme():
