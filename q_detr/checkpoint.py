@@ -14,6 +14,7 @@ from q_detr.building import KINDS, build_real
 from q_detr.data import LONGEST, MEAN, STD, num_classes
 from q_detr.detr import DETR
 from q_detr.official_weights import load_real_valued, official_options
+from q_detr.packing import unpack
 from q_detr.quantized_detr import quantize_detr
 
 OFFICIAL_SIDE = 800  # shorter side of the images in the official evaluation
@@ -47,8 +48,8 @@ def state(
 
 
 def load(path: str | Path) -> Loaded:
-    """The network in evaluation mode, the configuration that trained it and what to know to use it, of a checkpoint of train.py;
-    of released weights of DETR or SMCA-DETR the configuration is {}.
+    """The network in evaluation mode, the configuration that trained it and what to know to use it, of a checkpoint of train.py
+    or a packed file of export.py; of released weights of DETR or SMCA-DETR the configuration is {}.
 
     FileNotFoundError, `runs.RunError` for a broken file, ValueError for another one."""
     found = runs.load_checkpoint(path)
@@ -56,12 +57,16 @@ def load(path: str | Path) -> Loaded:
         raise ValueError(f"{path} holds no weights by name")
     if "config" not in found:
         return _released(path, found)
-    if missing := {"model", "config", "about"} - found.keys():
-        raise ValueError(f"{path} is no checkpoint of q_detr/train.py: it lacks {', '.join(sorted(missing))}")
+    if missing := {"packed" if "packed" in found else "model", "config", "about"} - found.keys():
+        raise ValueError(
+            f"{path} is no checkpoint of q_detr/train.py or export.py: it lacks {', '.join(sorted(missing))}"
+        )
     config, known = found["config"], found["about"]
     model = build_real(**{**config["model"], "weights": None}, num_classes=known["num_classes"])
     if config["method"]["quantised"]:
         model = quantize_detr(model, **config["method"]["quant"])
+    if "packed" in found:
+        return Loaded(unpack(model, found), config, known)
     model.load_state_dict(found["model"])
     return Loaded(model.eval(), config, known)
 

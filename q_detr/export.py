@@ -25,15 +25,12 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from common import runs
 from common.loop import Loaded
 from common.quant.lsq import LSQQuantizer
-from common.quant.pack import pack_codes, unpack_codes
 from common.scripts import script
-from q_detr.building import build_real
 from q_detr.checkpoint import load
 from q_detr.detr import DETR, Attention, pad_images
-from q_detr.quantized_detr import quantize_detr
+from q_detr.packing import pack, quantised_weights
 
 OUTPUTS = ("pred_logits", "pred_boxes")
 SIZES = (((96, 160), (128, 100)), ((75, 133), (64, 90), (80, 64)))  # the first is traced
@@ -153,16 +150,6 @@ class Deployed(nn.Module):
         return out["pred_logits"], out["pred_boxes"]
 
 
-def quantised_weights(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter, LSQQuantizer]]:
-    """{name of the weight: (its layer, the weight, its quantiser)}."""
-    found = {}
-    for name, m in model.named_modules():
-        for weight, quantizer in (("weight", "weight_quant"), ("in_proj_weight", "in_proj_quant")):
-            if isinstance(q := getattr(m, quantizer, None), LSQQuantizer):
-                found[f"{name}.{weight}"] = (m, getattr(m, weight), q)
-    return found
-
-
 def example(sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """A padded batch of random images of these sizes and its mask."""
     g = torch.Generator().manual_seed(0)
@@ -219,57 +206,6 @@ def onnx_differences(model: DETR, path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-@torch.no_grad()
-def pack(model: nn.Module) -> dict[str, Any]:
-    """{"packed": {weight: uint8}, "bits": {weight: bits}, "rest": the other tensors} of a calibrated student.
-    ValueError without quantised weights."""
-    found = quantised_weights(model)
-    if not found:
-        raise ValueError(
-            "the network has no quantised weights: nothing to pack. Real-valued weights are the checkpoint"
-        )
-    packed = {n: pack_codes(q.codes(w).flatten(), q.bits, signed=True) for n, (_, w, q) in found.items()}
-    rest = {n: t for n, t in model.state_dict().items() if n not in packed}
-    return {"packed": packed, "bits": {n: q.bits for n, (*_, q) in found.items()}, "rest": rest}
-
-
-@torch.no_grad()
-def unpack(model: DETR, file: dict[str, Any]) -> DETR:
-    """`model` (of the architecture, any weights) with what `pack` wrote: its weights are step * code, whose codes are the same
-    again, so that its outputs are those of the packed network bit for bit. ValueError for another architecture or width."""
-    found, own = quantised_weights(model), model.state_dict()
-    bits = {n: q.bits for n, (*_, q) in found.items()}
-    fits = bits.keys() == file["bits"].keys() and own.keys() - bits.keys() == file["rest"].keys()
-    if not fits or any(own[n].shape != t.shape for n, t in file["rest"].items()):
-        raise ValueError(
-            f"the file packs {len(file['bits'])} weights and holds {len(file['rest'])} other tensors, the network has "
-            f"{len(found)} and {len(own) - len(found)}, or their shapes differ: another architecture"
-        )
-    if wrong := [n for n in bits if bits[n] != file["bits"][n]]:
-        name = wrong[0]
-        raise ValueError(f"{name} is packed at {file['bits'][name]} bit, the network has {bits[name]}")
-    model.load_state_dict(file["rest"], strict=False)
-    for name, (_, weight, q) in found.items():
-        codes = unpack_codes(file["packed"][name], weight.numel(), q.bits, signed=True).view(weight.shape)
-        weight.copy_(codes * q.effective_step().view(-1, *[1] * (weight.ndim - 1)))
-    return model.eval()
-
-
-def save_packed(trained: Loaded, path: str | Path) -> None:
-    """Pack a student; the file also holds its configuration and what to know to use it."""
-    torch.save({**pack(trained.model), "config": trained.config, "about": trained.about}, path)
-
-
-def load_packed(path: str | Path) -> Loaded:
-    """The student of a file of `save_packed`, in evaluation mode. ValueError for another file."""
-    file = runs.load_checkpoint(path)
-    if missing := {"packed", "bits", "rest", "config", "about"} - file.keys():
-        raise ValueError(f"{path} is no file of export.py: it lacks {', '.join(sorted(missing))}")
-    config, about = file["config"], file["about"]
-    real = build_real(**{**config["model"], "weights": None}, num_classes=about["num_classes"])
-    return Loaded(unpack(quantize_detr(real, **config["method"]["quant"]), file), config, about)
-
-
 def export(cfg: DictConfig) -> Path:
     """Writes cfg.out and, of a student, the packed file; both only if they agree with PyTorch. ValueError otherwise."""
     out = Path(cfg.out).expanduser()
@@ -305,10 +241,11 @@ def export(cfg: DictConfig) -> Path:
 
 @torch.no_grad()
 def write_packed(trained: Loaded, target: Path) -> None:
-    """`save_packed`, read back and compared. ValueError if the outputs are not equal bit for bit."""
-    save_packed(trained, target)
+    """Packs a student with what to know to use it, reads it back and compares. ValueError if the outputs are not equal bit for
+    bit."""
+    torch.save({**pack(trained.model), "config": trained.config, "about": trained.about}, target)
     images = example(SIZES[0])
-    if not torch.equal(load_packed(target).model(*images)["pred_logits"], trained.model(*images)["pred_logits"]):
+    if not torch.equal(load(target).model(*images)["pred_logits"], trained.model(*images)["pred_logits"]):
         target.unlink()
         raise ValueError("the packed network does not give the outputs of the checkpoint")
     before = 4 * sum(p.numel() for p in trained.model.parameters())

@@ -4,10 +4,11 @@ import onnx
 import pytest
 import torch
 from omegaconf import OmegaConf
-from torch import nn
 
 from common.onnx_export import read_about
 from common.quant.lsq import LSQQuantizer
+from common.quant.packed_weights import payload
+from q_detr.checkpoint import load
 from q_detr.detr import DETR
 from q_detr.export import (
     OUTPUTS,
@@ -17,12 +18,9 @@ from q_detr.export import (
     example,
     export,
     export_onnx,
-    load_packed,
     onnx_differences,
-    pack,
-    quantised_weights,
-    unpack,
 )
+from q_detr.packing import pack, quantised_weights, unpack
 from q_detr.quantized_detr import calibrate_student, quantize_detr
 from q_detr.smca import SMCADETR
 
@@ -97,6 +95,10 @@ def test_packed_weights_are_the_weights_bit_for_bit_at_their_real_size(tmp_path)
     for name, (_, weight, q) in weights.items():
         assert file["packed"][name].numel() == -(-weight.numel() * q.bits // 8) and name not in file["rest"]
     assert {q.bits for *_, q in weights.values()} == {3, 8}
+    coded = sum(-(-w.numel() * q.bits // 8) for _, w, q in weights.values())
+    flags = 2 * sum(isinstance(m, LSQQuantizer) for m in network.modules())
+    real_valued = sum(p.numel() for p in network.parameters()) - sum(w.numel() for _, w, _ in weights.values())
+    assert payload(file) == coded + 4 * real_valued + flags  # to the byte: steps are among the real ones
     assert not torch.equal(
         unpack(student(seed=7, bits=3, da="both"), file).class_embed.weight, real(seed=7).class_embed.weight
     )
@@ -132,7 +134,7 @@ def test_a_checkpoint_becomes_a_graph_with_two_nodes_per_8_bit_quantiser_and_a_p
     assert stem.dtype == "int8"
     with torch.no_grad():
         found, expected = (
-            load_packed(tmp_path / "model.v1.packed.pt").model(*example(SIZES[1])),
+            load(tmp_path / "model.v1.packed.pt").model(*example(SIZES[1])),
             network(*example(SIZES[1])),
         )
     assert torch.equal(found["pred_boxes"], expected["pred_boxes"])
@@ -144,13 +146,13 @@ def test_what_cannot_be_packed_or_unpacked_is_named(tmp_path):
     with pytest.raises(RuntimeError, match="has no step yet"):
         pack(quantize_detr(real(), bits=4))
     file = pack(student(bits=4))
-    with pytest.raises(ValueError, match=r"self_attn.in_proj_weight is packed at 4 bit, the network has 3"):
+    with pytest.raises(ValueError, match=r"self_attn.in_proj_weight: 4 bit, the model has 3"):
         unpack(student(bits=3), file)
     with pytest.raises(ValueError, match="another architecture"):
         unpack(student(bits=4, da="co_attn"), file)
     wider = quantize_detr(real(ffn=32), bits=4)
     with pytest.raises(ValueError, match="another architecture"):
         unpack(wider, file)
-    torch.save({"model": nn.Linear(1, 1).state_dict()}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"no file of export.py: it lacks about, bits, config"):
-        load_packed(tmp_path / "other.pt")
+    torch.save({"packed": {}, "config": {}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"no checkpoint of q_detr/train.py or export.py: it lacks about"):
+        load(tmp_path / "other.pt")
