@@ -26,13 +26,13 @@ from common.quant.integer_onnx import translations
 from common.quant.packed_weights import payload
 from common.scripts import script
 from q_vit.deploy import deploy
-from q_vit.model import PAPER as PAPER_MODELS
 from q_vit.model import build_float, first_forward
 from q_vit.ops import layers, mac_table
 from q_vit.packing import pack
 from q_vit.quantized_vit import head_product, quantize_vit
 
 PAPER = Path(__file__).resolve().parent
+TITLES = {f"deit_{size}_patch16_224": f"DeiT-{size[0].upper()}" for size in ("tiny", "small", "base")}
 EVIDENCE = PAPER / "results/real_fashion_mnist/cells.csv"
 ARMS = {
     "onnxruntime fp32": "fp", "4 bit": "baseline/method.bits-4+method.quant.preset-deployable",
@@ -160,7 +160,7 @@ def bench(cfg: DictConfig) -> list[dict]:
     options, before = OmegaConf.to_container(cfg.model), torch.get_num_threads()
     assert isinstance(options, dict)
     real = build_float(**options, num_classes=cfg.classes).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
-    table, name, made = Bench(cfg.out), str(cfg.model.name), students(real, cfg.bits)
+    table, name, made = Bench(cfg.out), TITLES.get(cfg.model.name, str(cfg.model.name)), students(real, cfg.bits)
     with tempfile.TemporaryDirectory() as place:
         folder, image = Path(place), _image(real)
         files = {"onnxruntime fp32": write(real, image, folder / "fp32.onnx")}
@@ -180,12 +180,10 @@ def bench(cfg: DictConfig) -> list[dict]:
                     add_layers(table, real, next(iter(deployed.values())), folder, rounds=cfg.rounds)
         finally:
             torch.set_num_threads(before)
-    if name in PAPER_MODELS:
+    if cfg.model.name in TITLES:
         for bits in cfg.bits:
-            ops = count_ops(layers(name, bits), "lane")
-            table.add(
-                f"{name}, {bits} bit, OPs", ops, mac_table(name)["total"], unit="OPs", kind="ops", form=f"{bits} bit"
-            )
+            ops, whole = count_ops(layers(cfg.model.name, bits), "lane"), mac_table(cfg.model.name)["total"]
+            table.add(f"{name}, {bits} bit, OPs", ops, whole, unit="OPs", kind="ops", form=f"{bits} bit")
         for form, arm in ARMS.items():
             add_accuracy(table, form, EVIDENCE, arm=arm, metric="top1", data="Fashion-MNIST")
     add_simulation(table, real, rounds=max(3, cfg.rounds // 4), batch=4)
