@@ -101,8 +101,8 @@ def draw(teacher_file: Path, students: dict[str, Path], out: Path) -> None:
 def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        teacher = train(fabric, folder, "teacher", "method=teacher", "train.epochs=6")
-        own = [f"teacher.weights={teacher}", "train.epochs=1"]
+        teacher = train(fabric, folder, "teacher", "method=teacher", "train.epochs=10")
+        own = [f"teacher.weights={teacher}", "method.start=teacher", "train.epochs=2"]
         students = {
             "2-bit baseline": train(fabric, folder, "baseline", "method=baseline", *own),
             "Q-DETR: with DA": train(fabric, folder, "drd", "method=drd", *own),

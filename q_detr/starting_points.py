@@ -13,19 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 from common import runs
 
 CONFIGS = Path(__file__).parent / "configs"
-BACKBONE = (
-    "bits",
-    "stem_bits",
-    "quantizer",
-    "backbone_act",
-    "act_granularity",
-    "quantize_downsample",
-)  # options of quantize_detr that a first stage has settled
+# Options of quantize_detr that a first stage has settled.
+BACKBONE = ("bits", "stem_bits", "quantizer", "backbone_act", "act_granularity", "quantize_downsample")
 
 
 def own_config(cfg: DictConfig, arm: str, seed: int, *, data: Any, model: Any) -> DictConfig:
     """The configuration of `arm` by itself: its recipe as the files give it, on this data and model, and of `cfg` only where and
-    on what it computes. The first stage also takes the student's teacher and, its steps being kept, the student's quantisers."""
+    on what it computes. The first stage also takes the student's teacher, its steps being kept the student's quantisers, and the
+    student's schedule: both stages have as many steps."""
     base, method = OmegaConf.load(CONFIGS / "config.yaml"), OmegaConf.load(CONFIGS / f"method/{arm}.yaml")
     for name in ("defaults", "hydra"):
         del base[name]  # type: ignore[arg-type]
@@ -34,7 +29,8 @@ def own_config(cfg: DictConfig, arm: str, seed: int, *, data: Any, model: Any) -
     if arm == "stage1":
         quant = OmegaConf.to_container(cfg.method.quant, resolve=True)
         kept = {k: v for k, v in quant.items() if k not in ("parts", "da")}  # type: ignore[union-attr]
-        own = OmegaConf.merge(own, {"teacher": cfg.teacher, "method": {"quant": kept}})
+        schedule = {k: cfg[k] for k in ("train", "optim", "schedule")}
+        own = OmegaConf.merge(own, {"teacher": cfg.teacher, "method": {"quant": kept}, **schedule})
     return own  # type: ignore[return-value]
 
 
@@ -51,13 +47,13 @@ def directory(cfg: DictConfig, arm: str, seed: int, own: DictConfig, identity: M
 
 
 def _plainest(cfg: DictConfig) -> DictConfig:
-    """`cfg` with the teacher, quantisers and precision of configs/config.yaml."""
+    """`cfg` with the teacher, quantisers, schedule and precision of configs/config.yaml."""
     base = OmegaConf.load(CONFIGS / "config.yaml")
     quant = OmegaConf.merge({"method": base.method, "parity": base.parity}).method.quant
     shared = {"run_root": cfg.run_root, "scale": cfg.scale, "threads": cfg.threads}
     return OmegaConf.create({
         **shared, "fabric": {**cfg.fabric, "precision": base.fabric.precision}, "teacher": base.teacher,
-        "parity": base.parity, "method": {"quant": quant},
+        "parity": base.parity, "method": {"quant": quant}, **{k: base[k] for k in ("train", "optim", "schedule")},
     })  # fmt: skip
 
 

@@ -137,7 +137,7 @@ def test_a_corrupt_image_is_named(official, folder):
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """{name: file} of an untrained tiny teacher and its 2-bit students with and without DA, as train.py saves them."""
-    root, cfg = tmp_path_factory.mktemp("checkpoints"), config("data.test=6", name="config")
+    root, cfg = tmp_path_factory.mktemp("checkpoints"), config("data.test=6", "model.kind=detr", name="config")
     torch.manual_seed(0)
     real = build_real(**cfg.model, num_classes=3)
     images, mask = torch.randn(4, 3, 48, 48), torch.zeros(4, 48, 48, dtype=torch.bool)

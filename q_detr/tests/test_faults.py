@@ -70,7 +70,7 @@ def test_two_ranks_are_one_process_at_the_same_global_batch(tmp_path, monkeypatc
     student = [
         *base,
         "method=da",
-        "method.da_init=calibrated",
+        "method.start=teacher",
         "method.quant.bits=4",
         f"teacher.weights={tmp_path / 'one/last.ckpt'}",
     ]
@@ -110,7 +110,7 @@ def test_a_killed_student_goes_on_to_the_numbers_of_an_uninterrupted_one(tmp_pat
     base = [*SMALL, f"run_root={tmp_path}", "scale=mini", "fabric.accelerator=cpu", "data.train=32"]
     cfg = config(*base, "method=teacher", "train.epochs=1")
     fit(cfg, runs.launch(cfg.fabric), tmp_path / "teacher")
-    overrides = [*base, "train.epochs=8", f"teacher.weights={tmp_path / 'teacher/last.ckpt'}"]
+    overrides = [*base, "method.start=teacher", "train.epochs=8", f"teacher.weights={tmp_path / 'teacher/last.ckpt'}"]
     cfg = config(*overrides, "method=drd")
     fit(cfg, runs.launch(cfg.fabric), tmp_path / "whole")
     command = [sys.executable, "train.py", *overrides, f"hydra.run.dir={tmp_path / 'cut'}"]

@@ -33,7 +33,7 @@ def run(*overrides):
 def save(path, held_out, side=None, **more):
     """An untrained tiny DETR as train.py saves it."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("config")
+        cfg = compose("config", ["model.kind=detr"])
     torch.manual_seed(0)
     known = about(held_out, loss="softmax", side=side) | more
     model = build_real(**cfg.model, num_classes=known["num_classes"])

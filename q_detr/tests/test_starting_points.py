@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from common import runs
 from common.quant.lsq import LSQQuantizer
-from common.reproduce import cells
+from common.reproduce import stages
 from q_detr import train
 from q_detr.building import build_real, build_student, parameter_groups
 from q_detr.detr import Attention, pad_images
@@ -79,6 +79,8 @@ def test_the_first_stage_has_the_students_quantisers_and_teacher(fabric):
     own, out = found(fabric, "stage1", "method=baseline")
     assert str(out) == "r/default/stage1/seed0" and list(own.method.quant.parts) == ["backbone"]
     assert own.method.drd.weight == 2.5 and own.method.start == "teacher" and own.method.drd.lambda_for_layers == 6
+    own, longer = found(fabric, "stage1", "train.epochs=7", "optim.lr=0.01", "schedule.warmup=0.2")
+    assert (own.train.epochs, own.optim.lr, own.schedule.warmup) == (7, 0.01, 0.2) and "for-" in str(longer)
     own, four = found(fabric, "stage1", "method.quant.bits=4", "method.quant.da=both")
     assert own.method.quant.bits == 4 and own.method.quant.da == "none" and "for-" in str(four)
     own, out = found(fabric, "stage1", "teacher.seed=3")
@@ -233,32 +235,43 @@ def test_a_teacher_below_the_floor_stops_what_follows(fabric, tmp_path):
 def test_every_scale_has_three_teachers_with_a_floor_and_one_protocol(scale):
     """Students learn from the teacher of their seed; those of one seed and one width of bits start from one first stage, and
     train for as many steps as it did."""
-    paper, extra = CONFIGS.parent, () if scale in ("mini", "full", "gpu_scenes") else ("data.root=/d",)
-    found = [c for c in cells(paper, scale, extra) if c.script == "train"]
-    teachers = {c.seed for c in found if c.arm == "teacher"}
-    assert len(teachers) == 3 and min(teachers) == 100
-    starts = {}
-    for cell in (c for c in found if c.seed == 100):
-        cfg = composed(cell, scale, extra)
-        if cell.arm == "teacher":
-            assert cfg.evaluate.floor >= 40, cell
+    schedules, starts, kept = set(), set(), ("epochs", "batch_size")
+    for file in stages(CONFIGS.parent, scale):
+        if file.stem.split("_")[1] != "train":
             continue
-        assert cfg.teacher.seed == cfg.seed in teachers and cfg.evaluate.floor is None, cell
-        if cfg.method.start == "stage1":
-            key = (cfg.method.quant.quantizer, cfg.method.quant.bits, cfg.seed)
-            starts.setdefault(key, set()).add((cfg.start.weights, cfg.train.epochs, cfg.train.batch_size, cfg.optim.lr))
-            assert (cfg.method.da_init, cfg.method.drd.lambda_for_layers) == ("calibrated", 6), cell
-            assert f"bits-{cfg.method.quant.bits}/seed{cfg.seed}/" in cfg.start.weights, cell
-    assert starts and all(len(s) == 1 for s in starts.values()), starts
-    first = {composed(c, scale, extra).train.epochs for c in found if c.arm.startswith("stage1") and c.seed == 100}
-    assert first == {epochs for s in starts.values() for _, epochs, _, _ in s}
+        cfg, params = composed(scale, file.stem)
+        assert params["seed"] == "100,101,102", file.stem
+        if params["method"] == "teacher":
+            assert cfg.evaluate.floor >= 40, file.stem
+            continue
+        assert cfg.teacher.seed == cfg.seed == 101 and cfg.evaluate.floor is None, file.stem
+        schedule = (*(cfg.train[k] for k in kept), cfg.optim.lr, cfg.optim.quant_lr)
+        if params["method"] == "stage1":
+            schedules.add(schedule)
+            bits = params["method.quant.bits"].split(",")
+            starts |= {f"{cfg.run_root}/{scale}/{cfg.arm}/method.quant.bits-{b}/seed101/last.ckpt" for b in bits}
+        elif cfg.method.start == "stage1":
+            assert (cfg.method.da_init, cfg.method.drd.lambda_for_layers) == ("calibrated", 6), file.stem
+            assert schedules == {schedule}, file.stem
+            assert cfg.start.weights in starts and f"bits-{cfg.method.quant.bits}/" in cfg.start.weights, file.stem
+    assert schedules and starts
 
 
-def composed(cell, scale, extra):
+def composed(scale, stage):
+    """(the configuration of the first cell of seed 101, what the sweep varies)."""
     from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
 
+    data = [] if scale in ("mini", "full", "gpu_scenes") else ["data.root=/d"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("config", [f"+reproduce/{scale}={cell.stage}", *extra, *cell.overrides])
+        sweep = [f"+reproduce/{scale}={stage}", *data]
+        params = compose("config", sweep, return_hydra_config=True).hydra.sweeper.params
+        first = [
+            f"{k}={str(v).split(',')[0] if k != 'method.quant.parts' else '[backbone]'}" for k, v in params.items()
+        ]
+        cfg = compose("config", [*sweep, *first, "seed=101"], return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    return cfg, params
 
 
 def test_32_bits_is_no_quantiser_at_all():
