@@ -53,7 +53,8 @@ def _plainest(cfg: DictConfig) -> DictConfig:
     shared = {"run_root": cfg.run_root, "scale": cfg.scale, "threads": cfg.threads}
     return OmegaConf.create({
         **shared, "fabric": {**cfg.fabric, "precision": base.fabric.precision}, "teacher": base.teacher,
-        "parity": base.parity, "method": {"quant": quant}, **{k: base[k] for k in ("train", "optim", "schedule")},
+        "parity": base.parity, "method": {"quant": quant},
+        "train": base.train, "optim": base.optim, "schedule": base.schedule,
     })  # fmt: skip
 
 
