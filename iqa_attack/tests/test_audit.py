@@ -9,6 +9,7 @@ from torch import nn
 
 from iqa_attack import audit
 from iqa_attack.photographs.images import read_image, write_png
+from iqa_attack.quality_models.models import CallableMetric
 from iqa_attack.tests.conftest import config
 
 
@@ -107,3 +108,14 @@ def test_an_onnx_file_is_a_black_box(folder, fabric, tmp_path, capsys, fidelity)
     with pytest.raises(SystemExit):
         audit.run_audit(options(folder, f"model={tmp_path / 'm.onnx'}", f"fidelity={fidelity}", "force=true"), fabric)
     assert "120 x 120 pixels, m.onnx takes 96 x 96 only" in capsys.readouterr().err
+
+
+def test_a_metric_of_one_image_at_a_time(images):
+    """PIQE of pyiqa gives one value for a batch, others their mean: each image is then given alone, with its gradient."""
+    one = CallableMetric(lambda x: sharpness(x).mean(), higher_is_better=False)
+    x = images[:3].clone().requires_grad_()
+    torch.testing.assert_close(one(x), -sharpness(images[:3]))
+    one(x).sum().backward()
+    assert x.grad is not None and bool((x.grad.abs().flatten(1).sum(1) > 0).all())
+    with pytest.raises(ValueError, match="gives 2 values for one image"):
+        CallableMetric(lambda x: torch.ones(2), higher_is_better=True)(images[:1])
