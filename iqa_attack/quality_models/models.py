@@ -163,7 +163,9 @@ class CallableMetric(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         found = torch.as_tensor(self.function(x)).reshape(-1)
-        if len(found) != len(x) and len(x) > 1:  # a metric of one image at a time, or one that takes the mean of a batch
+        if (
+            len(found) != len(x) and len(x) > 1
+        ):  # a metric of one image at a time, or one that takes the mean of a batch
             return torch.cat([self(image[None]) for image in x])
         if len(found) != len(x):
             raise ValueError(f"the metric gives {len(found)} values for one image, a quality model gives one score")

@@ -68,9 +68,10 @@ def test_what_cannot_be_scored_is_named_at_the_end(trained_root, folder, fabric,
 
 
 def test_published_parameters_are_read_and_calibrated_on_the_training_images(brisque, fabric, tmp_path):
-    """statistics.brisque.file: the model of that file, whatever the split; its logistic is that of the training images."""
+    """statistics.brisque.file: the model of that file, whatever the split (twice the scores of the one that would be fitted);
+    its logistic is that of the training images."""
     np.savez(
-        tmp_path / "svr.npz", support_vectors=brisque.vectors, alpha=-brisque.coefficients, rho=-brisque.rho,
+        tmp_path / "svr.npz", support_vectors=brisque.vectors, alpha=-2 * brisque.coefficients, rho=-2 * brisque.rho,
         gamma=brisque.gamma, feature_range=np.stack([brisque.low, brisque.high]),
     )  # fmt: skip
     cfg = train_config("method=brisque", f"statistics.brisque.file={tmp_path / 'svr.npz'}")
