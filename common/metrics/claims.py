@@ -30,7 +30,7 @@ MAX_PRIMARY = 3
 
 _PUBLISHED_KEYS = {"id", "table", "setting", "metric", "value", "unit", "source"}
 _CLAIM_KEYS = {"id", "statement", "kind", "scale", "primary", "published", "metric", "arms"}
-_CLAIM_OPTIONAL = {"better", "margin", "tol", "note", "front"}
+_CLAIM_OPTIONAL = {"better", "margin", "tol", "note", "front", "gated"}
 
 Measurements = dict[str, dict[int, dict[str, float]]]
 
@@ -137,6 +137,9 @@ def _claim(where: str, raw: Any, published: dict[str, dict], path: Path) -> dict
         "arms": [arm_name(arm) for arm in arms],  # as their directories are called
         **{"scale": scales, "published": row, "better": better, "margin": margin, "tol": tol, "note": raw.get("note")},
         "front": bool(raw.get("front", False)),  # shown on the first screen of the README
+        "gated": bool(
+            raw.get("gated", False)
+        ),  # a run whose baseline is not competent has no such metric: left out and named
     }
 
 
@@ -300,7 +303,13 @@ def _measure(claim: dict[str, Any], measurements: Measurements, records: list[di
         measured = {claim["arms"][0]: _summary({r["name"]: float(r["value"]) for r in records})}
     else:
         measured = {
-            arm: _summary({str(s): _value(claim, arm, s, run) for s, run in sorted(measurements.get(arm, {}).items())})
+            arm: _summary(
+                {
+                    str(s): _value(claim, arm, s, run)
+                    for s, run in sorted(measurements.get(arm, {}).items())
+                    if claim["metric"] in run or not claim["gated"]
+                }
+            )
             for arm in claim["arms"]
         }
     result: dict[str, Any] = {key: claim[key] for key in ("id", "statement", "kind", "primary", "published")}
@@ -309,6 +318,13 @@ def _measure(claim: dict[str, Any], measurements: Measurements, records: list[di
     result |= {key: claim[key] for key in ("metric", "arms", "better", "margin", "tol", "note")}
     if claim["kind"] in TESTED and not claim["primary"]:
         _note(result, "exploratory, not adjusted for multiplicity")
+    if claim["gated"]:
+        lack = {
+            arm: [s for s, run in measurements.get(arm, {}).items() if claim["metric"] not in run]
+            for arm in claim["arms"]
+        }
+        if out := [f"{arm} {', '.join(map(str, sorted(seeds)))}" for arm, seeds in lack.items() if seeds]:
+            _note(result, f"left out below the declared floor: seeds of {'; '.join(out)}")
     counts = {arm: m["n"] for arm, m in measured.items()}
     if len(counts) == 2 and len({tuple(m["seeds"]) for m in measured.values()}) > 1:
         _note(result, f"arms differ in their finished seeds ({counts}); only common seeds are tested")
