@@ -217,7 +217,9 @@ def test_every_key_of_the_method_changes_the_training(paper, fabric, tmp_path):
 def test_compile_translates_the_trained_network_only_when_it_is_asked_to(paper, fabric, tmp_path, monkeypatch):
     hook = HOOKS[paper]
     if "compile" not in hook.config():
-        pytest.skip("no switch: inner loops on copies of the network, small regressors, or a graph that dynamo does not take")
+        pytest.skip(
+            "no switch: inner loops on copies of the network, small regressors, or a graph that dynamo does not take"
+        )
     translated, trained = [], set()
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: translated.append(self))
     handle = register_optimizer_step_pre_hook(
