@@ -137,9 +137,8 @@ def _claim(where: str, raw: Any, published: dict[str, dict], path: Path) -> dict
         "arms": [arm_name(arm) for arm in arms],  # as their directories are called
         **{"scale": scales, "published": row, "better": better, "margin": margin, "tol": tol, "note": raw.get("note")},
         "front": bool(raw.get("front", False)),  # shown on the first screen of the README
-        "gated": bool(
-            raw.get("gated", False)
-        ),  # a run whose baseline is not competent has no such metric: left out and named
+        # a run whose baseline is not competent has no such metric: left out and named
+        "gated": bool(raw.get("gated", False)),
     }
 
 

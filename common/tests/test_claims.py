@@ -384,6 +384,17 @@ def test_holm_runs_over_primary_t_tests_only(load):
     assert c.test_claims(load(*raws), data, "mini")[0]["p_holm"] == pytest.approx(2 * p[0])
 
 
+def test_a_gated_claim_leaves_out_the_runs_without_its_metric_and_names_them(load):
+    data = runs(a=[60.0, 62.0, 61.0, 63.0], b=[50.0, 50.5, 51.0, 51.5])
+    del data["a"][102]["top1"]
+    (found,) = c.test_claims(load(claim(gated=True)), data, "mini")
+    assert found["measured"]["a"]["n"] == 3 and found["effect"]["n"] == 3 and found["verdict"] == "supported"
+    assert found["effect"]["estimate"] == pytest.approx(np.mean([10.0, 11.5, 11.5]))
+    assert "left out below the declared floor: seeds of a 102" in found["note"]
+    with pytest.raises(ValueError, match="top1"):
+        c.test_claims(load(claim()), data, "mini")
+
+
 values = st.lists(st.floats(-3, 3).map(lambda x: round(x, 3)), min_size=4, max_size=4)
 
 
@@ -391,7 +402,7 @@ values = st.lists(st.floats(-3, 3).map(lambda x: round(x, 3)), min_size=4, max_s
 @settings(deadline=None, max_examples=50)
 def test_interval_and_verdict_agree(columns, kind, margin):
     raws = family(kind=kind, margin=margin, arms=["a"] if kind == "property" else ["a", "b"])
-    loaded = [c_ | {"scale": ["mini"], "tol": 0.0, "note": None} for c_ in raws]
+    loaded = [c_ | {"scale": ["mini"], "tol": 0.0, "note": None, "gated": False} for c_ in raws]
     data = {"a": {s: {f"m{i}": v[s] for i, v in enumerate(columns)} for s in range(4)}}
     data["b"] = {s: dict.fromkeys(("m0", "m1", "m2"), 0.0) for s in range(4)}
     for r in c.test_claims(loaded, copy.deepcopy(data), "mini"):
