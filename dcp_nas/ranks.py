@@ -1,8 +1,8 @@
 """A search on several devices: means over the ranks that every derivative passes.
 
-Each rank holds its share of a batch and its copy of the networks and of alpha. With L the mean of the losses of the ranks, the mean
-over the ranks of what autograd finds on each is dL/dx, as long as whatever the ranks exchange in the forward pass is exchanged in
-every derivative, too: in reverse, forward and second-order mode. In one process all of this is the identity.
+Each rank holds its share of a batch and its copy of the networks and of alpha. With L the mean of the losses of the ranks, the
+mean over the ranks of what autograd finds on each is dL/dx, as long as whatever the ranks exchange in the forward pass is
+exchanged in every derivative, too: in reverse, forward and second-order mode. In one process all of this is the identity.
 """
 
 from collections.abc import Iterable

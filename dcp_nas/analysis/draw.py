@@ -25,7 +25,8 @@ COLOURS = {
 
 def draw_cells(genotype: Genotype, path: str | Path) -> None:
     """Both cells as graphs, one row of nodes each; operations on the edges."""
-    figure, axes = plt.subplots(2, 1, figsize=(2.2 * (genotype.nodes + 2), 9), layout="constrained")
+    height = 2.2 if genotype.nodes < 3 else 3.3  # long edges are bent more
+    figure, axes = plt.subplots(2, 1, figsize=(2.2 * (genotype.nodes + 2), 2 * (0.8 + height)), layout="constrained")
     for axis, (kind, edges) in zip(axes, (("normal", genotype.normal), ("reduction", genotype.reduce)), strict=True):
         names = ["c(k-2)", "c(k-1)", *map(str, range(genotype.nodes)), "concat"]
         where = [
@@ -66,7 +67,7 @@ def draw_cells(genotype: Genotype, path: str | Path) -> None:
         for name, (x, y) in zip(names, where, strict=True):
             box = {"boxstyle": "round,pad=0.4", "facecolor": "#f2f2f2", "edgecolor": "black"}
             axis.text(x, y, name, ha="center", va="center", bbox=box)
-        axis.set(xlim=(-0.7, where[-1][0] + 0.7), ylim=(-1.8, 1.5), title=f"{kind} cell", aspect="equal")
+        axis.set(xlim=(-0.7, where[-1][0] + 0.7), ylim=(-0.55 * height, 0.45 * height), title=f"{kind} cell", aspect="equal")
         axis.axis("off")
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -75,29 +76,46 @@ def draw_cells(genotype: Genotype, path: str | Path) -> None:
 def draw_search(
     trajectory: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], order: str, path: str | Path
 ) -> None:
-    """Softmax weights of the operations (mean over the edges of the normal and the reduction cell), skip connections, the cosine
-    of Parent and Child gradients, the relative size of the tangent term. trajectory: one entry per phase, the start first."""
-    figure, axes = plt.subplots(1, 4, figsize=(18, 4), layout="constrained")
-    for axis, kind in zip(axes, ("normal", "reduce"), strict=False):
+    """Softmax weights of the operations, mean over the edges of each cell, with Child rounds shaded; what the networks know and how
+    much alpha decides; how the gradients of Parent and Child agree and how large the tangent term is.
+    trajectory: one entry per phase, the start first; rows: the means of each phase."""
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.9), layout="constrained", width_ratios=[1.2, 1.2, 1, 1])
+    names, spread = operations(order), []
+    for axis, kind, title in zip(axes, ("normal", "reduce"), ("normal cell", "reduction cell"), strict=False):
         alpha = np.array([entry[kind] for entry in trajectory])  # (phases, E, M)
         weights = np.exp(alpha - alpha.max(-1, keepdims=True))
-        weights = (weights / weights.sum(-1, keepdims=True)).mean(1)
-        for m, name in enumerate(operations(order)):
-            axis.plot(weights[:, m], label=name, marker="o", markersize=3)
-        axis.set(title=f"softmax(alpha), {kind} cell, mean over edges", xlabel="phase")
-    axes[0].legend(fontsize=7)
-    axes[2].step(range(len(trajectory)), [entry["skips"] for entry in trajectory], where="mid")
-    axes[2].set(title="skip connections in the normal cell", xlabel="phase", ylim=(-0.2, None))
-    for key, style in (("gradient_cosine", "C0o-"), ("tangent_ratio", "C3s-")):
-        found = [(i + 1, row[key]) for i, row in enumerate(rows) if key in row]
-        if found:
-            axes[3].plot(*zip(*found, strict=True), style, label=key.replace("_", " "))
-    axes[3].set(title="cos(g, t) and |tangent term| / |g|", xlabel="phase", yscale="symlog")
+        weights = weights / weights.sum(-1, keepdims=True)
+        spread.append(-(weights * np.log(weights + 1e-30)).sum(-1).mean(1) / np.log(len(names)))
+        for name, values in zip(names, weights.mean(1).T, strict=True):
+            kind_of, _, size = name.partition("_")
+            dashes = "--" if size.endswith("5x5") or name == "max_pool_3x3" else "-"
+            label = name.replace("_conv_", " ").replace("_connect", "").replace("_pool_", " ")
+            axis.plot(values, dashes, label=label, color=COLOURS.get(kind_of, "#000000"), marker="o", markersize=3)
+        axis.axhline(1 / len(names), color="black", linewidth=0.5, linestyle=":")
+        axis.set(title=title, ylabel=r"softmax($\alpha$), mean over edges", ylim=(0, None))
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    curves = {
+        r"accuracy on the half for $\alpha$": [(i + 1, row["val_accuracy"]) for i, row in enumerate(rows) if "val_accuracy" in row],
+        r"entropy of softmax($\alpha$)": list(enumerate(np.mean(spread, axis=0).tolist())),
+    }
+    axes[2].set(title="what is known, what is decided", ylabel="share of the largest", ylim=(0, 1.03))
+    gradients = {"cos(g, t)": "gradient_cosine", "|tangent term| / |g|": "tangent_ratio"}
+    curves_of = {label: [(i + 1, row[key]) for i, row in enumerate(rows) if key in row] for label, key in gradients.items()}
+    axes[3].set(title="Parent and Child gradients", ylim=(-1, 1))
     axes[3].set_yscale("symlog", linthresh=1e-3)
     axes[3].axhline(0, color="black", linewidth=0.5)
-    if axes[3].get_legend_handles_labels()[0]:
-        axes[3].legend(fontsize=7)
+    for axis, found in ((axes[2], curves), (axes[3], curves_of)):
+        for (label, points), style in zip(found.items(), ("C0o-", "C3s-"), strict=True):
+            if points:
+                axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+        if axis.lines and axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8, loc="best")
     for axis in axes:
+        for i, entry in enumerate(trajectory):
+            if entry["phase"].startswith("child"):
+                axis.axvspan(i - 1, i, color="#f0f0f0", zorder=0)
+        axis.set(xlabel="phase (Child rounds shaded)" if len(trajectory) > 2 else "phase", xlim=(0, len(trajectory) - 1))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
