@@ -3,7 +3,7 @@
 from typing import Any
 
 from dcp_nas.checkpoint import check_start, check_teacher, stage_path, try_network
-from dcp_nas.data import check_data
+from dcp_nas.data import SIDES, check_data
 from dcp_nas.genotypes import check_genotype
 from dcp_nas.search_space import random_genotype
 
@@ -28,6 +28,4 @@ def check_training(cfg: Any) -> None:
     weights = {"train.auxiliary_weight": cfg.train.auxiliary_weight, "stage.reconstruction": cfg.stage.reconstruction}
     if bad := [f"{k}={v}" for k, v in (weights | dict(cfg.optim)).items() if k != "name" and v < 0]:
         raise ValueError(f"{', '.join(bad)} must not be negative")
-    try_network(
-        cfg, random_genotype(0, nodes=1), 10, 3, cfg.data.get("size") or {"digits": 8, "cifar10": 32}[cfg.data.name]
-    )
+    try_network(cfg, random_genotype(0, nodes=1), 10, 3, cfg.data.get("size") or SIDES[cfg.data.name])

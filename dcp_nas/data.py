@@ -1,4 +1,4 @@
-"""Noisy digits (embedded), CIFAR-10 and folders of class folders (ImageNet), whole for training and split for the search."""
+"""Noisy digits (embedded), CIFAR-10, Fashion-MNIST and class folders (ImageNet), whole for training, split for the search."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +15,12 @@ from common.data.images import Images, Lighting
 from common.data.scenes import noisy_digits
 from common.data.vision import image_folder, in_memory, set_identity, torchvision_set
 
-SETS = ("digits", "cifar10", "folder")
+SETS = ("digits", "cifar10", "fashion_mnist", "folder")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR = ((0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768))
+FASHION = ((0.2860,), (0.3530,))
+KNOWN = {"cifar10": (CIFAR, 32, 4), "fashion_mnist": (FASHION, 28, 2)}  # mean and std, side, padding of the random crop
+SIDES = {"digits": 8, **{name: side for name, (_, side, _) in KNOWN.items()}}  # a folder says its own
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ def check_shares(shares: Sequence[float]) -> None:
 
 
 def check_data(
-    *, name: str, root: str | None = None, workers: int = 0, download: bool = False, sigma: float = 0.25, train: int = 1000,
-    size: int = 224, cutout: int = 0, lighting: bool = True, val: str = "val",
+    *, name: str, root: str | None = None, workers: int = 0, download: bool = False, sigma: float = 0.25,
+    train: int | None = 1000, size: int = 224, cutout: int = 0, lighting: bool = True, val: str = "val",
 ) -> None:  # fmt: skip
     """ValueError for options of `build_data` that cannot be used, without looking at files; TypeError for an unknown one."""
     del download, lighting
@@ -67,10 +70,12 @@ def check_data(
     if name == "digits":
         if root:
             raise ValueError(
-                f"data.root={root}: digits is embedded; name the set at the root with data=folder or data=cifar10"
+                f"data.root={root}: digits is embedded; name the set at the root with data=folder, cifar10 or fashion_mnist"
             )
         if not isinstance(train, int) or not 1 <= train < 1797:
             raise ValueError(f"data.train={train}, allowed: 1..1796 of the 1,797 digits")
+    if name == "fashion_mnist" and train is not None and not 1 <= train <= 60_000:
+        raise ValueError(f"data.train={train}, allowed: 1..60000 of the training images, or null for all")
     if not val or val.startswith(("/", "..")):
         raise ValueError(f"data.val={val!r} must be a folder below data.root")
 
@@ -79,7 +84,8 @@ def build_data(*, seed: int, **options: Any) -> Data:
     """A data set by name.
 
     digits: scikit-learn's digits with N(0, sigma^2) noise drawn from `seed`, standardised, `train` of 1,797 for training.
-    cifar10: `root` in torchvision's layout, random crop (padding 4), flip and `cutout` pixels in memory.
+    cifar10, fashion_mnist: `root` in torchvision's layout, random crop (padding 4 or 2), flip and `cutout` pixels in memory.
+        `train`: so many of Fashion-MNIST's training images, drawn from `seed`; null: all.
     folder: root/train/<class>/, root/<val>/<class>/; RandomResizedCrop(size), colour noise, flip; test: shorter side
         size * 8 / 7 (bicubic), centre crop.
     ValueError for an unknown name or option, FileNotFoundError for missing files."""
@@ -97,10 +103,15 @@ def build_data(*, seed: int, **options: Any) -> Data:
     if name == "digits":
         training, _ = noisy_digits(sigma=options.get("sigma", 0.25), train=options.get("train", 1000), seed=seed)
         return Data(**shared, tensors=(training.images, training.targets), source=identity(name))
-    if name == "cifar10":
+    if name in KNOWN:
         found = torchvision_set(name, root, train=True, download=options.get("download", False))
-        augment = CifarAugmentation(options.get("cutout", 0))
-        return Data(**shared, tensors=in_memory(found), augment=augment, source=set_identity(found, name))
+        augment, (images, targets) = SmallAugmentation(name, options.get("cutout", 0)), in_memory(found)
+        if name == "fashion_mnist" and options.get("train") is not None:
+            kept = torch.randperm(len(images), generator=torch.Generator().manual_seed(stream(seed, 78)))[
+                : options["train"]
+            ]
+            images, targets = images[kept], targets[kept]
+        return Data(**shared, tensors=(images, targets), augment=augment, source=set_identity(found, name))
     training, val = image_folder(root, "train"), options.get("val", "val")
     if training.classes != list(names):
         different = sorted(set(training.classes) ^ set(names))
@@ -115,7 +126,7 @@ def build_data(*, seed: int, **options: Any) -> Data:
 
 
 def build_test(
-    *, name: str, seed: int, root: str | None = None, download: bool = False, sigma: float = 0.25, train: int = 1000,
+    *, name: str, seed: int, root: str | None = None, download: bool = False, sigma: float = 0.25, train: int | None = 1000,
     size: int = 224, val: str = "val", **others: Any,
 ) -> tuple[Dataset, Sequence[str], dict[str, Any], int]:  # fmt: skip
     """(test set, names of its classes, how it is looked at, channels); training images are not needed. See `build_data`."""
@@ -124,11 +135,12 @@ def build_test(
         test = noisy_digits(sigma=sigma, train=train, seed=seed)[1]
         look = {"size": 8, "crop": False, "normalise": digit_statistics(sigma=sigma, train=train, seed=seed)}
         return test, [str(d) for d in range(10)], look, 1
-    if name == "cifar10":
+    if name in KNOWN:
+        stats, side, _ = KNOWN[name]
         found = torchvision_set(name, root, train=False, download=download)
         images, targets = in_memory(found)
-        look = {"size": 32, "crop": False, "normalise": statistics(CIFAR)}
-        return TensorDataset(normalise_cifar(images), targets), found.classes, look, 3
+        look = {"size": side, "crop": False, "normalise": statistics(stats)}
+        return TensorDataset(normalised(images, stats), targets), found.classes, look, images.shape[1]
     look = {"size": size, "crop": True, "normalise": statistics(IMAGENET)}
     folder = image_folder(root, val, transform=inference_transform(**look, channels=3))
     return folder, folder.classes, look, 3
@@ -159,17 +171,19 @@ def tail(stats: tuple[Sequence[float], Sequence[float]]) -> list[Callable]:
     return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(stats[0]), list(stats[1]))]
 
 
-def normalise_cifar(images: Tensor) -> Tensor:
-    """(B, 3, H, W), uint8 or 0..1 -> float."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in CIFAR)
+def normalised(images: Tensor, stats: tuple[Sequence[float], Sequence[float]]) -> Tensor:
+    """(B, C, H, W), uint8 or 0..1 -> float; stats: mean and standard deviation of every channel."""
+    mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in stats)
     return (to_float(images) - mean) / std
 
 
-class CifarAugmentation(CropFlip):
-    """Random crop (padding 4), flip, normalisation, and a square of `cutout` pixels set to the mean, cut off at the border."""
+class SmallAugmentation(CropFlip):
+    """For a set of KNOWN: random crop, flip, normalisation, and a square of `cutout` pixels set to the mean, cut off at
+    the border."""
 
-    def __init__(self, cutout: int = 0):
-        super().__init__()
+    def __init__(self, name: str, cutout: int = 0):
+        self.stats, _, padding = KNOWN[name]
+        super().__init__(padding=padding)
         self.cutout = cutout
 
     def draw(self, shape: Sequence[int], generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -177,7 +191,7 @@ class CifarAugmentation(CropFlip):
         return (*super().draw(shape, generator), centre)
 
     def __call__(self, images: Tensor, *drawn: Tensor) -> Tensor:
-        out = normalise_cifar(super().__call__(images, *drawn[:2]))
+        out = normalised(super().__call__(images, *drawn[:2]), self.stats)
         if not self.cutout:
             return out
         centre, half = drawn[2].to(images.device), self.cutout // 2

@@ -29,7 +29,7 @@ from dcp_nas.analysis.draw import draw_cells, draw_search
 from dcp_nas.child_parent import ChildParentSearch
 from dcp_nas.counts import count
 from dcp_nas.cp_nas import CPNAS
-from dcp_nas.data import Data, build_data, check_data, check_shares, split_for_search
+from dcp_nas.data import SIDES, Data, build_data, check_data, check_shares, split_for_search
 from dcp_nas.network import Network
 from dcp_nas.operations import Bits
 from dcp_nas.ranks import over_ranks
@@ -119,7 +119,7 @@ def check(cfg: DictConfig, fabric: Fabric) -> None:
         algorithm = build(cfg, classes=10, channels=3, steps=1, device=torch.device("meta"))
         net = next(iter(algorithm.nets.values()))
         alphas = net.new_alphas(torch.Generator(device="cpu"))
-    side = cfg.data.get("size") or {"digits": 8, "cifar10": 32}[cfg.data.name]
+    side = cfg.data.get("size") or SIDES[cfg.data.name]
     with torch.no_grad():  # a cell whose map cannot be halved says so here
         net(torch.zeros(2, 3, side, side, device="meta"), alphas)
 

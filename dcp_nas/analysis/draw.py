@@ -67,7 +67,9 @@ def draw_cells(genotype: Genotype, path: str | Path) -> None:
         for name, (x, y) in zip(names, where, strict=True):
             box = {"boxstyle": "round,pad=0.4", "facecolor": "#f2f2f2", "edgecolor": "black"}
             axis.text(x, y, name, ha="center", va="center", bbox=box)
-        axis.set(xlim=(-0.7, where[-1][0] + 0.7), ylim=(-0.55 * height, 0.45 * height), title=f"{kind} cell", aspect="equal")
+        axis.set(
+            xlim=(-0.7, where[-1][0] + 0.7), ylim=(-0.55 * height, 0.45 * height), title=f"{kind} cell", aspect="equal"
+        )
         axis.axis("off")
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -76,8 +78,8 @@ def draw_cells(genotype: Genotype, path: str | Path) -> None:
 def draw_search(
     trajectory: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], order: str, path: str | Path
 ) -> None:
-    """Softmax weights of the operations, mean over the edges of each cell, with Child rounds shaded; what the networks know and how
-    much alpha decides; how the gradients of Parent and Child agree and how large the tangent term is.
+    """Softmax weights of the operations, mean over the edges of each cell, with Child rounds shaded; what the networks know and
+    how much alpha decides; how the gradients of Parent and Child agree and how large the tangent term is.
     trajectory: one entry per phase, the start first; rows: the means of each phase."""
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.9), layout="constrained", width_ratios=[1.2, 1.2, 1, 1])
     names, spread = operations(order), []
@@ -96,12 +98,16 @@ def draw_search(
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     curves = {
-        r"accuracy on the half for $\alpha$": [(i + 1, row["val_accuracy"]) for i, row in enumerate(rows) if "val_accuracy" in row],
+        r"accuracy on the half for $\alpha$": [
+            (i + 1, row["val_accuracy"]) for i, row in enumerate(rows) if "val_accuracy" in row
+        ],
         r"entropy of softmax($\alpha$)": list(enumerate(np.mean(spread, axis=0).tolist())),
     }
     axes[2].set(title="what is known, what is decided", ylabel="share of the largest", ylim=(0, 1.03))
     gradients = {"cos(g, t)": "gradient_cosine", "|tangent term| / |g|": "tangent_ratio"}
-    curves_of = {label: [(i + 1, row[key]) for i, row in enumerate(rows) if key in row] for label, key in gradients.items()}
+    curves_of = {
+        label: [(i + 1, row[key]) for i, row in enumerate(rows) if key in row] for label, key in gradients.items()
+    }
     axes[3].set(title="Parent and Child gradients", ylim=(-1, 1))
     axes[3].set_yscale("symlog", linthresh=1e-3)
     axes[3].axhline(0, color="black", linewidth=0.5)
@@ -115,7 +121,9 @@ def draw_search(
         for i, entry in enumerate(trajectory):
             if entry["phase"].startswith("child"):
                 axis.axvspan(i - 1, i, color="#f0f0f0", zorder=0)
-        axis.set(xlabel="phase (Child rounds shaded)" if len(trajectory) > 2 else "phase", xlim=(0, len(trajectory) - 1))
+        axis.set(
+            xlabel="phase (Child rounds shaded)" if len(trajectory) > 2 else "phase", xlim=(0, len(trajectory) - 1)
+        )
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -1,7 +1,10 @@
 """Every experiment composes and builds tiny; every sweep composes; every claim names arms that its scale runs."""
 
 import itertools
+import struct
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -10,15 +13,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from common import reproduce, runs
+from common.data.batches import Plan
 from common.metrics.claims import load_claims
 from dcp_nas import detect, reid, search, train
 from dcp_nas.checkpoint import build_network
-from dcp_nas.data import CifarAugmentation, build_data, split_for_search
+from dcp_nas.data import SmallAugmentation, build_data, split_for_search
 from dcp_nas.genotypes import PAPER
 from dcp_nas.search_space import GENOTYPES
+from dcp_nas.tests import layouts
 
 CONFIGS = PAPER / "configs"
-SCALES = ("mini", "full", "gpu_cifar10", "paper")
+SCALES = ("mini", "full", "real_fashion_mnist", "gpu_cifar10", "paper")
 SCRIPTS = {
     "search_cifar10": "search", "search_imagenet": "search", "search_folder": "search", "cifar10_onestage": "config",
     "train_folder": "config",
@@ -120,7 +125,7 @@ def test_the_arm_of_a_training_is_the_cell_that_it_trains():
         with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
             return compose("config", overrides=list(overrides)).arm
 
-    assert arm() == "dcp_ggn" and arm("genotype.arm=cp_do") == "cp_do"
+    assert arm() == "dcp_ggn_do" and arm("genotype.arm=cp_do") == "cp_do"
     assert arm("genotype=random", "genotype.draw=2") == "random_2" and arm("genotype=dcp_nas_l") == "dcp_nas_l"
     published = {name.lower() for name in GENOTYPES}
     assert {p.stem for p in (CONFIGS / "genotype").glob("*.yaml")} == published | {"file", "random", "searched"}
@@ -151,8 +156,6 @@ def test_every_claim_names_arms_that_its_scale_runs(scale, monkeypatch):
 
     def choices(override):
         key = override.split("=", 1)[0]
-        if key in ("lam", "mu", "method.lam", "method.mu"):
-            return [override.split(",")[0]]
         parsed = one_seed(override)
         values = (
             list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else [parsed.get_value_element_as_str()]
@@ -195,7 +198,7 @@ def test_the_halves_of_a_search_are_disjoint_and_cover_their_shares():
 
 
 def test_cutout_blanks_one_square_at_the_drawn_centre():
-    augment = CifarAugmentation(6)
+    augment = SmallAugmentation("cifar10", 6)
     images = torch.full((2, 3, 32, 32), 255, dtype=torch.uint8)
     offset, flip = torch.full((2, 2), 4), torch.tensor([False, False])
     centre = torch.tensor([[10, 20], [0, 31]])
@@ -204,6 +207,39 @@ def test_cutout_blanks_one_square_at_the_drawn_centre():
     assert blank[0].sum() == 36 and blank[0, 7:13, 17:23].all() and blank[1].sum() == 3 * 4
     drawn = augment.draw((5, 3, 32, 32), torch.Generator().manual_seed(0))
     assert len(drawn) == 3 and drawn[2].shape == (5, 2) and int(drawn[2].max()) < 32
+
+
+def write_idx(root, split, n):
+    """n images of 28 x 28, white where the class says, in torchvision's layout."""
+    raw = Path(root) / "FashionMNIST/raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    labels = (np.arange(n) % 10).astype(np.uint8)
+    images = np.zeros((n, 28, 28), np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[:, : 2 * label + 1] = 255
+    for kind, values in (("images-idx3", images), ("labels-idx1", labels)):
+        head = struct.pack(f">{1 + values.ndim}i", 0x800 + values.ndim, *values.shape)
+        (raw / f"{split}-{kind}-ubyte").write_bytes(head + values.tobytes())
+
+
+def test_fashion_mnist_is_read_drawn_from_and_normalised(tmp_path):
+    write_idx(tmp_path, "train", 100)
+    write_idx(tmp_path, "t10k", 20)
+    cfg = layouts.search_config("data=fashion_mnist", f"data.root={tmp_path}", "data.train=60")
+    search.check(cfg, runs.launch({"accelerator": "cpu", "devices": 1}))
+    data = build_data(seed=0, **cfg.data)
+    assert (len(data), data.channels, data.size, data.classes) == (60, 1, 28, 10) and data.names[9] == "Ankle boot"
+    kept = [torch.sort(build_data(seed=s, **cfg.data).tensors[1]).values for s in (0, 0, 1)]
+    assert torch.equal(kept[0], kept[1]) and not torch.equal(kept[0], kept[2])
+    assert len(build_data(seed=0, **{**cfg.data, "train": None})) == 100
+    image, label = data.test[3]
+    assert image.shape == (1, 28, 28) and label == 3
+    assert image.min().item() == pytest.approx(-0.286 / 0.353) and image.max().item() == pytest.approx(0.714 / 0.353)
+    plan = Plan(60, 20, seed=0)
+    (images,), _ = next(iter(data.batches(plan, torch.device("cpu")).epoch(0)))
+    assert images.shape == (20, 1, 28, 28) and images.max() == image.max()
+    with pytest.raises(ValueError, match=r"data\.train=0, allowed: 1\.\.60000"):
+        build_data(seed=0, **{**cfg.data, "train": 0})
 
 
 def test_missing_data_says_where_and_writes_nothing(tmp_path):
