@@ -132,6 +132,7 @@ def build_test(
     """(test set, names of its classes, how it is looked at, channels); training images are not needed. See `build_data`."""
     check_data(name=name, root=root, download=download, sigma=sigma, train=train, size=size, val=val, **others)
     if name == "digits":
+        assert train is not None  # check_data
         test = noisy_digits(sigma=sigma, train=train, seed=seed)[1]
         look = {"size": 8, "crop": False, "normalise": digit_statistics(sigma=sigma, train=train, seed=seed)}
         return test, [str(d) for d in range(10)], look, 1

@@ -8,6 +8,7 @@ inputs, too.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -244,22 +245,21 @@ def wide_dil_conv(x: Tensor, convs: Sequence[DilConv], *, shared: bool) -> Tenso
     x: (B, C, H, W) that all of them see (shared), or (B, n C, H, W), C channels for each. Small maps are bound by the number
     of kernels, not by arithmetic: one pass over n C channels costs little more than one over C. Those of one kernel
     size and dilation must stand together; the stride is common to all."""
-    body, n = convs[0].body, len(convs)
-    c = convs[0].body[2].in_channels
-    h, parts, start = body[1](batch_normed(x, eps=body[0].eps)), [], 0  # type: ignore[arg-type]
-    for _, group in itertools.groupby((m.body[2] for m in convs), key=lambda m: (m.kernel_size, m.dilation)):
+    bodies: list[Any] = [conv.body for conv in convs]
+    body, n, c = bodies[0], len(bodies), bodies[0][2].in_channels
+    h, parts, start = body[1](batch_normed(x, eps=body[0].eps)), [], 0
+    for _, group in itertools.groupby((b[2] for b in bodies), key=lambda layer: (layer.kernel_size, layer.dilation)):
         layers = list(group)
         m, layer = len(layers), layers[0]
         own = h.repeat(1, m, 1, 1) if shared else h[:, start * c : (start + m) * c]
-        parts.append(
-            F.conv2d(own, wide_weight(layers), None, layer.stride, layer.padding, layer.dilation, groups=m * c)
-        )
+        weight, groups = wide_weight(layers), m * c
+        parts.append(F.conv2d(own, weight, None, layer.stride, layer.padding, layer.dilation, groups))
         start += m
-    h = wide_act(batch_normed(torch.cat(parts, dim=1), eps=body[3].eps), [m.body[4] for m in convs])  # type: ignore[arg-type]
-    h = batch_normed(F.conv2d(body[5](h), wide_weight([m.body[6] for m in convs]), groups=n), eps=body[7].eps)  # type: ignore[arg-type, misc]
+    h = wide_act(batch_normed(torch.cat(parts, dim=1), eps=body[3].eps), [b[4] for b in bodies])
+    h = batch_normed(F.conv2d(body[5](h), wide_weight([b[6] for b in bodies]), groups=n), eps=body[7].eps)
     if convs[0].residual:
         h = h + (x.repeat(1, n, 1, 1) if shared else x)
-    return wide_act(h, [m.act for m in convs])
+    return wide_act(h, [conv.act for conv in convs])
 
 
 def reconstruction_error(model: nn.Module, *, reduction: str = "sum") -> Tensor:

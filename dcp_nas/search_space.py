@@ -19,7 +19,7 @@ from common.data.files import read_json
 
 # The two orders in which the operations stand in published code; the columns of alpha follow one of them. `control` has one more,
 # which gives noise in place of its input: a search that decides anything keeps it less often than one edge in eight.
-ORDERS = {
+ORDERS: dict[str, tuple[str, ...]] = {
     "darts": (
         "none", "max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5",
     ),
