@@ -3,6 +3,7 @@
 python search.py                                            digits, DCP-NAS with the Gauss-Newton form, under a minute
 python search.py method=direct                              another arm
 python search.py experiment=search_cifar10 data.root=/datasets budget_minutes=300
+torchrun --nproc_per_node=4 search.py experiment=search_cifar10 data.root=/datasets
 python search.py experiment=search_folder data.root=/my/images          train/<class>/, val/<class>/
 
 Interrupted, it goes on where its last checkpoint was. budget_minutes ends it early with the genotype found so far; with a larger

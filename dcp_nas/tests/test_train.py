@@ -303,8 +303,8 @@ def test_search_and_train_run_from_inside_their_folder(tmp_path):
     short = ["data.train=120", "train.batch_size=32", "train.epochs=1", "model.channels=2", f"run_root={tmp_path}"]
     done = run_script("train.py", *short)
     assert done.returncode == 0 and "searching it first" in done.stdout and "epochs 1..1" in done.stdout, done.stderr
-    found = next(tmp_path.glob("default/search_dcp_ggn/for-*/seed0/genotype.json"))
-    file = next(tmp_path.glob("default/dcp_ggn/*/seed0/last.ckpt"))
+    found = next(tmp_path.glob("default/search_dcp_ggn_do/for-*/seed0/genotype.json"))
+    file = next(tmp_path.glob("default/dcp_ggn_do/*/seed0/last.ckpt"))
     about = runs.load_checkpoint(file)["about"]
     assert Genotype.parse(about["genotype"]) == Genotype.load(found)
     again = run_script("train.py", *short, "force=true")
@@ -359,7 +359,7 @@ def test_a_cell_found_on_other_images_is_not_trained_without_being_told(tmp_path
         "train.batch_size=4",
     ]
     images = [*[o for o in SHORT if not o.startswith("data.")], *images, f"run_root={tmp_path}"]
-    where = tmp_path / "default/search_dcp_ggn/seed0"
+    where = tmp_path / "default/search_dcp_ggn_do/seed0"
     with pytest.raises(runs.RunError, match="search on folder first"):
         train.fit(composed("config", *images), fabric, tmp_path / "run")
     where.mkdir(parents=True)
