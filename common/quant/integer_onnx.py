@@ -216,15 +216,14 @@ class IntegerLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _sums(self.operand, self.operand(x), self.weight) * self.scale
-        return y if self.bias is None else y + self.bias
+        return _affine(_sums(self.operand, self.operand(x), self.weight), self.scale, self.bias)
 
 
 class IntegerConv2d(nn.Module):
     """The same for a convolution with zero padding: (B, in, H, W) -> (B, out, H', W').
 
-    Where windows lie side by side (kernel = stride, a patch embedding) it is a MatMulInteger of patches, because ConvInteger of
-    onnxruntime is several times slower than its float convolution."""
+    A MatMulInteger of pixels with the window of each side by side, channels last: two to three times as fast as float32 in
+    onnxruntime where there are many channels. With groups it is ConvInteger, which is several times slower than float32."""
 
     weight: Tensor
     scale: Tensor
@@ -235,33 +234,62 @@ class IntegerConv2d(nn.Module):
         super().__init__()
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             raise ValueError(f"padding {layer.padding!r} of mode {layer.padding_mode}: only zeros in numbers")
+        padded = any(layer.padding)
+        if not operand.inside and (padded or layer.groups > 1):
+            raise ValueError("the code of zero lies outside of 8 bits: nothing to pad with")
         self.operand, self.bits = _one_step(operand), quantizer.bits
         self.kernel, self.strides, self.dilations = layer.kernel_size, list(layer.stride), list(layer.dilation)
-        self.pads, self.group = [*layer.padding, *layer.padding], layer.groups
-        self.patches = self.kernel == tuple(self.strides) and not any(self.pads) and self.group == 1
-        self.patches = self.patches and self.dilations == [1, 1]
-        if not (self.patches or operand.inside):
-            raise ValueError("the code of zero lies outside of 8 bits: ConvInteger cannot pad with it")
-        codes = quantizer.codes(layer.weight).to(torch.int8)
-        self.register_buffer("weight", codes.flatten(1).t().contiguous() if self.patches else codes)
-        per_output = (1, 1, -1) if self.patches else (1, -1, 1, 1)
+        self.pads, self.groups = [*layer.padding, *layer.padding], layer.groups
+        self.blank = int(operand.shift)  # the code of zero
+        self.patches = (
+            list(self.kernel) == self.strides and not padded and self.dilations == [1, 1] and self.groups == 1
+        )
+        codes, per_output = quantizer.codes(layer.weight).to(torch.int8), (1, -1, 1, 1) if self.groups > 1 else (-1,)
+        order = (1, 2, 3, 0) if self.patches else (2, 3, 1, 0)
+        flat = codes.permute(order).reshape(-1, layer.out_channels).contiguous()
+        self.register_buffer("weight", codes if self.groups > 1 else flat)
         self.register_buffer("scale", (operand.step * quantizer.effective_step()).view(per_output))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone().view(per_output))
 
     def forward(self, x: Tensor) -> Tensor:
         codes = self.operand(x)
-        if not self.patches:
-            y = (
-                conv(codes, self.weight, self.operand.zero, self.strides, self.pads, self.dilations, self.group).float()
-                * self.scale
-            )
-            return y if self.bias is None else y + self.bias
-        (high, wide), rows, columns = self.kernel, x.shape[2] // self.kernel[0], x.shape[3] // self.kernel[1]
-        codes = codes[:, :, : rows * high, : columns * wide].reshape(-1, x.shape[1], rows, high, columns, wide)
-        flat = codes.permute(0, 2, 4, 1, 3, 5).reshape(-1, rows * columns, x.shape[1] * high * wide)
-        y = _sums(self.operand, flat, self.weight) * self.scale
-        y = y if self.bias is None else y + self.bias
-        return y.transpose(1, 2).reshape(x.shape[0], -1, rows, columns)
+        if self.groups > 1:
+            sums = conv(codes, self.weight, self.operand.zero, self.strides, self.pads, self.dilations, self.groups)
+            return _affine(sums.float(), self.scale, self.bias)
+        windows = self._patches(codes) if self.patches else self._windows(codes)
+        y = _affine(_sums(self.operand, windows.flatten(1, 2), self.weight), self.scale, self.bias)
+        return y.transpose(1, 2).unflatten(2, windows.shape[1:3])
+
+    def _patches(self, codes: Tensor) -> Tensor:
+        """(B, H', W', channels x window) of windows that lie side by side, a view but for one copy."""
+        (high, wide), channels = self.kernel, codes.shape[1]
+        rows, columns = codes.shape[2] // high, codes.shape[3] // wide
+        split = codes[:, :, : rows * high, : columns * wide].reshape(-1, channels, rows, high, columns, wide)
+        return split.permute(0, 2, 4, 1, 3, 5).flatten(3)
+
+    def _windows(self, codes: Tensor) -> Tensor:
+        """(B, H', W', window x channels)."""
+        last = codes.permute(0, 2, 3, 1)
+        top, left, bottom, right = self.pads
+        if any(self.pads):
+            last = F.pad(last, (0, 0, left, right, top, bottom), value=self.blank)
+        size = [
+            (n - d * (k - 1) - 1) // s + 1
+            for n, d, k, s in zip(last.shape[1:3], self.dilations, self.kernel, self.strides, strict=True)
+        ]
+        taps = []
+        for i in range(self.kernel[0]):
+            for j in range(self.kernel[1]):
+                rows, columns = (
+                    slice(o * d, o * d + s * (n - 1) + 1, s)
+                    for o, d, s, n in zip((i, j), self.dilations, self.strides, size, strict=True)
+                )
+                taps.append(last[:, rows, columns])
+        return taps[0] if len(taps) == 1 else torch.cat(taps, -1)
+
+
+def _affine(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return y * scale if bias is None else y * scale + bias
 
 
 class StoredWeight(nn.Module):

@@ -60,6 +60,7 @@ def in_place(m, q):
         lambda m, q: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}),
         lambda m, q: q.load_state_dict(q.state_dict() | {"step": torch.ones(3)}),
         lambda m, q: nn.ModuleList([m, q]).half().float(),
+        lambda m, q: nn.ModuleList([m, q])._apply(lambda t: t.data.mul_(2) if t.is_floating_point() else t),  # no version
     ],
 )  # fmt: skip
 def test_codes_of_a_weight_are_kept_until_something_changes(change):
