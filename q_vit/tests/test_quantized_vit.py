@@ -17,7 +17,7 @@ from common.quant.lsq import LSQQuantizer, calibrate, check_steps
 from common.quant.pack import integer_accumulate, integer_matmul, pack_codes, unpack_codes
 from q_vit.information_rectification import InformationRectification
 from q_vit.model import build_student, first_forward
-from q_vit.quantized_vit import Tapped, centred_codes, keep_steps_positive, quantize_vit
+from q_vit.quantized_vit import Tapped, centred_codes, head_product, keep_steps_positive, quantize_vit
 
 SMALL = {"img_size": 16, "patch_size": 4, "in_chans": 1, "num_classes": 5, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -255,12 +255,11 @@ def test_scores_equal_the_integer_product_with_zero_points():
         m.q_quantizer.zero_point.fill_(1.0)
         m.k_quantizer.zero_point.fill_(-2.0)
     q, k = torch.randn(2, 2, 5, 12), torch.randn(2, 2, 5, 12)
-    from q_vit.quantized_vit import _product
 
     per_head = {"a_step": m.q_quantizer.step.view(2, 1, 1), "b_step": m.k_quantizer.step.view(2, 1, 1)}
     expected = integer_matmul(m.q_quantizer.codes(q), m.k_quantizer.codes(k), a_zero=1.0, b_zero=-2.0, **per_head)
     torch.testing.assert_close(
-        _product(m, q, k, m.q_quantizer, m.k_quantizer).double(), expected.detach(), rtol=1e-6, atol=1e-6
+        head_product(m, q, k, m.q_quantizer, m.k_quantizer).double(), expected.detach(), rtol=1e-6, atol=1e-6
     )
     worst = integer_accumulate(torch.full((1, 3072), 255), torch.full((1, 3072), -128))
     assert worst.item() == -3072 * 255 * 128 and 3072 * 255 * 128 < 2**31
