@@ -67,10 +67,12 @@ CLIPS = (["train.clip=0.05"], 0.05)
 TEACHER = [f"teacher.weights={TEACHER_FILE}"]
 
 FELT = ["method.lam=10.0"]  # the tangent term as large as g
+BACK = ["method.decoupled.eta=0.1"]  # the backtracking as large as a step
 KEYS = {
     "algorithm": ("darts", []), "network": ("real", ["method.algorithm=darts"]), "lam": (10.0, []), "mu": (0.5, []),
     "hessian": ("exact", FELT), "distance": ("l1", FELT), "chunks": (5, ["method.hessian=fisher_empirical", *FELT]),
     "tangent": ("last", FELT), "recon_reduction": ("sum", []), "inherit": ("never", []), "reduction": ("sum", FELT),
     "product": "not here: double_vjp is the same product on the kept graph, equal up to rounding (test_tangent_propagation.py)",
-    "decoupled": ("{eta:0.1,psi:0.2,psi_lr_mult:0.1,tau:0.6,granularity:operation}", []),
+    "decoupled.eta": (0.1, []), "decoupled.psi": (0.5, BACK), "decoupled.psi_lr_mult": (1e4, BACK),
+    "decoupled.tau": (0.1, BACK), "decoupled.granularity": ("edge_op", BACK),
 }  # fmt: skip
