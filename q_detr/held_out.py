@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from common.data.detection import DetectionSet, collate, detection_sets
 from common.data.vision import data_root
+from common.runs import RunError
 from q_detr.building import cross_attention_statistics
 from q_detr.data import Prepared, normalise, resize_for_test, source_options
 from q_detr.detr import DETR, pad_images
@@ -24,6 +25,15 @@ def held_out_set(data: Mapping[str, Any]) -> DetectionSet:
         return detection_sets(**{**own, "train": 1})[1]
     data_root(own.get("root"))  # the message for an unset root comes before any other
     return detection_sets(**{**own, "train": own["test"], "voc_train": [own.get("voc_test", "VOC2007")]})[1]
+
+
+def check_floor(ap50: float, *, floor: float | None, who: str) -> None:
+    """RunError, with the number, for an AP50 (in points) below a floor that was declared beforehand; None declares none."""
+    if floor is not None and not ap50 >= floor:
+        raise RunError(
+            f"{who}: AP50 {ap50:.2f} is below evaluate.floor={floor:g}. What is measured against so weak a network means "
+            "nothing, so nothing goes on from here"
+        )
 
 
 def objects(dataset: DetectionSet) -> int:

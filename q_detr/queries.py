@@ -36,10 +36,11 @@ SHOWN = {
     "query_mean": ("mean", ""), "query_variance": ("variance", ""), "query_entropy": ("entropy", " nat"),
     "query_spread": ("spread", ""),
 }  # fmt: skip
-TITLES = (
-    "annotations (white), teacher above 0.5 (blue)", "student: kept (colour), others above 0.5 (black)",
-    "kept (solid) and matched teacher (dashed)",
-)  # fmt: skip
+SHOWN_FROM = 0.3  # the focal loss gives low scores
+TITLES = ("the teacher detects", "the student detects", "FQM: who learns from whom")
+TRUTH = {"edgecolor": "white", "linewidth": 2.6}
+TEACHER = {"edgecolor": "#f0e442", "linewidth": 1.6}
+OTHER = {"edgecolor": "black", "linewidth": 1.2}
 Queries = list[tuple[Tensor, Tensor | None]]
 
 
@@ -110,13 +111,13 @@ def draw_matches(
     losses: tuple[str, str],
 ) -> None:  # fmt: skip
     """matches.png, a row per image: annotations and the teacher's boxes; the student's boxes, kept ones in colour; kept student
-    boxes (solid) and their teacher boxes (dashed). images: uint8 (3, H, W); truth: cxcywh in 0..1."""
+    boxes (solid) and their teacher boxes (dashed); a legend below. images: uint8 (3, H, W); truth: cxcywh in 0..1."""
     count = len(images)
     tall = sum(i.shape[-2] / i.shape[-1] for i in images)
-    figure, axes = plt.subplots(count, 3, figsize=(9.6, 3.2 * tall + 0.3), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(count, 3, figsize=(7.8, 2.5 * tall + 0.9), squeeze=False, layout="constrained")
     kept = foreground_queries(student["pred_boxes"][:count], truth, tau=tau)
     partner = matched_teacher_queries(student["pred_boxes"][:count], teacher["pred_boxes"][:count])
-    sure = [foreground(o, loss) >= 0.5 for o, loss in zip((teacher, student), losses, strict=True)]
+    sure = [foreground(o, loss) >= SHOWN_FROM for o, loss in zip((teacher, student), losses, strict=True)]
     for i, image in enumerate(images):
         height, width = image.shape[-2:]
         for k, axis in enumerate(axes[i]):
@@ -133,11 +134,11 @@ def draw_matches(
 
         for box in truth[i]:
             for axis in axes[i][:2]:
-                frame(axis, box, edgecolor="white", linewidth=2.4)
+                frame(axis, box, **TRUTH)
         for box in teacher["pred_boxes"][i][sure[0][i]]:
-            frame(axes[i][0], box, edgecolor="#0072b2", linewidth=1.6)
+            frame(axes[i][0], box, **TEACHER)
         for box in student["pred_boxes"][i][sure[1][i] & ~kept[i]]:
-            frame(axes[i][1], box, edgecolor="black", linewidth=1.2)
+            frame(axes[i][1], box, **OTHER)
         colours = plt.get_cmap("tab10")
         for n, j in enumerate(kept[i].nonzero().flatten().tolist()):
             style = {"edgecolor": colours(n % 10), "linewidth": 1.6}
@@ -147,8 +148,21 @@ def draw_matches(
             axes[i][2].plot(*zip(a, b, strict=True), color=colours(n % 10), linewidth=1.2, marker=".")
         for axis in axes[i]:  # boxes beyond the image must not shrink it
             axis.set(xlim=(0, width), ylim=(height, 0))
+    _legend(figure)
     figure.savefig(out / "matches.png", dpi=110)
     plt.close(figure)
+
+
+def _legend(figure: Any) -> None:
+    colour = {"edgecolor": plt.get_cmap("tab10")(0), "linewidth": 1.6}
+    entries = {
+        "annotated object": TRUTH, f"teacher, score above {SHOWN_FROM}": TEACHER,
+        f"student, score above {SHOWN_FROM}, not kept": OTHER,
+        "student query that FQM keeps (a colour each)": colour,
+        "the teacher's query it learns from": {**colour, "linestyle": "--"},
+    }  # fmt: skip
+    handles = [Rectangle((0, 0), 1, 1, facecolor="#bbbbbb", label=label, **style) for label, style in entries.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
 
 
 @torch.no_grad()

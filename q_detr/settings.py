@@ -23,6 +23,8 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"train.clip_norm={cfg.train.clip_norm}, allowed: > 0")
     if cfg.evaluate.difficult not in DIFFICULT:
         raise ValueError(f"evaluate.difficult={cfg.evaluate.difficult!r}, allowed: {', '.join(DIFFICULT)}")
+    if (floor := cfg.evaluate.floor) is not None and not (isinstance(floor, int | float) and 0 <= floor <= 100):
+        raise ValueError(f"evaluate.floor={floor}, allowed: null or a number in 0..100")
     for key in ("teacher.weights", "start.weights"):
         if (path := OmegaConf.select(cfg, key)) and not Path(path).expanduser().is_file():
             raise FileNotFoundError(f"no checkpoint at {path} ({key})")

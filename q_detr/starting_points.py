@@ -13,6 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 from common import runs
 
 CONFIGS = Path(__file__).parent / "configs"
+BACKBONE = (
+    "bits",
+    "stem_bits",
+    "quantizer",
+    "backbone_act",
+    "act_granularity",
+    "quantize_downsample",
+)  # options of quantize_detr that a first stage has settled
 
 
 def own_config(cfg: DictConfig, arm: str, seed: int, *, data: Any, model: Any) -> DictConfig:
@@ -84,6 +92,19 @@ def find(
                 f"{'teacher' if arm == 'teacher' else 'start'}.weights=<its last.ckpt>"
             ) from error
     return out / "last.ckpt"
+
+
+def first_stage(saved: Mapping[str, Any], quant: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state of a first stage. quant: the quantisers of the second; ValueError where those of the backbone were others: the
+    second goes on with their steps."""
+    theirs = (saved.get("config") or {}).get("method", {}).get("quant", {})
+    for key in BACKBONE:
+        if key in theirs and theirs[key] != quant[key]:
+            raise ValueError(
+                f"the first stage was trained with method.quant.{key}={theirs[key]}, this student has {key}={quant[key]}: they "
+                "share the steps of the backbone"
+            )
+    return saved["model"]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Train one arm of Q-DETR: the real-valued teacher (method=teacher), or a quantised student that starts from it.
 
-python train.py                                                     generated scenes, 2 bit, DA + FQM
-python train.py method.start=stage1                                 two stages: first the backbone quantised, then everything
+python train.py                                   generated scenes, 2 bit, DA + FQM: teacher, first stage (backbone), second
+python train.py method.start=teacher              one stage: everything is quantised at once
 torchrun --nproc_per_node=8 train.py experiment=coco_stage1 data.root=/datasets/coco teacher.weights=... start.weights=...
 """
 
@@ -26,12 +26,12 @@ from q_detr.checkpoint import about, state
 from q_detr.data import Prepared, data_identity, dropped_boxes, num_classes, source_options, training_transform
 from q_detr.detr import pad_images
 from q_detr.distribution_rectification import drd_loss, layer_weight
-from q_detr.held_out import held_out_distance, objects, predict
+from q_detr.held_out import check_floor, held_out_distance, objects, predict
 from q_detr.official_weights import load_weights
 from q_detr.schedule import lr_factor
 from q_detr.set_prediction import SetCriterion
 from q_detr.settings import check
-from q_detr.starting_points import find
+from q_detr.starting_points import find, first_stage
 
 
 def losses(
@@ -106,9 +106,8 @@ def build(cfg: DictConfig, fabric: Fabric, classes: int, first_batch: list[Tenso
     elif method.start == "teacher" and teacher is not None:
         model.load_state_dict(teacher.state_dict())
     elif method.start == "stage1":
-        stage1 = runs.load_checkpoint(cfg.start.weights or find(cfg, fabric, "stage1", cfg.start.seed, **trains))[
-            "model"
-        ]
+        path = cfg.start.weights or find(cfg, fabric, "stage1", cfg.start.seed, **trains)
+        stage1 = first_stage(runs.load_checkpoint(path), method.quant)
     if teacher is None or first_batch is None:
         return model, None
     images, mask = pad_images(first_batch)
@@ -185,6 +184,7 @@ def train(
         fabric, network, held_out, loss=criterion.loss, batch_size=ev.batch_size, workers=cfg.data.workers, **where
     )
     metrics = {k: 100 * v for k, v in detection_metrics(held_out, found, difficult=ev.difficult).items()}
+    check_floor(metrics["AP50"], floor=ev.floor, who=f"{cfg.arm}, seed {cfg.seed}")
     if teacher is not None:
         metrics |= held_out_distance(network, teacher, held_out, fabric.device, images=ev.statistics_images, **where)
     run.finish({k: v for k, v in metrics.items() if math.isfinite(v)} | {f"last_{k}": v for k, v in row.items()})

@@ -17,14 +17,15 @@ __all__ = ["ACCUMULATES", "CLIPS", "KEYS", "TEACHER", "config", "fit", "rates"]
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SHORT = [
     "data.train=16", "data.test=4", "train.batch_size=8", "train.epochs=2", "train.save_every=1", "evaluate.statistics_images=4",
-    "fabric.accelerator=cpu", "data.side=32", "optim.backbone_lr=9e-4", "optim.quant_lr=11e-4",
+    "fabric.accelerator=cpu", "data.side=32", "optim.backbone_lr=9e-4", "optim.quant_lr=11e-4", "model.kind=detr",
 ]  # fmt: skip
 
 
 def short_config(*overrides):
-    """The embedded default on 16 scenes, two epochs of two steps."""
+    """The embedded default on 16 scenes, two epochs of two steps, in one stage: a first one would be trained by the way."""
+    one_stage = [] if "method=teacher" in overrides else ["method.start=teacher"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("config", [*SHORT, "arm=test", *overrides])
+        return compose("config", [*SHORT, *one_stage, "arm=test", *overrides])
 
 
 @cache
@@ -63,9 +64,9 @@ TEACHER = []
 
 PARTS = "[backbone,encoder,decoder_attention]"
 KEYS = {
-    "quantised": (False, ["method=baseline", "method.start=random"]), "start": "random", "da_init": "calibrated",
+    "quantised": (False, ["method=baseline", "method.start=random"]), "start": "random", "da_init": "ones",
     "percentile": 99.0,
-    "drd.weight": 1.0, "drd.lambda_for_layers": 6, "drd.tau": 0.2, "drd.select": "all", "drd.partner": "index",
+    "drd.weight": 1.0, "drd.lambda_for_layers": 3, "drd.tau": 0.2, "drd.select": "all", "drd.partner": "index",
     "drd.distance": "cosine", "drd.layers": "last", "drd.feature": "post_proj",
     "drd.one_to_one": (True, ["method.drd.select=all"]),
     "quant.bits": 3, "quant.attention_bits": 4, "quant.quantizer": "lsq", "quant.parts": PARTS, "quant.da": "both",

@@ -10,18 +10,19 @@ from omegaconf import OmegaConf
 
 from common import runs
 from common.quant.lsq import LSQQuantizer
+from common.reproduce import cells
 from q_detr import train
 from q_detr.building import build_real, build_student, parameter_groups
 from q_detr.detr import Attention, pad_images
 from q_detr.distribution_alignment import DistributionAlignment
-from q_detr.distribution_rectification import drd_loss
+from q_detr.distribution_rectification import drd_loss, layer_weight
 from q_detr.foreground_query_matching import foreground_queries, matched_teacher_queries
-from q_detr.held_out import held_out_batch, held_out_distance, held_out_set, predict
+from q_detr.held_out import check_floor, held_out_batch, held_out_distance, held_out_set, predict
 from q_detr.official_weights import is_student_key
 from q_detr.quantized_detr import quantize_detr
 from q_detr.set_prediction import SetCriterion
-from q_detr.starting_points import find
-from q_detr.tests.contract import short_config, trained
+from q_detr.starting_points import find, first_stage
+from q_detr.tests.contract import CONFIGS, short_config, trained
 
 SCENES = {"kind": "scenes"}
 
@@ -54,7 +55,7 @@ def test_the_students_settings_are_not_the_teachers(fabric):
     ):  # fmt: skip
         own, out = found(fabric, "teacher", *overrides)
         assert str(out) == "r/default/teacher/seed0", overrides
-        assert not own.force and own.optim.lr == 1.5e-3 and own.train.epochs == 22 and not own.method.quantised
+        assert not own.force and own.optim.lr == 2e-3 and own.train.epochs == 18 and not own.method.quantised
         runs.plain(own)  # nothing in it is missing
     assert str(found(fabric, "teacher", "teacher.seed=2")[1]) == "r/default/teacher/seed2"
 
@@ -77,7 +78,7 @@ def test_another_data_set_model_or_precision_has_a_teacher_of_its_own(fabric):
 def test_the_first_stage_has_the_students_quantisers_and_teacher(fabric):
     own, out = found(fabric, "stage1", "method=baseline")
     assert str(out) == "r/default/stage1/seed0" and list(own.method.quant.parts) == ["backbone"]
-    assert own.method.drd.weight == 2.5 and own.method.start == "teacher"
+    assert own.method.drd.weight == 2.5 and own.method.start == "teacher" and own.method.drd.lambda_for_layers == 6
     own, four = found(fabric, "stage1", "method.quant.bits=4", "method.quant.da=both")
     assert own.method.quant.bits == 4 and own.method.quant.da == "none" and "for-" in str(four)
     own, out = found(fabric, "stage1", "teacher.seed=3")
@@ -185,6 +186,79 @@ def test_an_infinite_pixel_is_not_clipped_away(fabric):
     with pytest.raises(FloatingPointError, match="not finite at step 0: ce=nan"):
         runs.check_finite(terms(fabric, batch), step=0)
         pytest.fail("an infinite pixel passed")
+
+
+def test_the_default_is_the_protocol_of_the_evidence_and_a_recipe_is_the_papers():
+    """Two stages, gamma of the size of the queries and lambda by the layers in every student of the embedded default."""
+    for arm in ("baseline", "da", "fqm", "drd", "imitation", "tau0", "lsq"):
+        cfg = default(f"method={arm}")
+        assert (cfg.method.start, cfg.method.da_init, cfg.method.drd.lambda_for_layers) == (
+            "stage1",
+            "calibrated",
+            6,
+        ), arm
+    assert [default(f"method={arm}").method.start for arm in ("stage1", "percentile")] == ["teacher", "teacher"]
+    for recipe in ("coco_stage2", "voc_stage2", "smca_stage2", "released"):
+        cfg = default(f"experiment={recipe}")
+        assert cfg.method.da_init == "ones" and layer_weight(2.5, layers=cfg.model.decoder_layers, of=6) == 2.5
+
+
+def test_a_second_stage_does_not_go_on_with_other_quantisers():
+    quant = OmegaConf.to_container(default("method=baseline").method.quant, resolve=True)
+    saved = {"model": {"w": 1}, "config": {"method": {"quant": {**quant, "parts": ["backbone"]}}}}
+    assert first_stage(saved, quant) == {"w": 1} == first_stage({"model": {"w": 1}}, quant)
+    for key, other in (("bits", 4), ("stem_bits", 4), ("quantizer", "lsq"), ("act_granularity", "per_tensor")):
+        with pytest.raises(
+            ValueError, match=f"trained with method.quant.{key}={quant[key]}, this student has {key}={other}"
+        ):
+            first_stage(saved, {**quant, key: other})
+
+
+def test_a_teacher_below_the_floor_stops_what_follows(fabric, tmp_path):
+    """The run fails, naming arm, seed and number; started again it fails again, and no student finds it finished."""
+    cfg = short_config("method=teacher", "train.epochs=1", "evaluate.floor=100", "seed=7")
+    for _ in range(2):
+        with pytest.raises(runs.RunError, match=r"test, seed 7: AP50 \d+\.\d\d is below evaluate\.floor=100"):
+            train.fit(cfg, fabric, tmp_path / "run")
+        result = json.loads((tmp_path / "run/result.json").read_text())
+        assert result["status"] == "failed" and not result["metrics"]
+    check_floor(50.0, floor=50, who="teacher")
+    check_floor(0.0, floor=None, who="teacher")
+    for low in (49.99, float("nan")):
+        with pytest.raises(runs.RunError, match="is below evaluate.floor=50"):
+            check_floor(low, floor=50, who="teacher")
+
+
+@pytest.mark.parametrize("scale", ["mini", "full", "real_bccd", "gpu_scenes", "gpu_bccd"])
+def test_every_scale_has_three_teachers_with_a_floor_and_one_protocol(scale):
+    """Students learn from the teacher of their seed; those of one seed and one width of bits start from one first stage, and
+    train for as many steps as it did."""
+    paper, extra = CONFIGS.parent, () if scale in ("mini", "full", "gpu_scenes") else ("data.root=/d",)
+    found = [c for c in cells(paper, scale, extra) if c.script == "train"]
+    teachers = {c.seed for c in found if c.arm == "teacher"}
+    assert len(teachers) == 3 and min(teachers) == 100
+    starts = {}
+    for cell in (c for c in found if c.seed == 100):
+        cfg = composed(cell, scale, extra)
+        if cell.arm == "teacher":
+            assert cfg.evaluate.floor >= 40, cell
+            continue
+        assert cfg.teacher.seed == cfg.seed in teachers and cfg.evaluate.floor is None, cell
+        if cfg.method.start == "stage1":
+            key = (cfg.method.quant.quantizer, cfg.method.quant.bits, cfg.seed)
+            starts.setdefault(key, set()).add((cfg.start.weights, cfg.train.epochs, cfg.train.batch_size, cfg.optim.lr))
+            assert (cfg.method.da_init, cfg.method.drd.lambda_for_layers) == ("calibrated", 6), cell
+            assert f"bits-{cfg.method.quant.bits}/seed{cfg.seed}/" in cfg.start.weights, cell
+    assert starts and all(len(s) == 1 for s in starts.values()), starts
+    first = {composed(c, scale, extra).train.epochs for c in found if c.arm.startswith("stage1") and c.seed == 100}
+    assert first == {epochs for s in starts.values() for _, epochs, _, _ in s}
+
+
+def composed(cell, scale, extra):
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("config", [f"+reproduce/{scale}={cell.stage}", *extra, *cell.overrides])
 
 
 def test_32_bits_is_no_quantiser_at_all():
