@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dcp_nas.decoupled_optimisation import Decoupled, active_operations
 from dcp_nas.operations import reconstruction_error
+from dcp_nas.ranks import average_gradients, world_size
 from dcp_nas.search_space import Genotype, discretise
 from dcp_nas.supernet import Supernet, inherit
 from dcp_nas.tangent_propagation import check_rule, child_gradient, flatten, parent_tangent, unflatten
@@ -106,6 +107,8 @@ class ChildParentSearch:
             )
         names = {"hessian": hessian, "distance": distance, "reduction": reduction, "product": product}
         check_rule(lam=lam, **names)
+        if world_size() > 1 and hessian in ("fisher_empirical", "ggn_diag"):
+            raise ValueError(f"hessian={hessian!r} takes the gradients of parts of one batch: it runs on one device")
         self.rule: dict[str, Any] = {"lam": lam, "chunks": chunks, **names}
         self.mu, self.recon_reduction, self.tangent, self.inherit = mu, recon_reduction, tangent, inherit
         self.rounds, self.steps_per_phase, self.alpha_start, self.w = rounds, steps, alpha_start, dict(w)
@@ -176,6 +179,7 @@ class ChildParentSearch:
             loss, row["reconstruction"] = loss + self.mu * recon, recon.detach()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(net.parameters())
         row["gradient norm"] = torch.nn.utils.clip_grad_norm_(net.parameters(), self.w["clip"])
         for group in optimizer.param_groups:
             group["lr"] = (

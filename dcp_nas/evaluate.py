@@ -1,6 +1,6 @@
 """Evaluate a checkpoint of train.py (or a packed file of export.py) on its test set or another, with its cost.
 
-python evaluate.py weights=runs/default/dcp_ggn/seed0/last.ckpt
+python evaluate.py weights=runs/default/dcp_ggn_do/seed0/last.ckpt
 python evaluate.py weights=last.ckpt data.root=/datasets/imagenet record=true
 """
 

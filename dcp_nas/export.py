@@ -1,7 +1,7 @@
 """Export a checkpoint (or a packed file) as ONNX, with ordinary convolutions, and packed: one bit per binary weight, in the order
 of the kernel that runs it. Both are checked.
 
-python export.py weights=runs/default/dcp_ggn/seed0/last.ckpt out=model.onnx packed=model.packed.pt
+python export.py weights=runs/default/dcp_ggn_do/seed0/last.ckpt out=model.onnx packed=model.packed.pt
 
 evaluate.py, predict.py and bench.py take the packed file as they take a checkpoint; it runs on bits there (numba on a CPU).
 """

@@ -12,7 +12,7 @@ from typing import Any
 from common.data.files import read_json
 from common.runs import RunError
 from common.scripts import arm_name, override
-from dcp_nas.search_space import GENOTYPES, Genotype, random_genotype
+from dcp_nas.search_space import GENOTYPES, NOISE, Genotype, random_genotype
 
 PAPER = Path(__file__).resolve().parent
 DIGITS = {"sigma": 0.25, "train": 1000}  # of configs/data/digits.yaml: what a search has without overrides
@@ -63,7 +63,13 @@ def find_genotype(cfg: Any) -> Genotype:
             f"no genotype at {path.absolute()}: run python search.py method={node.arm} scale={cfg.scale} seed={cfg.seed} first, "
             "or train another one (genotype=dcp_nas_l, genotype=random, genotype=file genotype.file=...)"
         )
-    return Genotype.load(path)
+    genotype = Genotype.load(path)
+    if genotype.share(NOISE):
+        raise ValueError(
+            f"{path}: the cell keeps the noise operation of model.order=control, which says how much a search decides; it is "
+            "nothing to train"
+        )
+    return genotype
 
 
 def genotype_for(cfg: Any, *, world_size: int, source: Mapping[str, Any]) -> Genotype:

@@ -5,12 +5,16 @@ preprocessing and factorized-reduction convolutions have 1-bit weights and real-
 inputs, too.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.quant.binary import binarize, binary_sign
+from dcp_nas.ranks import BatchStatistics, batch_normed
 
 WEIGHTS = ("real", "beta", "m")
 ACTIVATIONS = ("real", "binary")
@@ -49,7 +53,7 @@ class BetaConv2d(BinaryConv2d):
         return self.beta.abs()
 
     def binary_weight(self) -> Tensor:
-        return self.scale() * binarize(self.weight, estimator="ste")
+        return wide_weight([self])
 
 
 class MConv2d(BinaryConv2d):
@@ -112,8 +116,7 @@ class Bits:
         return layer
 
     def norm(self, channels: int, *, eps: float = EPS) -> nn.BatchNorm2d:
-        # A supernet always normalises by the batch: its running statistics would belong to no architecture.
-        return nn.BatchNorm2d(channels, eps=eps, affine=self.affine, track_running_stats=self.affine)
+        return nn.BatchNorm2d(channels, eps=eps) if self.affine else BatchStatistics(channels, eps=eps)
 
 
 class Sign(nn.Module):
@@ -131,6 +134,19 @@ class Zero(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x[:, :, :: self.stride, :: self.stride])
+
+
+class Noise(nn.Module):
+    """N(0, 1) in place of x: of its position in the batch, so that a forward pass leaves no trace, and of the module, so that no
+    two networks share it."""
+
+    def __init__(self, stride: int):
+        super().__init__()
+        self.stride, self.seed = stride, int(torch.randint(2**62, (), device="cpu"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        like = x[:, :, :: self.stride, :: self.stride]
+        return torch.randn(like.shape, generator=torch.Generator().manual_seed(self.seed)).to(like)
 
 
 class Preprocess(nn.Sequential):
@@ -189,7 +205,7 @@ def sep_conv(channels: int, k: int, stride: int, bits: Bits) -> nn.Sequential:
 
 
 def make_operation(name: str, channels: int, stride: int, bits: Bits) -> nn.Module:
-    """One of `search_space.OPERATIONS`: (B, C, H, W) -> (B, C, H / stride, W / stride). ValueError for another name."""
+    """One of `search_space.OPERATIONS`, or noise: (B, C, H, W) -> (B, C, H / stride, W / stride). ValueError for another name."""
     if name == "none":
         return Zero(stride)
     if name == "skip_connect":
@@ -203,7 +219,47 @@ def make_operation(name: str, channels: int, stride: int, bits: Bits) -> nn.Modu
     if name in ("dil_conv_3x3", "dil_conv_5x5"):
         k = int(name[-1])
         return DilConv(channels, k, stride, k - 1, 2, bits)
+    if name == "noise":
+        return Noise(stride)
     raise ValueError(f"operation {name!r} does not exist")
+
+
+# ------------------------------------------------------------------------------------- several operations in one pass
+def wide_weight(layers: Sequence[nn.Conv2d]) -> Tensor:
+    """The weights of convolutions of one shape, stacked along the output channels: real, or beta o sign(w)."""
+    weight = torch.cat([m.weight for m in layers])
+    if not isinstance(layers[0], BetaConv2d):
+        return weight
+    return torch.cat([m.scale() for m in layers]) * binarize(weight, estimator="ste")  # type: ignore[operator]
+
+
+def wide_act(x: Tensor, acts: Sequence[nn.Module]) -> Tensor:
+    """Activations side by side: PReLU with the weights of each, or one without parameters."""
+    return F.prelu(x, torch.cat([a.weight for a in acts])) if isinstance(acts[0], nn.PReLU) else acts[0](x)  # type: ignore[misc]
+
+
+def wide_dil_conv(x: Tensor, convs: Sequence[DilConv], *, shared: bool) -> Tensor:
+    """The outputs of n `DilConv` without parameters in their norms, side by side: (B, n C, H, W).
+
+    x: (B, C, H, W) that all of them see (shared), or (B, n C, H, W), C channels for each. Small maps are bound by the number
+    of kernels, not by arithmetic: one pass over n C channels costs little more than one over C. Those of one kernel
+    size and dilation must stand together; the stride is common to all."""
+    body, n = convs[0].body, len(convs)
+    c = convs[0].body[2].in_channels
+    h, parts, start = body[1](batch_normed(x, eps=body[0].eps)), [], 0  # type: ignore[arg-type]
+    for _, group in itertools.groupby((m.body[2] for m in convs), key=lambda m: (m.kernel_size, m.dilation)):
+        layers = list(group)
+        m, layer = len(layers), layers[0]
+        own = h.repeat(1, m, 1, 1) if shared else h[:, start * c : (start + m) * c]
+        parts.append(
+            F.conv2d(own, wide_weight(layers), None, layer.stride, layer.padding, layer.dilation, groups=m * c)
+        )
+        start += m
+    h = wide_act(batch_normed(torch.cat(parts, dim=1), eps=body[3].eps), [m.body[4] for m in convs])  # type: ignore[arg-type]
+    h = batch_normed(F.conv2d(body[5](h), wide_weight([m.body[6] for m in convs]), groups=n), eps=body[7].eps)  # type: ignore[arg-type, misc]
+    if convs[0].residual:
+        h = h + (x.repeat(1, n, 1, 1) if shared else x)
+    return wide_act(h, [m.act for m in convs])
 
 
 def reconstruction_error(model: nn.Module, *, reduction: str = "sum") -> Tensor:

@@ -1,6 +1,6 @@
 """Classify images with a checkpoint of train.py (or a packed file); writes a CSV (or JSON) with path, label, probability.
 
-python predict.py weights=runs/default/dcp_ggn/seed0/last.ckpt images=photos/ top=3
+python predict.py weights=runs/default/dcp_ggn_do/seed0/last.ckpt images=photos/ top=3
 """
 
 from pathlib import Path

@@ -32,7 +32,8 @@ from dcp_nas.cp_nas import CPNAS
 from dcp_nas.data import Data, build_data, check_data, check_shares, split_for_search
 from dcp_nas.network import Network
 from dcp_nas.operations import Bits
-from dcp_nas.search_space import Genotype
+from dcp_nas.ranks import over_ranks
+from dcp_nas.search_space import NOISE, Genotype
 from dcp_nas.supernet import Supernet
 
 ALGORITHMS = ("child_parent", "darts", "cp_nas")
@@ -85,8 +86,12 @@ def build(
 
 def check(cfg: DictConfig, fabric: Fabric) -> None:
     """ValueError or TypeError for everything that can be wrong before data is read: all values, the supernets."""
-    if fabric.world_size != 1:
-        raise ValueError("the search runs on one device: start it without torchrun (train.py takes several)")
+    if fabric.world_size > 1 and (cfg.method.algorithm == "cp_nas" or cfg.model.order == "control"):
+        raise ValueError("method=cp_nas and model.order=control run on one device: start them without torchrun")
+    if cfg.search.batch_size % fabric.world_size:
+        raise ValueError(
+            f"search.batch_size={cfg.search.batch_size} must be a multiple of the {fabric.world_size} devices"
+        )
     if cfg.fabric.precision != "32-true":
         raise ValueError(
             f"fabric.precision={cfg.fabric.precision}: the search takes second derivatives in 32-true only"
@@ -100,6 +105,8 @@ def check(cfg: DictConfig, fabric: Fabric) -> None:
         raise ValueError(
             f"search.alpha_start={s.alpha_start}: alpha would never move in search.rounds={s.rounds} rounds"
         )
+    if s.floor is not None and not 0 <= s.floor <= 1:
+        raise ValueError(f"search.floor={s.floor}, allowed: an accuracy of 0..1, or null for none")
     if s.steps is not None and s.steps < 1:
         raise ValueError(f"search.steps={s.steps}, allowed: >= 1, or null for an epoch")
     if min(cfg.w.lr, cfg.w.lr_min, cfg.alpha.lr) < 0 or cfg.w.clip <= 0:
@@ -130,7 +137,8 @@ def snapshot(algorithm: ChildParentSearch | CPNAS, phase: str) -> dict[str, Any]
 
 
 def summary(algorithm: Any, rows: list[dict], trajectory: list[dict], stopped: str) -> dict[str, float]:
-    """Final metrics: the last value of each phase's accuracies, the means over the search of what the tangent did, skips."""
+    """Final metrics: the last value of each phase's accuracies, the means over the search of what the tangent did, skips, the
+    entropy of softmax(alpha) as a share of the largest one, and in the space with a noise operation how often it is kept."""
     metrics = {"skips": trajectory[-1]["skips"], "stopped_early": int(bool(stopped)), "phases": len(rows)}
     for key in ("gradient_cosine", "tangent_ratio", "discrepancy", "backtrack_ratio"):
         if values := [row[key] for row in rows if key in row]:
@@ -141,7 +149,18 @@ def summary(algorithm: Any, rows: list[dict], trajectory: list[dict], stopped: s
     for kind, alpha in zip(("normal", "reduce"), algorithm.alphas(), strict=True):
         p = alpha.detach().softmax(-1)
         metrics[f"entropy_{kind}"] = -(p * p.log()).sum(-1).mean().item() / math.log(p.shape[-1])
+    metrics["entropy"] = (metrics["entropy_normal"] + metrics["entropy_reduce"]) / 2
+    if algorithm.nets["parent"].order == "control":
+        metrics["noise_kept"] = algorithm.genotype().share(NOISE)
     return metrics
+
+
+def below_floor(metrics: dict[str, float], floor: float | None) -> str:
+    """What is to be said of a search whose Parent (of DARTS: its one network) is no competent one, or ''."""
+    accuracy = metrics.get("parent_accuracy", metrics.get("val_accuracy"))
+    if floor is None or accuracy is None or accuracy >= floor:
+        return ""
+    return f"{accuracy:.1%} on the half for alpha, below search.floor={floor:.0%}: this alpha follows a network that knows little"
 
 
 @dataclass
@@ -170,13 +189,17 @@ def run_phase(
     pairs = zip(endless(batches[0], phase), endless(batches[1], phase), strict=False)
     for train, val in itertools.islice(pairs, course.step, algorithm.steps(phase)):
         row = algorithm.step(phase, train, val)
+        row["minutes"] = run.seconds / 60  # of all ranks alike, so that they stop at one step
         values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=fabric.device) for v in row.values()])
+        values = over_ranks(values.detach())
         runs.check_finite(dict(zip(row, values, strict=True)), step=course.step, last_good=run.checkpoint)
-        for name, value in zip(row, values.tolist(), strict=True):
+        *means, minutes = values.tolist()
+        row.pop("minutes")
+        for name, value in zip(row, means, strict=True):
             total, count = course.totals.get(name, (0.0, 0))
             course.totals[name] = (total + value, count + 1)
         course.step += 1
-        if cfg.budget_minutes is not None and run.seconds > 60 * cfg.budget_minutes:
+        if cfg.budget_minutes is not None and minutes > cfg.budget_minutes:
             save()
             return f"budget_minutes={cfg.budget_minutes}"
         if course.step % cfg.search.save_every == 0 and course.step < algorithm.steps(phase):
@@ -227,8 +250,12 @@ def search(fabric: Fabric, run: runs.Run, cfg: DictConfig, data: Data, algorithm
         note = "the cell before that is kept" if course.good else "no cell was within it, so this one is written"
         genotype = Genotype.parse(course.good) if course.good else genotype
         fabric.print(f"search.max_skips={cfg.search.max_skips}: {note}")
-    write(run, cfg, data, genotype, course, stopped)
-    run.finish(summary(algorithm, course.rows, course.trajectory, stopped))
+    if fabric.is_global_zero:
+        write(run, cfg, data, genotype, course, stopped)
+    metrics = summary(algorithm, course.rows, course.trajectory, stopped)
+    if said := below_floor(metrics, cfg.search.floor):
+        fabric.print(f"notice: {cfg.arm}, seed {cfg.seed}: {said}")
+    run.finish(metrics | {"below_floor": int(bool(said))})
     fabric.print(f"{genotype}\nwritten to {run.dir / 'genotype.json'}")
 
 
@@ -271,7 +298,8 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     check(cfg, fabric)
     data = build_data(seed=cfg.seed, **cfg.data)
     parts = split_for_search(data, cfg.search.shares, seed=cfg.seed)
-    plans = [Plan(len(p), cfg.search.batch_size, seed=stream(cfg.seed, 2, k)) for k, p in enumerate(parts)]
+    share = {"rank": fabric.global_rank, "world": fabric.world_size}
+    plans = [Plan(len(p), cfg.search.batch_size, seed=stream(cfg.seed, 2, k), **share) for k, p in enumerate(parts)]
     batches = tuple(part.batches(plan, fabric.device) for part, plan in zip(parts, plans, strict=True))
     steps = cfg.search.steps or len(plans[0])
     algorithm = build(cfg, classes=data.classes, channels=data.channels, steps=steps, device=fabric.device)
@@ -292,7 +320,9 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
             note=f"a step here is one of each of {len(kinds)} networks",
         )  # fmt: skip
         return
-    reopen(out, cfg.budget_minutes)
+    if fabric.is_global_zero:
+        reopen(out, cfg.budget_minutes)
+    fabric.barrier()
     cfg_of_run = cfg.copy()
     cfg_of_run.budget_minutes = None  # how long, not what: a larger budget continues the run
     if (run := runs.Run.open(out, cfg_of_run, fabric, data=data.source)) is not None:

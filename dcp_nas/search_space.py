@@ -17,7 +17,8 @@ from torch import Tensor
 
 from common.data.files import read_json
 
-# The two orders in which the operations stand in published code; the columns of alpha follow one of them.
+# The two orders in which the operations stand in published code; the columns of alpha follow one of them. `control` has one more,
+# which gives noise in place of its input: a search that decides anything keeps it less often than one edge in eight.
 ORDERS = {
     "darts": (
         "none", "max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5",
@@ -27,6 +28,8 @@ ORDERS = {
     ),
 }  # fmt: skip
 OPERATIONS = ORDERS["darts"]
+NOISE = "noise"
+ORDERS["control"] = (*OPERATIONS, NOISE)
 Edge = tuple[str, int]
 
 
@@ -59,7 +62,7 @@ class Genotype:
         for kind, edges in (("normal", self.normal), ("reduce", self.reduce)):
             for k, (name, source) in enumerate(edges):
                 node = 2 + k // 2
-                if name not in OPERATIONS or name == "none":
+                if name not in ORDERS["control"] or name == "none":
                     allowed = ", ".join(o for o in OPERATIONS if o != "none")
                     raise ValueError(f"genotype: {kind} edge {k} has operation {name!r}, allowed: {allowed}")
                 if not 0 <= source < node:
@@ -77,6 +80,11 @@ class Genotype:
     def skips(self) -> int:
         """Number of skip connections in the normal cell: the sign of a collapsed search."""
         return sum(name == "skip_connect" for name, _ in self.normal)
+
+    def share(self, operation: str) -> float:
+        """The share of the edges of both cells that have this operation, 0..1."""
+        names = [name for name, _ in self.normal + self.reduce]
+        return names.count(operation) / len(names)
 
     def plain(self) -> dict[str, list[list]]:
         """{"normal": [[operation, predecessor], ...], "reduce": [...]}, which `parse` reads."""

@@ -4,13 +4,15 @@ Norms use batch statistics and have no parameters, so that a forward pass leaves
 and the Parent as a source of targets, need nothing else.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from dcp_nas.network import reduction_cells, small_stem
-from dcp_nas.operations import BinaryConv2d, Bits, FactorizedReduce, Preprocess, make_operation
+from dcp_nas.network import reduction_cells
+from dcp_nas.operations import BinaryConv2d, Bits, FactorizedReduce, Preprocess, make_operation, wide_dil_conv
+from dcp_nas.ranks import BatchStatistics
 from dcp_nas.search_space import edge_nodes, operations
 
 SEARCH_STEMS = ("small", "imagenet")
@@ -30,6 +32,31 @@ class MixedEdge(nn.Module):
         return sum(w * op(x) for w, op in zip(weights, self.ops, strict=True))  # type: ignore[return-value]
 
 
+def mixed_edges(x: Tensor, edges: Sequence[MixedEdge], weights: Tensor, names: Sequence[str]) -> list[Tensor]:
+    """The outputs of all edges that leave one node, as `MixedEdge` gives them one by one, with their convolutions side by side.
+
+    weights: (n, M). `none` adds nothing, pools have no parameters and are the same on every edge."""
+    at = {name: k for k, name in enumerate(names)}
+    twice, once = ([name for name in names if name.startswith(kind)] for kind in ("sep_conv", "dil_conv"))
+    seps = [edge.ops[at[name]] for name in twice for edge in edges]
+    dils = [edge.ops[at[name]] for name in once for edge in edges]
+    wide = wide_dil_conv(x, [s[0] for s in seps] + dils, shared=True)  # type: ignore[index, operator]
+    cut = wide.shape[1] * len(seps) // (len(seps) + len(dils))
+    wide = torch.cat([wide_dil_conv(wide[:, :cut], [s[1] for s in seps], shared=False), wide[:, cut:]], dim=1)  # type: ignore[index]
+    branches = wide.chunk(len(seps) + len(dils), dim=1)
+    found: dict[str, list[Tensor]] = {
+        name: list(branches[k * len(edges) : (k + 1) * len(edges)]) for k, name in enumerate(twice + once)
+    }
+    for name in names:
+        if name.endswith("pool_3x3"):
+            found[name] = [edges[0].ops[at[name]](x)] * len(edges)
+        elif name in ("skip_connect", "noise"):
+            found[name] = [edge.ops[at[name]](x) for edge in edges]
+    columns = weights[:, [at[name] for name in found]]
+    rows = [torch.stack(outputs) for outputs in zip(*found.values(), strict=True)]
+    return [torch.einsum("m,mbchw->bchw", w, row) for w, row in zip(columns, rows, strict=True)]
+
+
 class SearchCell(nn.Module):
     """A cell with all its edges; edge (i, j) of `edge_nodes` is row k of alpha."""
 
@@ -37,7 +64,7 @@ class SearchCell(nn.Module):
         self, nodes: int, c_pp: int, c_p: int, c: int, *, reduction: bool, reduction_prev: bool, order: str, bits: Bits
     ):
         super().__init__()
-        self.reduction, self.nodes = reduction, nodes
+        self.reduction, self.nodes, self.names = reduction, nodes, operations(order)
         self.preprocess0 = (FactorizedReduce if reduction_prev else Preprocess)(c_pp, c, bits)
         self.preprocess1 = Preprocess(c_p, c, bits)
         self.edges = edge_nodes(nodes)
@@ -45,10 +72,18 @@ class SearchCell(nn.Module):
 
     def forward(self, s0: Tensor, s1: Tensor, weights: Tensor | Sequence[int]) -> Tensor:
         """weights: (E, M), rows of a softmax, or one operation index per edge. -> (B, nodes * c, H, W)."""
-        states = [self.preprocess0(s0), self.preprocess1(s1)]
-        for j in range(2, 2 + self.nodes):
-            inputs = [k for k, (_, node) in enumerate(self.edges) if node == j]
-            states.append(sum(self.mixed[k](states[self.edges[k][0]], weights[k]) for k in inputs))  # type: ignore[arg-type]
+        states, outputs = [self.preprocess0(s0), self.preprocess1(s1)], {}
+        for i in range(1 + self.nodes):  # every node with edges that leave it
+            if i > 1:
+                states.append(sum(outputs[k] for k, (_, node) in enumerate(self.edges) if node == i))  # type: ignore[arg-type]
+            leaving = [k for k, (source, _) in enumerate(self.edges) if source == i]
+            edges: list[MixedEdge] = [self.mixed[k] for k in leaving]  # type: ignore[misc]
+            if isinstance(weights, Tensor):
+                found = mixed_edges(states[i], edges, weights[leaving], self.names)
+            else:
+                found = [edge(states[i], weights[k]) for k, edge in zip(leaving, edges, strict=True)]
+            outputs |= zip(leaving, found, strict=True)
+        states.append(sum(outputs[k] for k, (_, node) in enumerate(self.edges) if node == 1 + self.nodes))  # type: ignore[arg-type]
         return torch.cat(states[2:], dim=1)
 
 
@@ -69,18 +104,18 @@ class Supernet(nn.Module):
             raise ValueError("a supernet needs bits with affine=False: its norms use batch statistics")
         self.nodes, self.order, self.bits = nodes, order, bits
         where = reduction_cells(cells, reductions)
+        norm = functools.partial(BatchStatistics, affine=True)
         if stem == "small":
-            self.stem = small_stem(in_channels, 3 * channels)
+            self.stem = nn.Sequential(
+                nn.Conv2d(in_channels, 3 * channels, 3, padding=1, bias=False), norm(3 * channels)
+            )
             c_pp = c_p = 3 * channels
         else:
             steps = [(in_channels, channels // 2), (channels // 2, channels), (channels, channels)]
             self.stem = nn.Sequential(
-                *(m for a, b in steps for m in (nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()))
+                *(m for a, b in steps for m in (nn.Conv2d(a, b, 3, 2, 1, bias=False), norm(b), nn.ReLU()))
             )
             c_pp = c_p = channels
-        for m in self.stem.modules():  # batch statistics here, too
-            if isinstance(m, nn.BatchNorm2d):
-                m.track_running_stats, m.running_mean, m.running_var, m.num_batches_tracked = False, None, None, None
         c, reduction_prev = channels, False
         self.cells = nn.ModuleList()
         for i in range(cells):
@@ -118,9 +153,9 @@ class Supernet(nn.Module):
     def operation_norms(self, *, reduction: bool) -> Tensor:
         """||w||_2^2 per parameter of every operation on every edge, mean over the cells of one type, (E, M).
 
-        By the convention of the paper: none 0, identity 1, 3x3 pooling 1/81; w = beta o sign(w) in the Child."""
+        By the convention of the paper: none and noise 0, identity 1, 3x3 pooling 1/81; w = beta o sign(w) in the Child."""
         names = operations(self.order)
-        fixed = {"none": 0.0, "skip_connect": 1.0, "max_pool_3x3": 1 / 81, "avg_pool_3x3": 1 / 81}
+        fixed = {"none": 0.0, "noise": 0.0, "skip_connect": 1.0, "max_pool_3x3": 1 / 81, "avg_pool_3x3": 1 / 81}
         cells = [c for c in self.cells if c.reduction == reduction]
         table = torch.zeros(len(edge_nodes(self.nodes)), len(names))
         for k, m in ((k, m) for k in range(table.shape[0]) for m in range(table.shape[1])):

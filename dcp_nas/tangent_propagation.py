@@ -10,7 +10,7 @@ The tangent is printed as sum_n dp_n/dalpha, which is identically zero (probabil
 the log-likelihood is meant. G is a log-likelihood, so H = -F with a Fisher or Gauss-Newton matrix F: the sign turns.
 Means over the batch are meant, or sums (`reduction`): the paper does not say. With sums over B images the tangent term is B times
 larger beside g: both grow with B, D and H d with B^2. Architecture parameters are flat vectors (K,) here; `flatten`, `unflatten`
-translate.
+translate. On several ranks t and g are those of the whole batch before d is formed, and so is H d (`ranks`).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from dcp_nas.ranks import over_ranks, world_size
 
 HESSIANS = ("exact", "ggn", "fisher_empirical", "ggn_rank1", "ggn_diag")
 DISTANCES = ("frobenius", "l1", "cosine")
@@ -41,7 +43,7 @@ def parent_tangent(logits: Tensor, labels: Tensor, alphas: Sequence[Tensor], *, 
     """t = d(mean log p_y)/dalpha = -d(cross-entropy)/dalpha, (K,). logits (B, N), labels (B,). reduction: mean | sum."""
     each = logits.log_softmax(dim=1).gather(1, labels[:, None])
     log_likelihood = each.sum() if reduction == "sum" else each.mean()
-    return flatten(torch.autograd.grad(log_likelihood, list(alphas))).detach()
+    return over_ranks(flatten(torch.autograd.grad(log_likelihood, list(alphas))).detach(), reduction)
 
 
 def child_likelihood(logits: Tensor, target: Tensor) -> Tensor:
@@ -167,7 +169,7 @@ def child_gradient(
     objective, second = each.sum() if total else each.mean(), lam > 0
     create = second and hessian == "exact"
     g = flatten(torch.autograd.grad(objective, list(alphas), create_graph=create, retain_graph=second))
-    found = {"g": g.detach(), "objective": each.mean().detach()}
+    found = {"g": over_ranks(g.detach(), reduction), "objective": over_ranks(each.mean().detach())}
     if t is None:
         return found | {"gradient": -found["g"]}
     found["discrepancy"] = discrepancy(found["g"], t, distance=distance)
@@ -175,11 +177,11 @@ def child_gradient(
         return found | {"gradient": -found["g"]}
     d = discrepancy_gradient(found["g"], t, distance=distance)
     if hessian == "exact":
-        curvature = hessian_vector(g, alphas, d)
+        curvature = over_ranks(hessian_vector(g, alphas, d), reduction)
     elif hessian == "ggn":
-        curvature = -ggn_vector(forward, logits, alphas, d, reduction=reduction, product=product)
+        curvature = -over_ranks(ggn_vector(forward, logits, alphas, d, reduction=reduction, product=product), reduction)
     elif hessian == "ggn_rank1":  # of the mean gradient; the sum of B images has B times the curvature
-        curvature = -found["g"] * (found["g"] @ d) / (len(each) if total else 1)
+        curvature = -found["g"] * (found["g"] @ d) / (len(each) * world_size() if total else 1)
     else:
         rows = chunk_gradients(each, alphas, chunks)
         curvature = -empirical_fisher_vector(rows, d, chunk_size=len(each) // chunks, diagonal=hessian == "ggn_diag")

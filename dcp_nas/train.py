@@ -2,7 +2,7 @@
 
 python train.py                                          digits, the genotype of `python search.py` (searched first if missing)
 python train.py genotype=random genotype.draw=3          a random genotype; genotype=dcp_nas_l model.nodes... the published cell
-python train.py stage=step1; python train.py stage=step2 init.weights=runs/default/dcp_ggn/stage-step1/seed0/last.ckpt
+python train.py stage=step1; python train.py stage=step2 init.weights=runs/default/dcp_ggn_do/stage-step1/seed0/last.ckpt
 torchrun --nproc_per_node=8 train.py experiment=imagenet_step1 data.root=/datasets/imagenet
 """
 

@@ -13,7 +13,14 @@ from matplotlib.ticker import MaxNLocator
 
 from dcp_nas.search_space import Genotype, operations
 
-COLOURS = {"max": "#7f7f7f", "avg": "#b0b0b0", "skip": "#d62728", "sep": "#1f77b4", "dil": "#2ca02c"}
+COLOURS = {
+    "max": "#7f7f7f",
+    "avg": "#b0b0b0",
+    "skip": "#d62728",
+    "sep": "#1f77b4",
+    "dil": "#2ca02c",
+    "noise": "#9467bd",
+}
 
 
 def draw_cells(genotype: Genotype, path: str | Path) -> None:

@@ -35,7 +35,7 @@ def brute_force(alpha, names):
     return tuple(cell)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", ["darts", "released"])
 def test_parser_equals_brute_force(order):
     generator = torch.Generator().manual_seed(0)
     for _ in range(40):
