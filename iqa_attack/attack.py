@@ -213,7 +213,7 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     if cfg.procedure == "random":
         attack_of(cfg, out)
     models = load_models(cfg).to(fabric.device)
-    data = build_data(seed=cfg.seed, **cfg.data)["attack"]
+    data = build_data(seed=cfg.seed, parts=("attack",), **cfg.data)["attack"]
     check_data(data, models, distance)
     if cfg.target == "mos" and not bool(torch.isfinite(data.mos).all()):
         raise ValueError("target=mos: these images have no opinions, use target=model")

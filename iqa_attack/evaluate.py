@@ -60,7 +60,7 @@ def images_of(cfg: DictConfig, trained: dict) -> tuple[QualitySet, str]:
     """The images and what they are: a known set under data.root, else every image below it, else the test split of the
     checkpoint."""
     if cfg.data.root is None:
-        return build_data(seed=trained["seed"], **trained["data"])["test"], "test split"
+        return build_data(seed=trained["seed"], parts=("test",), **trained["data"])["test"], "test split"
     name = cfg.data.name
     if name == "auto":
         try:

@@ -59,8 +59,8 @@ def grid(preset: str | None, *, kind: str, projected: bool, lambda_on: str) -> t
     projected, else values of lambda in the convention of lambda_on (the grids are those of the fidelity; on the discrepancy
     they are the reciprocals).
 
-    sign and null have short grids, every other preset the 32 candidates of the paper."""
-    short = preset in (None, "sign")
+    sign has short grids, every other preset the 32 candidates of the paper."""
+    short = preset == "sign"
     if projected:
         return SHORT_LEVELS if short else LEVELS
     values = LAGRANGIAN_LAMBDAS if kind == "chebyshev" and short else SHORT_LAMBDAS if short else CODE_LAMBDAS[1:]

@@ -33,7 +33,7 @@ PROCEDURES = ("perceptual", "random", "random_jnd", "spsa", "square")
 
 def recipe_of(cfg: DictConfig) -> dict[str, Any]:
     """The preset with the keys of `recipe` that are not null in place of its own."""
-    return {**(PRESETS[cfg.preset] if cfg.preset else {}), **{k: v for k, v in cfg.recipe.items() if v is not None}}
+    return {**PRESETS[cfg.preset], **{k: v for k, v in cfg.recipe.items() if v is not None}}
 
 
 def strengths_of(cfg: DictConfig) -> Tensor:
@@ -62,8 +62,8 @@ def check_procedure(cfg: DictConfig) -> None:
     for key, allowed in {"procedure": PROCEDURES, "direction": DIRECTIONS, "target": ("model", "mos")}.items():
         if cfg[key] not in allowed:
             raise ValueError(f"{key}={cfg[key]!r}, allowed: {', '.join(allowed)}")
-    if cfg.preset is not None and cfg.preset not in PRESETS:
-        raise ValueError(f"preset={cfg.preset!r}, allowed: {', '.join(PRESETS)}, null")
+    if cfg.preset not in PRESETS:
+        raise ValueError(f"preset={cfg.preset!r}, allowed: {', '.join(PRESETS)}")
     recipe = recipe_of(cfg)
     known = {"steps", "gamma", "step_rule", "l2_scale", "lambda_on", "noise", "border", "quantised"}
     if unknown := set(recipe) - known:

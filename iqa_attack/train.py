@@ -23,7 +23,7 @@ from common.loop import Means, Progress, bar, preflight, sync_norm
 from common.scripts import script
 from iqa_attack.checkpoint import state
 from iqa_attack.photographs.data import build_data, pair_batches, score_all
-from iqa_attack.photographs.photos import QualitySet
+from iqa_attack.photographs.photos import ANNOTATORS, QualitySet
 from iqa_attack.quality_metrics import correlations
 from iqa_attack.quality_models.calibration import Scored, fit_calibration
 from iqa_attack.quality_models.ma19 import Annotators, Ma19, probability_better
@@ -42,7 +42,7 @@ class Learner(nn.Module):
     def __init__(self, network: Ma19 | Unique, fabric: Fabric):
         super().__init__()
         self.network, self.rank, self.world = network, fabric.global_rank, fabric.world_size
-        self.annotators = Annotators(4) if isinstance(network, Ma19) else None
+        self.annotators = Annotators(len(ANNOTATORS)) if isinstance(network, Ma19) else None
 
     def whole(self, own: Tensor) -> Tensor:
         """The values (B,) of all ranks from this rank's; the gradient reaches this rank's, times the number of ranks, as DDP

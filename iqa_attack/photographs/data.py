@@ -1,7 +1,7 @@
 """What train.py and attack.py read: embedded photographs, a folder of pristine photographs, or image quality data
 sets."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ from common.data.batches import Plan, stream
 from common.data.files import find_images, output_names
 from iqa_attack.photographs.images import from_bytes
 from iqa_attack.photographs.iqa_sets import read_set, unrated
-from iqa_attack.photographs.photos import QualitySet, graded_photos, subset
+from iqa_attack.photographs.photos import ANNOTATORS, QualitySet, graded_photos, subset
 
 KINDS = ("photos", "photo_folder", "sets", "folder")
 
 
-def build_data(*, kind: str, seed: int, **options) -> dict[str, QualitySet]:
-    """{"train", "test", "attack"} or a part of them.
+def build_data(
+    *, kind: str, seed: int, parts: Sequence[str] = ("train", "test", "attack"), **options
+) -> dict[str, QualitySet]:
+    """{"train", "test", "attack"} or, of photographs, the parts asked for.
 
     photos: graded distortions of the embedded photographs, see `graded_photos`; photo_folder: of those in a folder; sets:
     published data sets, see `quality_sets`; folder: images without opinions, to be attacked only. ValueError for another
@@ -28,7 +30,7 @@ def build_data(*, kind: str, seed: int, **options) -> dict[str, QualitySet]:
     check_data_options(kind, options)
     options.pop("workers", None)
     if kind in ("photos", "photo_folder"):
-        return graded_photos(seed=seed, **options)
+        return graded_photos(seed=seed, parts=parts, **options)
     return quality_sets(seed=seed, **options) if kind == "sets" else {"attack": folder(**options)}
 
 
@@ -157,7 +159,7 @@ def pair_batches(
     workers: int,
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """This rank's images (b, 3, H, W) and the targets (B,) of the whole batch (mos, std, fr, source), step by step."""
-    fr = data.fr if data.fr is not None else torch.zeros(len(data), 4)
+    fr = data.fr if data.fr is not None else torch.zeros(len(data), len(ANNOTATORS))
     targets = [t.to(device) for t in (data.mos, data.std, fr, data.sources())]
     steps = [(batch, part) for _, batch, part in plan.epoch(epoch)]
     crops = TrainingCrops(data, seed=seed, epoch=epoch, size=crop, resize=resize)

@@ -2,8 +2,8 @@
 photographs.
 
 It exercises what the attack needs: models of quality that are competent on JPEG, JPEG 2000, white noise and blur of
-real photographs, and test images of known order. It cannot show agreement with human opinion: the pseudo-MOS is a
-three-scale SSIM against the undistorted crop, so that models learn to imitate a full-reference measure."""
+real photographs, and test images of known order. It cannot show agreement with human opinion: the pseudo-MOS is the gradient
+magnitude similarity deviation from the undistorted crop, so that models learn to imitate a full-reference measure."""
 
 import hashlib
 import io
@@ -31,7 +31,7 @@ LEVELS = {  # mildest first (ours; the types are those of LIVE)
 }  # fmt: skip
 TYPES = tuple(LEVELS)
 MIN_CONTRAST = 25.0
-ANNOTATORS = ("psnr", "ssim_1", "ssim_2", "ssim_4")
+ANNOTATORS = ("psnr", "ssim_1", "ssim_2", "ssim_4", "gmsd")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class QualitySet:
     unknown).
 
     std (N,): of the opinions; group (N,): index of the content; source (N,): index of the data set, pairs are formed
-    within one; fr (N, 4): full-reference values (ANNOTATORS) where the undistorted image is known. identity: what the files
+    within one; fr (N, 5): full-reference values (ANNOTATORS) where the undistorted image is known. identity: what the files
     are, for `Run.open`; upright: whether files are turned by their EXIF orientation."""
 
     images: Sequence[Any]
@@ -121,21 +121,29 @@ def _without_chance(photo: _Photo, kind: str, level: float) -> np.ndarray:
 
 @torch.no_grad()
 def full_reference(x: Tensor, x0: Tensor) -> Tensor:
-    """(B, 4): PSNR and grey SSIM at scales 1, 1/2, 1/4 of x against x0 (B, 3, H, W) in 0..1."""
+    """(B, 5), larger = better: PSNR, grey SSIM at scales 1, 1/2, 1/4, and minus GMSD of x against x0 (B, 3, H, W) in 0..1."""
     psnr = -10 * ((x - x0) ** 2).mean((1, 2, 3)).clamp(min=1e-10).log10()
     a, b, values = grey(x), grey(x0), [psnr]
     for _ in range(3):
         values.append(ssim(a, b))
         a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
-    return torch.stack(values, 1)
+    return torch.stack([*values, -gradient_deviation(grey(x), grey(x0))], 1)
+
+
+def gradient_deviation(x: Tensor, y: Tensor, c: float = 170.0) -> Tensor:
+    """GMSD (B,) of grey x, y (B, 1, H, W) in 0..1 (Xue et al. 2014): standard deviation of the similarity of gradient magnitudes
+    (Prewitt, on means of 2 x 2 pixels in 0..255); 0: no difference."""
+    prewitt = x.new_tensor([[1.0, 0.0, -1.0]] * 3)[None, None] / 3
+    kernels = torch.cat([prewitt, prewitt.transpose(2, 3)])
+    a, b = (F.conv2d(F.avg_pool2d(255 * v, 2), kernels, padding=1).pow(2).sum(1).sqrt() for v in (x, y))
+    return ((2 * a * b + c) / (a**2 + b**2 + c)).flatten(1).std(1)
 
 
 def pseudo_mos(fr: Tensor) -> Tensor:
-    """10 (1 - sqrt(1 - S)) of `full_reference` rows, S = (SSIM_1 SSIM_2 SSIM_4)^(1/3).
+    """10 exp(-GMSD / 0.12) of `full_reference` rows: in 0..10 without a clamp, the levels here spread from about 1 to 9.
 
-    The root spreads the upper end, where S itself puts most images between 0.9 and 1; the order is that of S."""
-    s = fr[:, 1:].clamp(min=0).prod(1) ** (1 / 3)
-    return 10 * (1 - (1 - s).clamp(min=0).sqrt())
+    GMSD and no SSIM: it ranks noise against blur and compression more as people do, whom the published models learned from."""
+    return 10 * (fr[:, ANNOTATORS.index("gmsd")] / 0.12).exp()
 
 
 def places(photo: np.ndarray, n: int, size: int, rng: np.random.Generator) -> list[tuple[slice, slice]]:
@@ -199,24 +207,35 @@ def scenes(
     return [smaller(base[i]) for i in order[test:]], tested
 
 
+VERSIONS = [(kind, i) for kind in TYPES for i in range(len(LEVELS[kind]))]
+
+
+def crops(photos: Sequence[np.ndarray], *, per_photo: int, size: int, seed: int) -> list[tuple[int, int, Any]]:
+    """(photograph, crop, place) of `per_photo` crops of every photograph."""
+    found = [places(p, per_photo, size, np.random.default_rng([seed, g, 0])) for g, p in enumerate(photos)]
+    return [(g, c, cut) for g, cuts in enumerate(found) for c, cut in enumerate(cuts)]
+
+
 def graded(
-    photos: Sequence[np.ndarray], *, per_photo: int, size: int, rng: np.random.Generator, label: str
+    photos: Sequence[np.ndarray], *, per_photo: int, size: int, seed: int, label: str, chosen: Sequence[int] | None = None
 ) -> QualitySet:
-    """All types and levels of `per_photo` crops of every photograph, in the order photograph, crop, type, level.
+    """All types and levels of `per_photo` crops of every photograph, in the order photograph, crop, type, level; or the images
+    with the indices `chosen` alone, the same as among all.
 
     The whole photograph is distorted and then cut, as a codec needs more than a crop to work on."""
     images, clean, names, group = [], [], [], []
-    for g, photo in enumerate(photos):
-        cuts = places(photo, per_photo, size, rng)
-        versions = {
-            f"{kind}{i + 1}": distort(photo, kind, level, rng) for kind in TYPES for i, level in enumerate(LEVELS[kind])
-        }
-        for c, cut in enumerate(cuts):
-            for name, version in versions.items():
-                images.append(torch.from_numpy(version[cut].copy()).permute(2, 0, 1))
-                clean.append(torch.from_numpy(photo[cut].copy()).permute(2, 0, 1))
-                names.append(f"{label}{g}_{c}_{name}")
-                group.append(g)
+    cuts, made = crops(photos, per_photo=per_photo, size=size, seed=seed), {}
+    for index in range(len(cuts) * len(VERSIONS)) if chosen is None else chosen:
+        (g, c, cut), (kind, i) = cuts[index // len(VERSIONS)], VERSIONS[index % len(VERSIONS)]
+        if (g, kind, i) not in made:
+            rng = np.random.default_rng([seed, g, 1 + TYPES.index(kind), i])
+            made[g, kind, i] = distort(photos[g], kind, LEVELS[kind][i], rng)
+        images.append(torch.from_numpy(made[g, kind, i][cut].copy()).permute(2, 0, 1))
+        clean.append(torch.from_numpy(photos[g][cut].copy()).permute(2, 0, 1))
+        names.append(f"{label}{g}_{c}_{kind}{i + 1}")
+        group.append(g)
+        if c == 0 and (kind, i) == VERSIONS[0]:  # a photograph done: its versions are not needed again
+            made = {k: v for k, v in made.items() if k[0] == g}
     parts = zip(torch.stack(images).split(64), torch.stack(clean).split(64), strict=True)
     fr = torch.cat([full_reference(from_bytes(a), from_bytes(b)) for a, b in parts])
     mos = pseudo_mos(fr)
@@ -225,28 +244,29 @@ def graded(
 
 def graded_photos(
     *, seed: int, root: str | None = None, size: int = 96, reduce: int = 1, test_photos: int = 3, crops_per_photo: int = 12,
-    test_images: int = 12,
+    test_images: int = 12, parts: Sequence[str] = ("train", "test", "attack"),
 ) -> dict[str, QualitySet]:  # fmt: skip
-    """{"train", "test", "attack"}: all types and levels of the training and of the test crops, and the test images
-    that are attacked.
+    """{"train", "test", "attack"}, or the parts asked for: all types and levels of the training and of the test crops, and the
+    test images that are attacked.
 
     "attack" holds one distorted image of each of `test_images` test crops, types in turn, levels spread over the
     five. The photographs of test and attack are not in train."""
     rng = np.random.default_rng([seed, 2])
     train, test = scenes(root, seed, test=test_photos, reduce=reduce, size=size)
-    sets = {
-        "train": graded(train, per_photo=crops_per_photo, size=size, rng=rng, label="train"),
-        "test": graded(test, per_photo=crops_per_photo, size=size, rng=rng, label="test"),
-    }
-    versions = sum(len(levels) for levels in LEVELS.values())
-    available = len(sets["test"]) // versions
+    own = {"per_photo": crops_per_photo, "size": size}
+    available = len(crops(test, seed=2 * seed + 1, **own))
     if available < test_images:
         raise ValueError(f"{available} test crops, data.test_images={test_images}: more photographs or smaller crops")
     level = np.concatenate([rng.permutation(5) for _ in range(-(-test_images // 5))])
     chosen = [
-        int(crop) * versions + 5 * (i % len(TYPES)) + int(level[i])
+        int(crop) * len(VERSIONS) + 5 * (i % len(TYPES)) + int(level[i])
         for i, crop in enumerate(rng.permutation(available)[:test_images])
     ]
-    found = sets | {"attack": subset(sets["test"], chosen)}
+    make = {
+        "train": lambda: graded(train, seed=2 * seed, label="train", **own),
+        "test": lambda: graded(test, seed=2 * seed + 1, label="test", **own),
+        "attack": lambda: graded(test, seed=2 * seed + 1, label="test", chosen=chosen, **own),
+    }
+    found = {part: make[part]() for part in parts}
     source = identity("photos") if root is None else identity("photo_folder", usable(root), root=root)
     return {name: replace(data, identity=source) for name, data in found.items()}

@@ -5,7 +5,6 @@ fit: the rank correlation of the model with known quality. A wrong sign must not
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -59,7 +58,7 @@ def fit_calibration(raw: Tensor, mos: Tensor, *, source: str) -> Calibration:
 def reference_images() -> QualitySet:
     """140 images of known order: one crop of 192 pixels of every embedded photograph at all distortions and levels, with the
     pseudo-MOS of `photos.pseudo_mos`."""
-    return graded(embedded(), per_photo=1, size=192, rng=np.random.default_rng(0), label="reference")
+    return graded(embedded(), per_photo=1, size=192, seed=0, label="reference")
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import csv
 import numpy as np
 import pytest
 import scipy.io
+import scipy.signal
 import torch
 from PIL import Image
 
@@ -12,7 +13,16 @@ from common.data.files import find_images
 from iqa_attack.photographs.data import TrainingCrops, build_data, score_all
 from iqa_attack.photographs.images import from_bytes, read_image, to_bytes, write_png
 from iqa_attack.photographs.iqa_sets import LIVE_TYPES, detect_set, read_set
-from iqa_attack.photographs.photos import LEVELS, TYPES, distort, full_reference, graded_photos, places, pseudo_mos
+from iqa_attack.photographs.photos import (
+    LEVELS,
+    TYPES,
+    distort,
+    full_reference,
+    graded_photos,
+    gradient_deviation,
+    places,
+    pseudo_mos,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -84,6 +94,39 @@ def test_distortions_grow_with_their_level(photos):
     assert float(pseudo_mos(full_reference(clean, clean))) == pytest.approx(10, abs=1e-2)
     with pytest.raises(ValueError, match="distortion 'rain', allowed: jpeg, jp2k, wn, gblur"):
         distort(photo, "rain", 1, np.random.default_rng(0))
+
+
+def test_gmsd_is_that_of_a_plain_formulation():
+    """Prewitt gradients of means of 2 x 2 pixels, zero outside, by scipy; and its two limits."""
+    x, y = RNG.uniform(0, 1, (2, 40, 56))
+
+    def magnitude(v):
+        small = 255 * v.reshape(20, 2, 28, 2).mean((1, 3))
+        kernel = np.array([[1.0, 0, -1]] * 3) / 3
+        parts = [scipy.signal.convolve2d(small, k, mode="same") for k in (kernel, kernel.T)]
+        return np.hypot(*parts)
+
+    a, b = magnitude(x), magnitude(y)
+    wanted = np.std((2 * a * b + 170) / (a**2 + b**2 + 170), ddof=1)
+    tx, ty = (torch.from_numpy(v)[None, None] for v in (x, y))
+    assert float(gradient_deviation(tx, ty)) == pytest.approx(wanted, rel=1e-9)
+    assert float(gradient_deviation(tx, tx)) == 0 and float(gradient_deviation(tx, 0 * ty)) > 0.05
+    fr = torch.zeros(2, 5)
+    fr[1, 4] = -0.12
+    torch.testing.assert_close(pseudo_mos(fr), torch.tensor([10.0, 10 / np.e]))
+
+
+def test_a_part_alone_is_the_same_as_among_all():
+    """An attack makes its twelve images only; they are those of the whole split, noise included."""
+    options = {"seed": 5, "crops_per_photo": 2, "test_images": 4}
+    whole, alone = graded_photos(**options), graded_photos(parts=("attack",), **options)
+    assert list(alone) == ["attack"] and alone["attack"].names == whole["attack"].names
+    assert torch.equal(alone["attack"].stack(), whole["attack"].stack())
+    assert torch.equal(alone["attack"].fr, whole["attack"].fr)
+    at = [whole["test"].names.index(n) for n in alone["attack"].names]
+    assert all(torch.equal(whole["test"].images[i], x) for i, x in zip(at, alone["attack"].images, strict=True))
+    noisy = [n for n in alone["attack"].names if "wn" in n]
+    assert noisy, "the case that a shared generator would change"
 
 
 def test_splits_share_no_photograph_and_repeat():

@@ -117,5 +117,29 @@ def test_measure_and_summarise():
     assert s["r_off"] == pytest.approx(np.mean([m["r_b"], m["r_c"], other["r_a"], other["r_c"]]))
     assert s["r_gap"] == pytest.approx(s["r_off"] - s["r_diagonal"])
     assert s["r_extreme_gap"] == pytest.approx(min(m["r_b"], m["r_c"], other["r_a"]) - max(m["r_a"], other["r_b"]))
+    assert s["r_gap_competent"] == pytest.approx(s["r_gap"]) and s["cells_below_floor"] == 0
     unrated = measure(before, after, None, "a")
     assert "srcc24_a" not in unrated and unrated["r_a"] == m["r_a"]
+
+
+def test_a_model_below_the_floor_carries_no_primary_claim():
+    """Cells of an attacked model below the floor, and evaluations by one, are left out of *_competent; a model that was not
+    declared as well; where none is left there is no number (the claim is then not run, not false)."""
+    def cell(attacked, **srcc):
+        r = {n: 1.0 if n == attacked else 3.0 + ("abc".index(n)) for n in "abc"}
+        return {f"r_{n}": v for n, v in r.items()} | {f"srcc_clean_{n}": v for n, v in srcc.items()} | {
+            f"change_{n}": 4.0 - "abc".index(n) if n == attacked else 0.1 for n in "abc"
+        }  # fmt: skip
+
+    cells = {(n, "ssim"): cell(n, a=0.9, b=0.8, c=0.79) for n in "abc"}
+    s = summarise(cells)
+    assert s["cells_below_floor"] == 1 and s["share_below_floor"] == pytest.approx(1 / 3)
+    assert s["r_off"] == pytest.approx(4) and s["r_off_competent"] == pytest.approx(3.5), "c evaluates nothing"
+    assert s["change_diagonal_smallest"] == 2 and s["change_diagonal_smallest_competent"] == 3
+    assert s["r_extreme_gap"] == 2 and s["r_extreme_gap_competent"] == 2
+    assert s["srcc_clean_diagonal_competent"] == pytest.approx(0.85)
+    declared = summarise(cells, carries=["a", "c"])
+    assert declared["cells_below_floor"] == 2 and declared["r_diagonal_competent"] == 1
+    assert "r_gap_competent" not in declared, "nobody is left to transfer to"
+    none = summarise(cells, floor=0.95)
+    assert "r_diagonal_competent" not in none and none["r_diagonal"] == 1 and none["cells_below_floor"] == 3
