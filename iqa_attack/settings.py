@@ -37,7 +37,7 @@ def check_training(cfg: DictConfig, world: int) -> None:
             needs = {"ma19": "learns from full-reference annotators", "niqe": "is fitted on pristine photographs"}[name]
             raise ValueError(f"{name} {needs} and needs undistorted originals: use data=photos or data=photo_folder")
         if name not in NETWORKS:
-            check_statistics(name, cfg.statistics[name])
+            check_statistics(name, cfg.statistics[name], cfg.data.get("root"))
             continue
         options = options_of(cfg, name)
         runs.per_device_batch(options["batch_size"], world)

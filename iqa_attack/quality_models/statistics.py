@@ -20,8 +20,16 @@ MODELS = {"brisque": Brisque, "cornia": Cornia, "niqe": Niqe}
 READERS = {"brisque": load_brisque, "niqe": load_niqe}
 
 
-def check_statistics(name: str, options: Mapping[str, Any]) -> None:
-    """ValueError or TypeError for an option that the model or its fit does not have, before anything is read."""
+def published(options: Mapping[str, Any], root: str | None) -> Path:
+    """The file of published parameters, relative to the data's root."""
+    return Path(root or "").expanduser() / Path(str(options["file"])).expanduser()
+
+
+def check_statistics(name: str, options: Mapping[str, Any], root: str | None = None) -> None:
+    """ValueError or TypeError for an option that the model or its fit does not have, FileNotFoundError for published parameters
+    that are not there, before anything is read."""
+    if options.get("file") and not (path := published(options, root)).is_file():
+        raise FileNotFoundError(f"statistics.{name}.file: no published parameters {path}")
     own = own_options(name, options)
     MODELS[name](**own, **({"support": 1} if name == "brisque" else {}))
     for key, low in FITTING[name].items():
@@ -42,7 +50,7 @@ def fit_statistics(
 
     BRISQUE and NIQE with an option `file`: the published parameters in that file (relative to the data's root) and no fit."""
     if options.get("file"):
-        return READERS[name](Path(split["root"] or "") / str(options["file"]), **own_options(name, options))
+        return READERS[name](published(options, split["root"]), **own_options(name, options))
     options = {k: v for k, v in options.items() if k != "file"}
     if name == "niqe":
         keys = {"test": split["test_photos"], "reduce": split["reduce"], "size": split["size"]}
