@@ -1,8 +1,13 @@
-"""Draws pictures/idea.png: one photograph, the same under noise, and attacked at the same distance, with BRISQUE's scores.
+"""The pictures of the README.
 
-python picture.py [out=pictures/idea.png]
+python picture.py                                pictures/idea.png: a photograph, under noise, and attacked, with BRISQUE's scores
+python picture.py what=transfer                  results/<scale>/transfer.png: R of every model on the counterexamples of every model
+python picture.py what=photographs data.root=    pictures/photographs.png: the counterexample of median change of every model, from its runs
 """
 
+import csv
+import hashlib
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -12,12 +17,14 @@ from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from PIL import Image
 
+from common import runs
 from common.scripts import script
 from iqa_attack.counterexamples import judge
 from iqa_attack.fidelities.fidelity import Chebyshev
 from iqa_attack.jnd import SimulatedObserver
 from iqa_attack.perceptual_attack import perceptual_attack, quantise, scores
-from iqa_attack.photographs.images import from_bytes
+from iqa_attack.photographs.data import build_data
+from iqa_attack.photographs.images import from_bytes, read_image
 from iqa_attack.photographs.photos import graded_photos
 from iqa_attack.quality_models.calibration import Scored, fit_calibration
 from iqa_attack.quality_models.statistics import fit_statistics
@@ -26,6 +33,10 @@ from iqa_attack.study.pictures import amplified
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+HERE = Path(__file__).resolve().parent
+NAMES = {"brisque": "BRISQUE", "niqe": "NIQE", "cornia": "CORNIA", "ma19": "Ma19", "unique": "UNIQUE"}
+MEASURES = {"chebyshev": "Chebyshev", "ssim": "SSIM"}
 
 
 def draw(out: Path) -> None:
@@ -52,18 +63,107 @@ def draw(out: Path) -> None:
             ax.text(0.5, -0.07, f"BRISQUE: {score:.1f} of 10", transform=ax.transAxes, ha="center", fontsize=9)
     largest = float((x - x0).abs().max() * 255)
     axes[3].text(0.5, -0.07, f"at most {largest:.0f} of 255", transform=axes[3].transAxes, ha="center", fontsize=9)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=78, metadata={"Software": None})
-    plt.close(figure)
-    Image.open(out).convert("RGB").quantize(256).save(out, optimize=True)  # a third of the size
+    save(figure, out)
     print(
         f"{out}: {out.stat().st_size / 1000:.0f} kB, scores {np.round([float(scored(p)[0]) for p in pictures[:3]], 2)}"
     )
 
 
+# ------------------------------------------------------------------------------------------------- of recorded results
+def means(cells: Path) -> dict[str, dict[str, float]]:
+    """{arm: {metric: mean over splits}} of a recorded cells.csv."""
+    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    with cells.open(newline="") as file:
+        for row in csv.DictReader(file):
+            for key, value in row.items():
+                if value and key not in ("arm", "seed", "status", "seconds"):
+                    values[row["arm"]][key].append(float(value))
+    return {arm: {k: float(np.mean(v)) for k, v in found.items()} for arm, found in values.items()}
+
+
+def draw_transfer(folder: Path) -> Path:
+    """folder/transfer.png of folder/cells.csv, whose hash the picture holds."""
+    found, names = means(folder / "cells.csv"), list(NAMES)
+    attacked = [n for n in names if f"{n}_chebyshev_perceptual" in found]
+    figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.3), layout="constrained")
+    drawn = None
+    for ax, (fr, label) in zip(axes, MEASURES.items(), strict=True):
+        columns = [found[f"{n}_{fr}_perceptual"] for n in attacked]
+        r = np.array([[m[f"r_{n}"] for m in columns] for n in attacked])
+        drawn = ax.imshow(r, cmap="viridis", vmin=0, vmax=5, aspect="auto")
+        for (i, j), value in np.ndenumerate(r):
+            weight, colour = "bold" if i == j else "normal", "white" if value < 3 else "black"
+            ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, weight=weight)
+        ax.set_xticks(range(len(attacked)), [NAMES[n] for n in attacked])
+        rows = [f"{NAMES[n]} ({np.mean([m[f'srcc_clean_{n}'] for m in columns]):.2f})" for n in attacked]
+        ax.set_yticks(range(len(attacked)), rows)
+        ax.set_xlabel(f"counterexamples of, under {label}")
+    axes[0].set_ylabel("evaluated (clean SRCC)")
+    figure.colorbar(drawn, ax=axes, label="R, larger = more stable")  # type: ignore[arg-type]
+    digest = hashlib.sha256((folder / "cells.csv").read_bytes()).hexdigest()
+    figure.savefig(folder / "transfer.png", dpi=90, metadata={"Software": None, "Source": digest})
+    plt.close(figure)
+    return folder / "transfer.png"
+
+
+def draw_photographs(root: Path, scale: str, seed: int, data_root: str, out: Path) -> Path:
+    """Of every attacked model the counterexample (Chebyshev) of median change: before, after, difference, scores of all."""
+    found = sorted(
+        (root / scale).glob(f"*_chebyshev_perceptual/seed{seed}"),
+        key=lambda p: list(NAMES).index(p.parent.name.split("_")[0]),
+    )
+    if not found:
+        raise FileNotFoundError(f"no attacks in {root / scale}/*_chebyshev_perceptual/seed{seed}: run the sweeps first")
+    figure, axes = plt.subplots(len(found), 4, figsize=(9.6, 2.35 * len(found)), layout="constrained", squeeze=False)
+    for row, folder in zip(axes, found, strict=True):
+        state, nr = runs.load_checkpoint(folder / "last.ckpt"), folder.parent.name.split("_")[0]
+        data = build_data(seed=seed, parts=("attack",), **{**state["config"]["data"], "root": data_root})["attack"]
+        moved = sorted(state["rows"], key=lambda r: abs(r[f"after_{nr}"] - r[f"before_{nr}"]))
+        one = moved[len(moved) // 2]
+        x0 = from_bytes(data.image(data.names.index(one["image"])))
+        x = read_image(folder / "counterexamples" / f"{one['image']}.png")
+        factor = 127.5 / max(one["max_change"], 1)
+        shown = (
+            (x0, "before"),
+            (x, f"after: {NAMES[nr]} attacked"),
+            (amplified(x, x0, factor), f"change x {factor:.0f}, at most {one['max_change']:.0f}/255"),
+        )
+        for ax, (image, title) in zip(row, shown, strict=False):
+            ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+            ax.set_title(title, fontsize=9)
+        lines = [f"{'of 10':8s} before  after"]
+        for n in NAMES:
+            if f"before_{n}" in one:
+                lines.append(
+                    f"{NAMES[n]:8s} {one[f'before_{n}']:6.2f} {one[f'after_{n}']:6.2f}{' <' if n == nr else ''}"
+                )
+        row[3].text(0, 0.5, "\n".join(lines), family="monospace", fontsize=9, va="center", transform=row[3].transAxes)
+        for ax in row:
+            ax.set_axis_off()
+    save(figure, out)
+    return out
+
+
+def save(figure, out: Path) -> None:
+    """A palette image: a third of the size."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=78, metadata={"Software": None})
+    plt.close(figure)
+    Image.open(out).convert("RGB").quantize(256).save(out, optimize=True)
+
+
 @script("picture")
 def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    draw(Path(cfg.out))
+    if cfg.what == "idea":
+        draw(HERE / "pictures/idea.png")
+    elif cfg.what == "transfer":
+        print(draw_transfer(HERE / "results" / cfg.scale))
+    elif cfg.what == "photographs":
+        print(
+            draw_photographs(Path(cfg.run_root), cfg.scale, cfg.seed, cfg.data.root, HERE / "pictures/photographs.png")
+        )
+    else:
+        raise ValueError(f"what={cfg.what}, allowed: idea, transfer, photographs")
 
 
 if __name__ == "__main__":

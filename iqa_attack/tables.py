@@ -33,7 +33,9 @@ def read_cells(cfg: DictConfig) -> dict[tuple[str, str], dict[str, float]]:
     return found
 
 
-def competent(metrics: dict[str, float], name: str, *, floor: float = COMPETENT, carries: Sequence[str] | None = None) -> bool:
+def competent(
+    metrics: dict[str, float], name: str, *, floor: float = COMPETENT, carries: Sequence[str] | None = None
+) -> bool:
     """Whether a model may carry a claim: its clean SRCC on the attacked images reaches the floor, and it is one of those declared
     beforehand (carries; null: any)."""
     return metrics.get(f"srcc_clean_{name}", -1.0) >= floor and (carries is None or name in carries)
@@ -67,7 +69,12 @@ def _means(cells: dict, counts: Callable[[dict, str], bool], evaluated: Sequence
     kept = {cell: m for cell, m in cells.items() if counts(m, cell[0])}
     for key in ("r", "change", "srcc24", "srcc_clean"):
         diagonal = [m[f"{key}_{nr}"] for (nr, _), m in kept.items() if f"{key}_{nr}" in m]
-        off = [m[f"{key}_{n}"] for (nr, _), m in kept.items() for n in evaluated if n != nr and counts(m, n) and f"{key}_{n}" in m]
+        off = [
+            m[f"{key}_{n}"]
+            for (nr, _), m in kept.items()
+            for n in evaluated
+            if n != nr and counts(m, n) and f"{key}_{n}" in m
+        ]
         if diagonal:
             out[f"{key}_diagonal{suffix}"] = float(np.mean(diagonal))
         if diagonal and key == "change":
@@ -118,7 +125,10 @@ def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
             for (nr, fr), m in cells.items():
                 if not competent(m, nr, **gate):
                     clean = f"clean SRCC {m.get(f'srcc_clean_{nr}', float('nan')):.3f}, floor {cfg.floor}"
-                    print(f"{nr} under {fr} carries no primary claim: {clean}" + ("" if cfg.carries is None or nr in cfg.carries else ", not declared"))
+                    print(
+                        f"{nr} under {fr} carries no primary claim: {clean}"
+                        + ("" if cfg.carries is None or nr in cfg.carries else ", not declared")
+                    )
 
 
 if __name__ == "__main__":

@@ -217,7 +217,13 @@ def crops(photos: Sequence[np.ndarray], *, per_photo: int, size: int, seed: int)
 
 
 def graded(
-    photos: Sequence[np.ndarray], *, per_photo: int, size: int, seed: int, label: str, chosen: Sequence[int] | None = None
+    photos: Sequence[np.ndarray],
+    *,
+    per_photo: int,
+    size: int,
+    seed: int,
+    label: str,
+    chosen: Sequence[int] | None = None,
 ) -> QualitySet:
     """All types and levels of `per_photo` crops of every photograph, in the order photograph, crop, type, level; or the images
     with the indices `chosen` alone, the same as among all.

@@ -56,7 +56,9 @@ def test_what_cannot_be_scored_is_named_at_the_end(trained_root, folder, fabric,
     Image.new("RGB", (128, 96), (9, 9, 9)).save(folder / "a/flat.png")
     save(folder / "b/small.png", 12, 12)
     with pytest.raises(SystemExit) as stopped:
-        predicted(fabric, tmp_path / "p.csv", f"weights={trained_root / 'default/all/seed0/last.ckpt'}", f"images={folder}")
+        predicted(
+            fabric, tmp_path / "p.csv", f"weights={trained_root / 'default/all/seed0/last.ckpt'}", f"images={folder}"
+        )
     said = capsys.readouterr()
     assert stopped.value.code == 1 and "error: 3 of 7 images were left out" in said.err
     for name, why in (("broken.png", "cannot decode"), ("flat.png", "is constant"), ("small.png", "12 x 12 pixels")):

@@ -125,6 +125,7 @@ def test_measure_and_summarise():
 def test_a_model_below_the_floor_carries_no_primary_claim():
     """Cells of an attacked model below the floor, and evaluations by one, are left out of *_competent; a model that was not
     declared as well; where none is left there is no number (the claim is then not run, not false)."""
+
     def cell(attacked, **srcc):
         r = {n: 1.0 if n == attacked else 3.0 + ("abc".index(n)) for n in "abc"}
         return {f"r_{n}": v for n, v in r.items()} | {f"srcc_clean_{n}": v for n, v in srcc.items()} | {
