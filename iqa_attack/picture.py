@@ -1,8 +1,9 @@
 """The pictures of the README.
 
-python picture.py                                pictures/idea.png: a photograph, under noise, and attacked, with BRISQUE's scores
-python picture.py what=transfer                  results/<scale>/transfer.png: R of every model on the counterexamples of every model
-python picture.py what=photographs data.root=    pictures/photographs.png: the counterexample of median change of every model, from its runs
+
+python picture.py                               pictures/idea.png: a photograph, under noise, and attacked
+python picture.py what=transfer                 results/<scale>/transfer.png: R of every model on every model's counterexamples
+python picture.py what=photographs data.root=   pictures/photographs.png: of every model the counterexample of median change
 """
 
 import csv

@@ -9,7 +9,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -259,8 +259,9 @@ def graded_photos(
     five. The photographs of test and attack are not in train."""
     rng = np.random.default_rng([seed, 2])
     train, test = scenes(root, seed, test=test_photos, reduce=reduce, size=size)
-    own = {"per_photo": crops_per_photo, "size": size}
-    available = len(crops(test, seed=2 * seed + 1, **own))
+    available = len(crops(test, per_photo=crops_per_photo, size=size, seed=2 * seed + 1))
+    of_train = partial(graded, train, per_photo=crops_per_photo, size=size, seed=2 * seed, label="train")
+    of_test = partial(graded, test, per_photo=crops_per_photo, size=size, seed=2 * seed + 1, label="test")
     if available < test_images:
         raise ValueError(f"{available} test crops, data.test_images={test_images}: more photographs or smaller crops")
     level = np.concatenate([rng.permutation(5) for _ in range(-(-test_images // 5))])
@@ -268,11 +269,7 @@ def graded_photos(
         int(crop) * len(VERSIONS) + 5 * (i % len(TYPES)) + int(level[i])
         for i, crop in enumerate(rng.permutation(available)[:test_images])
     ]
-    make = {
-        "train": lambda: graded(train, seed=2 * seed, label="train", **own),
-        "test": lambda: graded(test, seed=2 * seed + 1, label="test", **own),
-        "attack": lambda: graded(test, seed=2 * seed + 1, label="test", chosen=chosen, **own),
-    }
+    make = {"train": of_train, "test": of_test, "attack": partial(of_test, chosen=chosen)}
     found = {part: make[part]() for part in parts}
     source = identity("photos") if root is None else identity("photo_folder", usable(root), root=root)
     return {name: replace(data, identity=source) for name, data in found.items()}
