@@ -55,10 +55,10 @@ def fit_calibration(raw: Tensor, mos: Tensor, *, source: str) -> Calibration:
 
 
 @lru_cache(maxsize=1)
-def reference_images() -> QualitySet:
-    """140 images of known order: one crop of 192 pixels of every embedded photograph at all distortions and levels, with the
-    pseudo-MOS of `photos.pseudo_mos`."""
-    return graded(embedded(), per_photo=1, size=192, seed=0, label="reference")
+def reference_images(size: int = 192) -> QualitySet:
+    """140 images of known order: one crop of every embedded photograph at all distortions and levels, with the pseudo-MOS of
+    `photos.pseudo_mos`."""
+    return graded(embedded(), per_photo=1, size=size, seed=0, label="reference")
 
 
 @torch.no_grad()
@@ -74,12 +74,12 @@ def calibrate(
     device: Any = "cpu",
 ) -> Calibration:
     """The calibration of a model that came from elsewhere: b3 and b4 as given or, null, fitted; judged on `data` (null:
-    `reference_images`) either way.
+    `reference_images`, of model.size pixels where the model takes no other) either way.
 
     Raises ValueError for a rank correlation below `floor`: a wrong sign, or a model that does not see these distortions."""
     if (b3 is None) != (b4 is None):
         raise ValueError(f"{name}: b3={b3}, b4={b4}: give both, or neither to have them fitted")
-    data = data if data is not None else reference_images()
+    data = data if data is not None else reference_images(getattr(model, "size", None) or 192)
     raw = torch.cat([model(from_bytes(x).to(device)).double().cpu() for x in torch.stack(data.images).split(20)])  # type: ignore[arg-type]
     if not bool(torch.isfinite(raw).all()) or float(raw.max() - raw.min()) == 0:
         raise ValueError(

@@ -29,6 +29,9 @@ OFFICIAL_LOGISTIC = {
 }  # fmt: skip
 
 
+LARGEST_REFERENCE = 300  # short side of the smallest embedded photograph
+
+
 class Models(nn.ModuleDict):
     """Several scored models by name: images (B, 3, H, W) in 0..1 -> {name: (B,) in 0..10}."""
 
@@ -154,6 +157,7 @@ class CallableMetric(nn.Module):
     def __init__(self, function: Callable[[Tensor], Tensor], *, higher_is_better: bool):
         super().__init__()
         self.function, self.sign = function, 1.0 if higher_is_better else -1.0
+        self.size = function.size if isinstance(function, OnnxMetric) else None
         if isinstance(function, nn.Module):
             function.eval().requires_grad_(False)
 
@@ -162,7 +166,9 @@ class CallableMetric(nn.Module):
 
 
 class OnnxMetric(nn.Module):
-    """The scores of an ONNX file: images (B, 3, H, W) in 0..1 -> (B,). onnxruntime has no gradient: a black box."""
+    """The scores of an ONNX file: images (B, 3, H, W) in 0..1 -> (B,). onnxruntime has no gradient: a black box.
+
+    size: the side of the images, where the file takes no other; a file for one image at a time is given one at a time."""
 
     def __init__(self, path: str | Path):
         super().__init__()
@@ -175,10 +181,26 @@ class OnnxMetric(nn.Module):
         self.inputs = [i.name for i in self.session.get_inputs()]
         if len(self.inputs) != 1:
             raise ValueError(f"{path} takes {len(self.inputs)} inputs, a quality model takes one: images (B, 3, H, W)")
+        shape = [n if isinstance(n, int) else None for n in self.session.get_inputs()[0].shape]
+        if len(shape) != 4 or shape[1] not in (None, 3) or shape[2] != shape[3]:
+            raise ValueError(
+                f"{path} takes {shape}, a quality model takes images (B, 3, H, W), of any or of one square size"
+            )
+        if shape[2] is not None and shape[2] > LARGEST_REFERENCE:
+            raise ValueError(
+                f"{path} takes images of {shape[2]} pixels only, and the photographs that it is calibrated on have "
+                f"{LARGEST_REFERENCE}: export it with free height and width"
+            )
+        self.path, self.batch, self.size = path, shape[0], shape[2]
 
     def forward(self, x: Tensor) -> Tensor:
-        found = self.session.run(None, {self.inputs[0]: x.detach().float().cpu().numpy()})[0]
-        return torch.from_numpy(np.asarray(found)).reshape(-1).to(x.device)
+        if self.size is not None and x.shape[2:] != (self.size, self.size):
+            raise ValueError(
+                f"{x.shape[3]} x {x.shape[2]} pixels, {self.path.name} takes {self.size} x {self.size} only"
+            )
+        parts = x.detach().float().cpu().split(self.batch or len(x))
+        found = [np.asarray(self.session.run(None, {self.inputs[0]: part.numpy()})[0]).reshape(-1) for part in parts]
+        return torch.from_numpy(np.concatenate(found)).to(x.device)
 
 
 def pyiqa_metric(name: str, **options) -> CallableMetric:
