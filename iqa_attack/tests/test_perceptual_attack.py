@@ -209,7 +209,7 @@ def test_images_and_lambdas_are_independent_problems(brisque, images):
 def test_more_fidelity_keeps_the_image_closer(brisque, images):
     out = perceptual_attack(brisque, SSIM(), images, torch.tensor([1.0, 1e5]), seeds=range(4), steps=10)
     loose, strict = (SSIM()(x, images) for x in out)
-    assert bool((loose > 1.5 * strict).all())
+    assert bool((loose > 1.25 * strict).all())
 
 
 def test_both_takes_the_larger_change_candidate_by_candidate():

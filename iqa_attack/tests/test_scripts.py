@@ -22,6 +22,7 @@ from common import runs
 from iqa_attack import attack, evaluate, train
 from iqa_attack.jnd import CsvObserver
 from iqa_attack.photographs.images import read_image
+from iqa_attack.photographs.photos import ANNOTATORS
 from iqa_attack.quality_models.models import build_network
 from iqa_attack.settings import options_of
 from iqa_attack.study import session
@@ -106,7 +107,7 @@ def test_gradients_of_two_ranks_average_to_those_of_one_process(name, fabric, mo
     torch.manual_seed(0)
     network = build_network(name, **options_of(train_config(f"method={name}"), name)["model"])
     learner = train.Learner(network, fabric)
-    x, mos, fr = torch.rand(8, 3, 48, 48), torch.rand(8), torch.rand(8, 4)
+    x, mos, fr = torch.rand(8, 3, 48, 48), torch.rand(8), torch.rand(8, len(ANNOTATORS))
     targets = (mos, torch.ones(8), fr, torch.zeros(8, dtype=torch.long))
 
     def gradient(images):
