@@ -321,11 +321,11 @@ def code_hash(paper: Path) -> str:
     return hash_files(set(files), paper.parent)
 
 
-def record(paper: Path, scale: str) -> Path:
+def record(paper: Path, scale: str, extra: tuple[str, ...] = ()) -> Path:
     """Copy the report of a complete scale to results/<scale>/ with its provenance. Returns that folder.
 
     Raises `RunError` if cells are open, or claims or sweeps are not committed (both come before the evidence)."""
-    todo = cells(paper, scale)
+    todo = cells(paper, scale, extra)
     open_cells = [c.name() for c in todo if c.status() != "finished"]
     if open_cells:
         raise RunError(
@@ -455,8 +455,9 @@ def main(argv: list[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)
     extra = (override("data.root", Path(args.data).expanduser().absolute()),) if args.data else ()
-    if args.dry == "estimate" and not args.data and args.scale.startswith(("paper", "real_")):
-        extra = ("data.root=DATA",)  # nothing is read: the lines show where the folder goes
+    reads_none = args.action == "record" or args.dry == "estimate"
+    if reads_none and not args.data and args.scale.startswith(("paper", "real_")):
+        extra = ("data.root=DATA",)  # no part of what a run is; printed lines show where the folder goes
     try:
         if not (paper / "configs").is_dir():
             raise RunError(f"{args.paper}: no such paper here, or not started yet")
@@ -469,7 +470,7 @@ def main(argv: list[str] | None = None) -> int:
             compare(paper, args.result)
             return 0
         if args.action == "record":
-            record(paper, args.scale)
+            record(paper, args.scale, extra)
             return 0
         if args.action == "verify":
             return 0 if verify(paper, args.scale, args.cell or None, extra) else 1
