@@ -26,6 +26,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from common.loop import Loaded
+from common.quant.integer_onnx import along, dequantize, quantize, translations
 from common.quant.lsq import LSQQuantizer
 from common.scripts import script
 from q_detr.checkpoint import load
@@ -34,46 +35,6 @@ from q_detr.packing import pack, quantised_weights
 
 OUTPUTS = ("pred_logits", "pred_boxes")
 SIZES = (((96, 160), (128, 100)), ((75, 133), (64, 90), (80, 64)))  # the first is traced
-
-
-# QuantizeLinear and DequantizeLinear of ONNX. PyTorch's own fake_quantize_per_channel_affine cannot be traced (no kernel for
-# tensors without data), so the exporter is told what these two become.
-@torch.library.custom_op("q_detr::quantize", mutates_args=())
-def quantize(x: Tensor, step: Tensor, zero: Tensor, axis: int) -> Tensor:
-    """Codes of the type of `zero`: clip(round(x / step) + zero). step, zero: one value, or one for each entry of `axis`."""
-    shape, bounds = _along(axis, step, x), torch.iinfo(zero.dtype)
-    codes = (x / step.view(shape)).round() + zero.view(shape)
-    return codes.clamp(bounds.min, bounds.max).to(zero.dtype)
-
-
-@torch.library.custom_op("q_detr::dequantize", mutates_args=())
-def dequantize(codes: Tensor, step: Tensor, zero: Tensor, axis: int) -> Tensor:
-    """step (codes - zero)."""
-    shape = _along(axis, step, codes)
-    return step.view(shape) * (codes.to(step.dtype) - zero.view(shape))
-
-
-@quantize.register_fake
-def _(x: Tensor, step: Tensor, zero: Tensor, axis: int) -> Tensor:
-    return torch.empty_like(x, dtype=zero.dtype)
-
-
-@dequantize.register_fake
-def _(codes: Tensor, step: Tensor, zero: Tensor, axis: int) -> Tensor:
-    return torch.empty_like(codes, dtype=step.dtype)
-
-
-def _along(axis: int, step: Tensor, x: Tensor) -> list[int]:
-    return [-1 if step.ndim and i == axis else 1 for i in range(x.ndim)]
-
-
-def _translations() -> dict[Any, Any]:
-    from onnxscript import opset18 as op
-
-    return {
-        torch.ops.q_detr.quantize.default: lambda x, step, zero, axis: op.QuantizeLinear(x, step, zero, axis=axis),
-        torch.ops.q_detr.dequantize.default: lambda q, step, zero, axis: op.DequantizeLinear(q, step, zero, axis=axis),
-    }
 
 
 class FixedQuantizer(nn.Module):
@@ -102,14 +63,14 @@ class FixedQuantizer(nn.Module):
         axis = 0 if self.axis is None else self.axis % x.ndim
         if not self.shifted:
             return self._on_grid(x, axis)
-        offset = self.offset.view(_along(axis, self.step, x))
+        offset = self.offset.view(along(axis, self.step, x))
         return self._on_grid(x - offset, axis) + offset
 
     def _on_grid(self, x: Tensor, axis: int) -> Tensor:
         if self.qdq:
             zero = self.zero.to(self.codes)
             return dequantize(quantize(x, self.step, zero, axis), self.step, zero, axis)
-        step, zero = (t.view(_along(axis, self.step, x)) for t in (self.step, self.zero))
+        step, zero = (t.view(along(axis, self.step, x)) for t in (self.step, self.zero))
         return step * ((x / step + zero).clamp(self.qn, self.qp).round() - zero)
 
 
@@ -175,7 +136,7 @@ def export_onnx(
         program = torch.export.export(deployed, example(SIZES[0]), dynamic_shapes=shapes, strict=True)
         torch.onnx.export(
             program, (), path, dynamo=True, input_names=["images", "mask"], output_names=list(OUTPUTS), external_data=False,
-            verbose=False, custom_translation_table=_translations(),
+            verbose=False, custom_translation_table=translations(),
         )  # fmt: skip
     proto = onnx.load(path)
     onnx.helper.set_model_props(proto, {"about": json.dumps(dict(about or {}))})

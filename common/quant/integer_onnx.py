@@ -28,7 +28,7 @@ FORMATS = ("integer", "qdq")
 @torch.library.custom_op("integer_onnx::quantize", mutates_args=())
 def quantize(x: Tensor, step: Tensor, zero: Tensor, axis: int) -> Tensor:
     """QuantizeLinear: codes of the type of `zero`, clip(round(x / step) + zero). step, zero: () or (groups,) along `axis`."""
-    shape, bounds = _along(axis, step, x), torch.iinfo(zero.dtype)
+    shape, bounds = along(axis, step, x), torch.iinfo(zero.dtype)
     codes = (x / step.view(shape)).round() + zero.view(shape)
     return codes.clamp(bounds.min, bounds.max).to(zero.dtype)
 
@@ -36,8 +36,8 @@ def quantize(x: Tensor, step: Tensor, zero: Tensor, axis: int) -> Tensor:
 @torch.library.custom_op("integer_onnx::dequantize", mutates_args=())
 def dequantize(codes: Tensor, step: Tensor, zero: Tensor, axis: int) -> Tensor:
     """DequantizeLinear: step (codes - zero)."""
-    shape = _along(axis, step, codes)
-    return step.view(shape) * (codes.float() - zero.view(shape))
+    shape = along(axis, step, codes)
+    return step.view(shape) * (codes.to(step.dtype) - zero.view(shape))
 
 
 @torch.library.custom_op("integer_onnx::matmul", mutates_args=())
@@ -85,7 +85,8 @@ def _(
     return x.new_empty((x.shape[0], w.shape[0], *size), dtype=torch.int32)
 
 
-def _along(axis: int, step: Tensor, x: Tensor) -> list[int]:
+def along(axis: int, step: Tensor, x: Tensor) -> list[int]:
+    """The shape in which step, () or (groups,), stands along `axis` of x."""
     return [-1 if step.ndim and i == axis else 1 for i in range(x.ndim)]
 
 
@@ -160,7 +161,7 @@ class Operand(nn.Module):
         return self.step.view(shape) * (self(x).float() - self.shift.float().view(shape))
 
     def _shape(self, x: Tensor) -> list[int]:
-        return _along(-1 if self.axis is None else self.axis % x.ndim, self.step, x)
+        return along(-1 if self.axis is None else self.axis % x.ndim, self.step, x)
 
 
 class QDQ(nn.Module):
