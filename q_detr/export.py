@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from common.loop import Loaded
-from common.quant.integer_onnx import along, dequantize, quantize, translations
+from common.quant.integer_onnx import StoredWeight, along, dequantize, quantize, translations
 from common.quant.lsq import LSQQuantizer
 from common.scripts import script
 from q_detr.checkpoint import load
@@ -74,21 +74,6 @@ class FixedQuantizer(nn.Module):
         return step * ((x / step + zero).clamp(self.qn, self.qp).round() - zero)
 
 
-class FixedWeight(nn.Module):
-    """An 8-bit weight as int8 codes and DequantizeLinear along axis 0, whatever the argument is."""
-
-    codes: Tensor
-    step: Tensor
-
-    def __init__(self, weight: Tensor, q: LSQQuantizer):
-        super().__init__()
-        self.register_buffer("codes", q.codes(weight).to(torch.int8))
-        self.register_buffer("step", q.effective_step().detach().clone())
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return dequantize(self.codes, self.step, torch.zeros_like(self.step, dtype=torch.int8), 0)
-
-
 class Deployed(nn.Module):
     """(images, mask) -> (pred_logits, pred_boxes), a copy of `model` without state of quantisers: weights are on their grid,
     activations pass `FixedQuantizer`."""
@@ -97,7 +82,9 @@ class Deployed(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(model).eval()
         for layer, weight, quantizer in quantised_weights(self.model).values():
-            fixed = FixedWeight(weight, quantizer) if qdq and quantizer.bits == 8 else nn.Identity()
+            fixed: nn.Module = nn.Identity()
+            if qdq and quantizer.bits == 8:
+                fixed = StoredWeight(weight, quantizer, as_node=isinstance(layer, nn.Conv2d))
             with torch.no_grad():
                 weight.copy_(quantizer(weight))
             setattr(layer, "in_proj_quant" if isinstance(layer, Attention) else "weight_quant", fixed)

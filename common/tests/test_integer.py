@@ -10,6 +10,19 @@ from common.quant.integer import LARGEST, centred_codes, exact_linear, reach, sc
 from common.tests.test_integer_onnx import quantizer
 
 
+@pytest.mark.parametrize("largest", [255 * 128, 255 * 127 // 2, 1023 * 512])
+def test_no_part_of_a_sum_can_pass_two_to_the_24(largest, monkeypatch):
+    widths, linear = [], torch.nn.functional.linear
+
+    def watched(x, w):
+        widths.append(x.shape[-1])
+        return linear(x, w)
+
+    monkeypatch.setattr("common.quant.integer.F.linear", watched)
+    exact_linear(torch.ones(2, 1100), torch.ones(3, 1100), largest)
+    assert sum(widths) == 1100 and max(widths) * largest <= LARGEST
+
+
 @pytest.mark.parametrize(
     ("largest", "parts"), [(128 * 128, 1), (255 * 128, 2), (1023 * 512, 32), (2**13 * 2**12, None)]
 )
