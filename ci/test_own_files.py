@@ -13,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
 from common import scripts
+from common.data.files import readable
 from common.metrics.readme import PAPERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,3 +94,4 @@ def test_a_broken_image_among_good_ones_is_left_out_by_the_switch(paper, tmp_pat
     assert status == 0, said.err
     assert f"cannot decode image {broken}" in said.err and "broken_images=skip: 1 of " in said.err
     assert not list(place.iterdir())
+    assert readable([broken]) == [0], "the switch of one script must not reach what the process does next"

@@ -6,6 +6,7 @@ A wrong value, a missing file or data set ends in one line `error: ...` and exit
 HYDRA_FULL_ERROR=1 shows the traceback. An override has the type of the value that it replaces.
 """
 
+import contextlib
 import difflib
 import fnmatch
 import functools
@@ -16,7 +17,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,10 @@ def script(config: str = "config", body: Callable[..., Any] | None = None) -> An
         out, multirun = Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().mode == RunMode.MULTIRUN
         try:
             check(cfg)
-            on_broken(cfg.get("broken_images", "stop"))
-            if cfg.get("threads"):
-                torch.set_num_threads(cfg.threads)
-            loggers = [make_logger(cfg.logger, out)] if cfg.get("logger") else []
-            fabric = launch(cfg.get("fabric") or {"accelerator": "auto", "devices": 1}, loggers=loggers)
-            return body(*(cfg, fabric, out)[:takes])
+            with on_broken(cfg.get("broken_images", "stop")), _threads(cfg.get("threads")):
+                loggers = [make_logger(cfg.logger, out)] if cfg.get("logger") else []
+                fabric = launch(cfg.get("fabric") or {"accelerator": "auto", "devices": 1}, loggers=loggers)
+                return body(*(cfg, fabric, out)[:takes])
         except BaseException as error:
             if multirun and isinstance(error, Exception):  # the other cells go on
                 print(f"{out}: {one_line(error)}", file=sys.stderr, flush=True)
@@ -99,6 +98,17 @@ def script(config: str = "config", body: Callable[..., Any] | None = None) -> An
             _end(explained(error, here, config))
 
     return main
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """`count` threads for torch, and what was before afterwards: the next cell of a multirun has its own `threads=`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _end(error: BaseException) -> None:

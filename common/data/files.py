@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +115,19 @@ BROKEN = ("stop", "skip")
 _broken = "stop"
 
 
-def on_broken(what: str) -> None:
-    """The switch `broken_images=` of the scripts, for this process. stop: an image that cannot be decoded ends the run, named.
-    skip: the readers of data sets decode every image once and leave those out (`readable`). ValueError for another word."""
+@contextmanager
+def on_broken(what: str) -> Iterator[None]:
+    """The switch `broken_images=` of the scripts, while the context lasts. stop: an image that cannot be decoded ends the run,
+    named. skip: the readers of data sets decode every image once and leave those out (`readable`). ValueError for another
+    word."""
     global _broken
     if what not in BROKEN:
         raise ValueError(f"broken_images={what}, allowed: {', '.join(BROKEN)}")
-    _broken = what
+    before, _broken = _broken, what
+    try:
+        yield
+    finally:
+        _broken = before
 
 
 def readable(images: Sequence[Any], read: Callable[[Any], Any] = open_image) -> list[int]:

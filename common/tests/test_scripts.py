@@ -246,3 +246,11 @@ def test_gathered_rows_are_in_order_without_padding(size):
     )
     with pytest.raises(ValueError, match="1 images for 2 ranks"):
         gather(fabric, {"rows": rows[:1]}, 1)
+
+
+def test_the_threads_of_one_script_are_not_those_of_the_next():
+    before = torch.get_num_threads()
+    with pytest.raises(ValueError), scripts._threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise ValueError
+    assert torch.get_num_threads() == before
