@@ -28,19 +28,20 @@ PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 # A notebook's backend is for the notebook; figures here go to files.
 unexport MPLBACKEND
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format reproduce bench faults clean
+.PHONY: help setup test lint format reproduce verify report bench faults clean
 .PHONY: $(foreach t,test reproduce record verify evaluate compare bench,$(addprefix $(t)-,$(PAPERS)))
 
 help:
 	@echo "make setup               the environment in $(VENV) (every target below does it first, once)"
 	@echo "make test                all tests;  make test-<paper> those of one paper"
 	@echo "make lint                format, ruff, types, import contracts, stale README tables;  make format mends the first two"
-	@echo "make reproduce           the evidence of every paper;  make reproduce-<paper> of one"
+	@echo "make reproduce           the evidence of every paper, one after the other;  make reproduce-<paper> of one"
 	@echo "                         SCALE=mini|full|real_<set>|gpu_<set>|paper  DATA=<folder of the data set>  ONLY=<claim>"
 	@echo "                         SCALE=paper: GPUS=8 PER_RUN=8|1, DRY=1 prints the commands with estimated hours, DRY=measure"
 	@echo "                         with hours from a step on this machine; ALL=1 or ONLY= starts them"
 	@echo "make record-<paper>      copy the evidence of SCALE to <paper>/results/ and renew the README tables"
-	@echo "make verify-<paper>      run one recorded cell again and compare [CELL=<arm>/seed<k>]"
+	@echo "make verify-<paper>      run one recorded cell again and compare [CELL=<arm>/seed<k>];  make verify: of every paper"
+	@echo "make report              the evidence of all papers as pages: runs/site/index.html"
 	@echo "make compare-<paper>     RESULT=<run directory>: your numbers beside the record and the published ones"
 	@echo "make evaluate-<paper>    WEIGHTS=<checkpoint> DATA=<folder>: the paper's metrics [ARGS='key=value ...']"
 	@echo "make bench               speed ratios of every paper;  make bench-<paper> of one"
@@ -117,8 +118,11 @@ $(addprefix bench-,$(PAPERS)): bench-%: $(STAMP)
 	@$(PY) -m common.reproduce bench $* --args $(call q,$(ARGS))
 
 # --------------------------------------------------------------------------------------------------------- all papers
-reproduce: $(addprefix reproduce-,$(STARTED))
-	@echo "not started yet: $(or $(filter-out $(STARTED),$(PAPERS)),none)"
+reproduce verify: $(STAMP)
+	@$(PY) -m common.everything $@ --scale $(SCALE)
+
+report: $(STAMP)
+	@$(PY) -m common.metrics.site
 
 bench: $(addprefix bench-,$(STARTED))
 

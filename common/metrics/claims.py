@@ -44,7 +44,9 @@ def load_claims(paper_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def load_document(paper_dir: str | Path) -> dict[str, Any]:
-    """Read and check `<paper_dir>/claims.yaml`; return {basis, published, claims, equations} with defaults filled in.
+    """Read and check `<paper_dir>/claims.yaml`; return {basis, abstract, published, claims, equations}, defaults filled in.
+
+    abstract: what the paper's abstract claims, in order, as {says, claims: ids of the claims that test it, maybe none}.
 
     In the result `scale` is a list, `published` of a claim is its published row or None, `margin` and `tol` are
     floats, `better` and `note` may be None. For kind ratio, margin is a factor (default 1) and tol is relative.
@@ -56,7 +58,7 @@ def load_document(paper_dir: str | Path) -> dict[str, Any]:
         document = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
-    _check_keys(f"{path}", document, {"basis", "published", "claims"}, {"equations"})
+    _check_keys(f"{path}", document, {"basis", "published", "claims"}, {"abstract", "equations"})
     _check(document["basis"] in BASES, f"{path}: basis {document['basis']!r}", f"use one of {BASES}")
     rows = [_published_row(f"{path}: published[{i}]", row) for i, row in enumerate(document["published"] or [])]
     by_id = {row["id"]: row for row in rows}
@@ -73,7 +75,18 @@ def load_document(paper_dir: str | Path) -> dict[str, Any]:
     equations = document.get("equations") or []
     for i, row in enumerate(equations):
         _check_keys(f"{path}: equations[{i}]", row, {"source", "says", "code"}, set())
-    return {"basis": document["basis"], "published": rows, "claims": claims, "equations": equations}
+    abstract = document.get("abstract") or []
+    for i, row in enumerate(abstract):
+        _check_keys(f"{path}: abstract[{i}]", row, {"says", "claims"}, set())
+        unknown = sorted(set(row["claims"]) - {c["id"] for c in claims})
+        _check(not unknown, f"{path}: abstract[{i}]: no claims {unknown}", "name claims of this file, or write []")
+    return {
+        "basis": document["basis"],
+        "abstract": abstract,
+        "published": rows,
+        "claims": claims,
+        "equations": equations,
+    }
 
 
 def _published_row(where: str, row: Any) -> dict[str, Any]:

@@ -40,8 +40,8 @@ def render_front(paper_dir: str | Path) -> str:
         found = [(scale, by_id[claim["id"]]) for scale, by_id in recorded.items() if claim["id"] in by_id]
         found = [(scale, r) for scale, r in found if r["verdict"] != "not_run" and r["kind"] != "exact"]
         if found:
-            scale, result = min(found, key=lambda f: _rank(f[0]))
-            order = (not claim["front"], not claim["primary"], _rank(scale))
+            scale, result = min(found, key=lambda f: scale_order(f[0]))
+            order = (not claim["front"], not claim["primary"], scale_order(scale))
             text = [claim["statement"], tables.published_text(claim["published"]), f"{_effect(result)} ({scale})"]
             rows.append((order, [*text, tables.verdict_text(result)]))
     chosen = [row for _, row in sorted(rows, key=lambda r: r[0])[:FRONT]]
@@ -150,7 +150,7 @@ def render_results(paper_dir: str | Path) -> str:
         "this number of seeds finds with 80 % power. A paper's number stands beside ours only to be read; at a scale other than "
         "`paper` it was measured on other data.",
     ]
-    for scale in sorted(recorded, key=_rank):
+    for scale in sorted(recorded, key=scale_order):
         by_id = recorded[scale]
         rows = [
             _result_row(paper_dir, c, scale, by_id[c["id"]])
@@ -223,7 +223,7 @@ def render_root_table(root: str | Path) -> str:
             rows.append([f"`{paper}`", idea, "not started", ""])
             continue
         recorded = _recorded(folder)
-        tally = [f"{s}: {_tally(list(recorded[s].values()))}" for s in sorted(recorded, key=_rank)]
+        tally = [f"{s}: {_tally(list(recorded[s].values()))}" for s in sorted(recorded, key=scale_order)]
         rows.append(
             [f"[`{paper}`]({paper}/README.md)", idea, _best(folder, recorded), "<br>".join(tally) or "none recorded"]
         )
@@ -234,7 +234,7 @@ def _best(folder: Path, recorded: dict[str, dict]) -> str:
     """The claim marked `front` first, else the first primary one, at its best scale, in one clause."""
     claims = sorted(load_document(folder)["claims"], key=lambda c: (not c["front"], not c["primary"]))
     for claim in claims:
-        for scale in sorted(recorded, key=_rank):
+        for scale in sorted(recorded, key=scale_order):
             result = recorded[scale].get(claim["id"])
             if result and result["verdict"] != "not_run" and result["kind"] != "exact":
                 return f"{claim['statement'].rstrip('.')}: {_effect(result)}, **{result['verdict']}** ({scale})"
@@ -251,7 +251,7 @@ def _effect(result: dict[str, Any]) -> str:
     return f"{tables.effect_text(result)}{beyond}"
 
 
-def _rank(scale: str) -> tuple[int, str]:
+def scale_order(scale: str) -> tuple[int, str]:
     kinds = ("paper", "gpu", "real", "full", "mini")
     return next(i for i, kind in enumerate(kinds) if scale.startswith(kind)), scale
 
@@ -310,7 +310,7 @@ def _filled(file: Path, text: str, markers: tuple[str, str], block: str) -> str:
 def _recorded(paper_dir: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """{scale: {claim id: result}} of the recorded evidence, the best scale first."""
     found = {}
-    for file in sorted(paper_dir.glob("results/*/claims.json"), key=lambda f: _rank(f.parent.name)):
+    for file in sorted(paper_dir.glob("results/*/claims.json"), key=lambda f: scale_order(f.parent.name)):
         try:
             found[file.parent.name] = {r["id"]: r for r in json.loads(file.read_text())["claims"]}
         except (json.JSONDecodeError, KeyError, TypeError) as error:
