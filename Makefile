@@ -16,6 +16,7 @@ ONLY ?=
 ALL ?=
 DRY ?=
 CELL ?=
+NAME ?=
 WEIGHTS ?=
 RESULT ?=
 ARGS ?=
@@ -28,7 +29,7 @@ PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 # A notebook's backend is for the notebook; figures here go to files.
 unexport MPLBACKEND
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format reproduce verify report bench faults clean
+.PHONY: help setup test lint format reproduce verify report check-runs bench faults clean
 .PHONY: $(foreach t,test reproduce record verify evaluate compare bench,$(addprefix $(t)-,$(PAPERS)))
 
 help:
@@ -39,7 +40,8 @@ help:
 	@echo "                         SCALE=mini|full|real_<set>|gpu_<set>|paper  DATA=<folder of the data set>  ONLY=<claim>"
 	@echo "                         SCALE=paper: GPUS=8 PER_RUN=8|1, DRY=1 prints the commands with estimated hours, DRY=measure"
 	@echo "                         with hours from a step on this machine; ALL=1 or ONLY= starts them"
-	@echo "make record-<paper>      copy the evidence of SCALE to <paper>/results/ and renew the README tables"
+	@echo "make record-<paper>      copy the evidence of SCALE to <paper>/results/ and renew the README tables;"
+	@echo "                         NAME=<you>: to <paper>/results/external/<you>/, a run of yours beside the record (make check-runs)"
 	@echo "make verify-<paper>      run one recorded cell again and compare [CELL=<arm>/seed<k>];  make verify: of every paper"
 	@echo "make report              the evidence of all papers as pages: runs/site/index.html"
 	@echo "make compare-<paper>     RESULT=<run directory>: your numbers beside the record and the published ones"
@@ -98,7 +100,7 @@ $(addprefix reproduce-,$(PAPERS)): reproduce-%: $(STAMP)
 
 $(addprefix record-,$(PAPERS)): record-%: $(STAMP)
 	$(started)
-	@$(PY) -m common.reproduce record $* --scale $(SCALE)
+	@$(PY) -m common.reproduce record $* --scale $(SCALE) --name $(call q,$(NAME))
 
 $(addprefix verify-,$(PAPERS)): verify-%: $(STAMP)
 	$(started)
@@ -120,6 +122,9 @@ $(addprefix bench-,$(PAPERS)): bench-%: $(STAMP)
 # --------------------------------------------------------------------------------------------------------- all papers
 reproduce verify: $(STAMP)
 	@$(PY) -m common.everything $@ --scale $(SCALE)
+
+check-runs: $(STAMP)
+	@$(PY) -m common.submission
 
 report: $(STAMP)
 	@$(PY) -m common.metrics.site

@@ -12,6 +12,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from common.metrics.claims import TESTED, load_document
 from common.metrics.readme import PAPERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,6 +99,13 @@ def test_every_equation_of_the_map_can_be_imported(paper):
         for part in name.split("."):
             found = getattr(found, part)
         assert row["source"] and row["says"]
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_figures_have_words_for_every_metric_of_a_tested_claim(paper):
+    document = load_document(ROOT / paper)
+    wordless = {c["metric"] for c in document["claims"] if c["kind"] in TESTED} - document["metrics"].keys()
+    assert not wordless, f"add to metrics: in {paper}/claims.yaml what these are"
 
 
 @pytest.mark.parametrize("paper", PAPERS)

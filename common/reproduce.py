@@ -321,8 +321,9 @@ def code_hash(paper: Path) -> str:
     return hash_files(set(files), paper.parent)
 
 
-def record(paper: Path, scale: str, extra: tuple[str, ...] = ()) -> Path:
-    """Copy the report of a complete scale to results/<scale>/ with its provenance. Returns that folder.
+def record(paper: Path, scale: str, extra: tuple[str, ...] = (), name: str = "") -> Path:
+    """Copy the report of a complete scale to results/<scale>/ with its provenance, or to results/external/<name>/<scale>/ as
+    somebody's own run beside the record. Returns that folder.
 
     Raises `RunError` if cells are open, or claims or sweeps are not committed (both come before the evidence)."""
     todo = cells(paper, scale, extra)
@@ -337,7 +338,9 @@ def record(paper: Path, scale: str, extra: tuple[str, ...] = ()) -> Path:
     ).stdout
     if changed.strip() and git_commit(paper):
         raise RunError(f"commit the claims and sweeps before recording evidence for them:\n{changed}")
-    source, target = paper / "runs" / scale / "report", paper / "results" / scale
+    if name and not re.fullmatch(r"[\w-]+", name):
+        raise RunError(f"NAME={name}: letters, digits, - and _ only")
+    source, target = paper / "runs" / scale / "report", paper / "results" / (f"external/{name}" if name else "") / scale
     report.main([paper.name, scale, "--root", str(paper.parent)])
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
@@ -449,6 +452,7 @@ def main(argv: list[str] | None = None) -> int:
         "--dry", nargs="?", const="estimate", default="", choices=["estimate", "measure"],
         help="print one command per cell with its hours, estimated or from a preflight here",
     )  # fmt: skip
+    parser.add_argument("--name", default="", help="record: whose run it is, beside the record of the project")
     parser.add_argument("--cell", default="", help="verify: the recorded cell, e.g. nclpp/seed100")
     args = parser.parse_args(argv)
     paper = args.root.resolve() / args.paper
@@ -470,7 +474,7 @@ def main(argv: list[str] | None = None) -> int:
             compare(paper, args.result)
             return 0
         if args.action == "record":
-            record(paper, args.scale, extra)
+            record(paper, args.scale, extra, args.name)
             return 0
         if args.action == "verify":
             return 0 if verify(paper, args.scale, args.cell or None, extra) else 1

@@ -44,10 +44,10 @@ def load_claims(paper_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def load_document(paper_dir: str | Path) -> dict[str, Any]:
-    """Read and check `<paper_dir>/claims.yaml`; return {basis, abstract, published, claims, equations}, defaults filled in.
+    """Read and check `<paper_dir>/claims.yaml`; return {basis, abstract, metrics, published, claims, equations}, with defaults.
 
     abstract: what the paper's abstract claims, in order, as {says, claims: ids of the claims that test it, maybe none}.
-
+    metrics: what a figure calls a metric, {id: {says, unit}}.
     In the result `scale` is a list, `published` of a claim is its published row or None, `margin` and `tol` are
     floats, `better` and `note` may be None. For kind ratio, margin is a factor (default 1) and tol is relative.
     Raises FileNotFoundError, or ValueError naming file, claim and fix."""
@@ -58,7 +58,7 @@ def load_document(paper_dir: str | Path) -> dict[str, Any]:
         document = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
-    _check_keys(f"{path}", document, {"basis", "published", "claims"}, {"abstract", "equations"})
+    _check_keys(f"{path}", document, {"basis", "published", "claims"}, {"abstract", "metrics", "equations"})
     _check(document["basis"] in BASES, f"{path}: basis {document['basis']!r}", f"use one of {BASES}")
     rows = [_published_row(f"{path}: published[{i}]", row) for i, row in enumerate(document["published"] or [])]
     by_id = {row["id"]: row for row in rows}
@@ -83,10 +83,17 @@ def load_document(paper_dir: str | Path) -> dict[str, Any]:
     return {
         "basis": document["basis"],
         "abstract": abstract,
+        "metrics": _metrics(path, document.get("metrics") or {}),
         "published": rows,
         "claims": claims,
         "equations": equations,
     }
+
+
+def _metrics(path: Path, metrics: dict[str, Any]) -> dict[str, dict[str, str]]:
+    for name, row in metrics.items():
+        _check_keys(f"{path}: metrics {name}", row, {"says"}, {"unit"})
+    return {name: {"unit": "", **row} for name, row in metrics.items()}
 
 
 def _published_row(where: str, row: Any) -> dict[str, Any]:

@@ -30,14 +30,16 @@ def _fill(name: str, width: int) -> str:
     return textwrap.fill(name.replace("_", "_ "), width + name.count("_")).replace("_ ", "_")
 
 
-def plot_claims(results: list[dict[str, Any]], path: str | Path) -> bool:
+Words = dict[str, dict[str, str]]  # of a metric: {says, unit}, from claims.yaml
+
+
+def plot_claims(results: list[dict[str, Any]], path: str | Path, words: Words | None = None) -> bool:
     """Forest plot of the ordering, ratio and property claims: estimate (diamond: primary), interval, one small
-    dot per seed; a panel per unit. Writes `path` (PNG); returns False, and writes nothing, without any effect."""
+    dot per seed; a panel per metric. Writes `path` (PNG); returns False, and writes nothing, without any effect."""
     panels: dict[tuple[bool, str], list[dict[str, Any]]] = {}
     for r in results:
         if r["kind"] in TESTED:
-            unit = (r["published"] or {}).get("unit") or r["metric"]
-            ratio = r["kind"] == "ratio"
+            unit, ratio = _label(r["metric"], results, words or {}), r["kind"] == "ratio"
             panels.setdefault((ratio, "x" if ratio else unit), []).append(r)
     if not any(r["effect"] for r in results):
         return False
@@ -86,15 +88,16 @@ def _forest_panel(ax: Axes, ratio: bool, unit: str, rows: list[dict[str, Any]]) 
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xlabel("ratio over the claimed margin (x); claimed side: right of 1", fontsize=9)
     else:
-        ax.set_xlabel(f"difference over the claimed margin ({unit}); claimed side: right of 0", fontsize=9)
+        ax.set_xlabel(f"{unit}: difference over the claimed margin; claimed side: right of 0", fontsize=9)
     ax.tick_params(axis="x", labelsize=8)
     ax.grid(axis="x", alpha=0.25)
     ax.spines[["top", "right", "left"]].set_visible(False)
 
 
 def plot_arms(
-    measurements: Measurements, results: list[dict[str, Any]], metrics: list[str], folder: str | Path
-) -> list[str]:
+    measurements: Measurements, results: list[dict[str, Any]], metrics: list[str], folder: str | Path,
+    words: Words | None = None,
+) -> list[str]:  # fmt: skip
     """One panel per metric: every seed of every arm as a dot, mean and 95 % t interval below; a thin line joins the seeds of two
     arms only where one of `results` compares them. At most `PANEL` arms in a panel and two panels on a page.
 
@@ -106,7 +109,7 @@ def plot_arms(
         names = _neighbours(names, pairs)
         for i in range(0, len(names), PANEL):
             part = {a: {s: r[metric] for s, r in measurements[a].items() if metric in r} for a in names[i : i + PANEL]}
-            panels.append((_label(metric, results), part, [p for p in pairs if set(p) <= set(part)]))
+            panels.append((_label(metric, results, words or {}), part, [p for p in pairs if set(p) <= set(part)]))
     pages: list[list] = []
     for panel in panels:  # two to a page as long as that is no taller than two screens
         if pages and len(pages[-1]) == 1 and len(pages[-1][0][1]) + len(panel[1]) <= PANEL + 8:
@@ -134,7 +137,11 @@ def _neighbours(names: list[str], pairs: list[list[str]]) -> list[str]:
     return order
 
 
-def _label(metric: str, results: list[dict[str, Any]]) -> str:
+def _label(metric: str, results: list[dict[str, Any]], words: Words) -> str:
+    """'top-1 accuracy (%)'. Without words the metric's id, with the unit of what was published."""
+    if metric in words:
+        unit = words[metric]["unit"]
+        return f"{words[metric]['says']} ({unit})" if unit else words[metric]["says"]
     units = {r["published"]["unit"] for r in results if r["metric"] == metric and r["published"]} - {None, ""}
     return f"{metric.replace('_', ' ')} ({units.pop()})" if len(units) == 1 else metric.replace("_", " ")
 

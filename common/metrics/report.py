@@ -80,8 +80,9 @@ def draw_figures(folder: Path) -> list[str]:
                 measurements.setdefault(row["arm"], {})[int(row["seed"])] = kept
     order = list(dict.fromkeys([a for r in results for a in r["arms"] if a in measurements] + sorted(measurements)))
     named = list(dict.fromkeys(r["metric"] for r in results if r["kind"] in (*TESTED, "value")))
-    plots = ["claims.png"] if figures.plot_claims(results, folder / "claims.png") else []
-    plots += figures.plot_arms({a: measurements[a] for a in order}, results, named, folder)
+    words = _words(folder)
+    plots = ["claims.png"] if figures.plot_claims(results, folder / "claims.png", words) else []
+    plots += figures.plot_arms({a: measurements[a] for a in order}, results, named, folder, words)
     _relink(folder / "report.md", plots)
     (folder / "figures.json").write_text(json.dumps({"sha256": _drawn_from(folder), "figures": plots}) + "\n")
     return plots
@@ -108,8 +109,15 @@ def stale_figures(root: Path) -> list[Path]:
 
 
 def _drawn_from(folder: Path) -> str:
-    sources = (folder / "claims.json", folder / "cells.csv", Path(figures.__file__))
-    return hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in sources)).hexdigest()
+    sources = [p.read_bytes() for p in (folder / "claims.json", folder / "cells.csv", Path(figures.__file__))]
+    sources.append(json.dumps(_words(folder), sort_keys=True).encode())
+    return hashlib.sha256(b"".join(hashlib.sha256(source).digest() for source in sources)).hexdigest()
+
+
+def _words(folder: Path) -> figures.Words:
+    """What claims.yaml of the paper that a report lies in says about its metrics."""
+    paper = next((p for p in folder.resolve().parents if (p / "claims.yaml").is_file()), None)
+    return load_document(paper)["metrics"] if paper else {}
 
 
 def warnings(cells: Sequence[Cell]) -> list[str]:

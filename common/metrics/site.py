@@ -30,7 +30,7 @@ Result = dict[str, Any]
 
 @dataclass
 class Evidence:
-    """What one report says: `label` is its scale, with ', this machine' where it is not the record."""
+    """What one report says: `label` is its scale, with ', this machine' or ', <who>' where it is not the record."""
 
     label: str
     scale: str
@@ -45,13 +45,15 @@ class Evidence:
 
 
 def evidence(paper: Path) -> list[Evidence]:
-    """The recorded scales of a paper, the best first, then the reports under runs/."""
+    """The recorded scales of a paper, the best first, then other people's runs and the reports under runs/."""
     found = []
-    for pattern, suffix in (("results/*/claims.json", ""), ("runs/*/report/claims.json", ", this machine")):
-        for file in paper.glob(pattern):
-            content = json.loads(file.read_text())
-            claims = {r["id"]: r for r in content.pop("claims")}
-            found.append(Evidence(content["scale"] + suffix, content["scale"], file.parent, claims, content))
+    files = [(file, "") for file in paper.glob("results/*/claims.json")]
+    files += [(file, f", {file.parts[-3]}") for file in paper.glob("results/external/*/*/claims.json")]
+    files += [(file, ", this machine") for file in paper.glob("runs/*/report/claims.json")]
+    for file, who in files:
+        content = json.loads(file.read_text())
+        claims = {r["id"]: r for r in content.pop("claims")}
+        found.append(Evidence(content["scale"] + who, content["scale"], file.parent, claims, content))
     return sorted(found, key=lambda e: (e.label != e.scale, scale_order(e.scale)))
 
 
@@ -169,7 +171,7 @@ def page_of(paper: Path, out: Path) -> dict[str, Any]:
         header, table = arms(e)
         limits = paper / "configs/reproduce" / e.scale / "README.md"
         scales.append({
-            "label": e.label, "scale": e.scale, "about": e.about, "header": header, "arms": table,
+            "label": e.label, "scale": e.scale, "words": document["metrics"], "about": e.about, "header": header, "arms": table,
             "rows": [r for r in rows if r[0]["kind"] != "exact"], "exact": [r for r in rows if r[0]["kind"] == "exact"],
             "figures": [(place / f.name).relative_to(out).as_posix() for f in e.figures],
             "limits": html(limits.read_text(), f"{up}{e.folder.relative_to(paper)}/") if limits.is_file() else "",

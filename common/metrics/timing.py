@@ -12,6 +12,8 @@ import torch
 
 from common.runs import provenance
 
+PAUSE = 0.02  # seconds; idle workers of onnxruntime and OpenMP give their core back within some milliseconds
+
 
 class Timing(NamedTuple):
     """Milliseconds of one call: the median of the rounds, the quartiles, and the number of rounds."""
@@ -27,17 +29,23 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Times every call once per round, in turn, so that a drift of the machine's speed meets all of them alike.
 
-    Each call is warmed up first; ends after `rounds`, or when `seconds` are over and 3 rounds are done. A call that works on a
-    GPU must wait for it by itself."""
+    Each call is warmed up first; ends after `rounds`, or when `seconds` are over and 3 rounds are done. With several threads the
+    workers of the call before wait busily for more and take a core from the next one (measured: sessions of onnxruntime in turn
+    took twice their time): a pause and an untimed call stand before each timed one. A call that works on a GPU must wait for it
+    by itself."""
     for call in calls.values():
         for _ in range(warmup):
             call()
     times: dict[str, list[float]] = {name: [] for name in calls}
+    settle = torch.get_num_threads() > 1
     end = time.perf_counter() + seconds
     for k in range(rounds):
         if k >= 3 and time.perf_counter() > end:
             break
         for name, call in calls.items():
+            if settle:
+                time.sleep(PAUSE)
+                call()
             start = time.perf_counter()
             call()
             times[name].append(1000 * (time.perf_counter() - start))

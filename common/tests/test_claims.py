@@ -72,6 +72,18 @@ def test_defaults_are_filled_in(load, tmp_path):
     assert c.load_document(tmp_path)["basis"] == "text"
 
 
+def test_sentences_of_the_abstract_name_claims_and_metrics_have_words(load, tmp_path):
+    load(claim(), abstract=[{"says": "it works", "claims": ["c1"]}, {"says": "anywhere", "claims": []}],
+         metrics={"top1": {"says": "top-1 accuracy", "unit": "%"}, "r": {"says": "stability"}})  # fmt: skip
+    document = c.load_document(tmp_path)
+    assert [row["claims"] for row in document["abstract"]] == [["c1"], []]
+    assert document["metrics"]["r"] == {"says": "stability", "unit": ""}
+    with pytest.raises(ValueError, match="no claims .'c2'.; name claims of this file"):
+        load(claim(), abstract=[{"says": "it works", "claims": ["c2"]}])
+    with pytest.raises(ValueError, match="metrics top1: unknown .'units'."):
+        load(claim(), metrics={"top1": {"says": "top-1 accuracy", "units": "%"}})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -311,3 +311,18 @@ def test_figures_older_than_their_data_or_code_are_stale(root):
     assert report.stale_figures(root) == []
     (folder / "figures.json").unlink()
     assert report.stale_figures(root) == [folder]
+
+
+def test_figures_speak_in_words_and_are_stale_when_the_words_change(tmp_path, monkeypatch):
+    words = {"top1": {"says": "top-1 accuracy", "unit": "%"}}
+    assert figures._label("top1", [], words) == "top-1 accuracy (%)" and figures._label("a_b", [], words) == "a b"
+    drawn, folder = set(), tmp_path / "paper/results/mini"
+    folder.mkdir(parents=True)
+    for name in ("claims.json", "cells.csv"):
+        (folder / name).write_text("{}")
+    for says in ("accuracy", "top-1 accuracy"):
+        (tmp_path / "paper/claims.yaml").write_text(
+            f"{{basis: text, published: [], claims: [], metrics: {{top1: {{says: {says}}}}}}}"
+        )
+        drawn.add(report._drawn_from(folder))
+    assert len(drawn) == 2

@@ -86,9 +86,10 @@ def test_a_report_of_this_machine_stands_beside_the_record(tmp_path):
     run = paper / "runs/mini/ce/seed100"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text('{"epoch": 1, "loss_ce": 2.0}\n{"epoch": 2, "loss_ce": 0.5}\n')
+    shutil.copytree(ROOT / "ncl_pp/results/mini", paper / "results/external/someone/mini")
     found = site.evidence(paper)
-    assert [e.label for e in found] == ["mini", "mini, this machine"]
-    assert [e.claims["bsce_beats_ce"]["verdict"] for e in found] == ["supported", "contradicted"]
+    assert [e.label for e in found] == ["mini", "mini, someone", "mini, this machine"]
+    assert [e.claims["bsce_beats_ce"]["verdict"] for e in found] == ["supported", "supported", "contradicted"]
     site.build(tmp_path, tmp_path / "site")
     text = (tmp_path / "site/ncl_pp.html").read_text()
     assert "loss ce 2 to 0.5" in text and 'points="0.0,4.0 220.0,56.0"' in text
