@@ -96,6 +96,7 @@ def build_data(
     n_max: int | None = None,
     test_per_class: int = 60,
     subset_seed: int | None = 0,
+    shuffle_classes: bool = False,
     indices: str | None = None,
     size: int = 32,
     augment: str | None = None,
@@ -110,7 +111,8 @@ def build_data(
         and order of the classes.
     mnist_lt, fashion_mnist_lt, cifar10_lt, cifar100_lt: `root` in torchvision's layout (CIFAR also as class
         folders train/<class>/, test/<class>/), subsampled to n_i = int(n_max * imbalance^(-i/(C-1))) with
-        subset_seed (null: the run's seed) or to the stored list `indices`. augment: cifar (AutoAugment +
+        subset_seed (null: the run's seed) or to the stored list `indices`. shuffle_classes: i is the place of a
+        class in an order drawn from the same seed, and not its id. augment: cifar (AutoAugment +
         Cutout on workers) | in memory, in batches on the device: cifar_gpu (crop, flip, Cutout) | cifar_weak
         (crop, flip) | affine.
     lists: train_list, test_list (and val_list), paths relative to the root; see `common.data.vision.image_list`.
@@ -132,7 +134,7 @@ def build_data(
     if name.removesuffix("_lt") in KNOWN:
         return _subsampled(
             name, root, download=download, imbalance=imbalance, n_max=n_max, augment=augment, size=size,
-            seed=seed if subset_seed is None else subset_seed, indices=indices, workers=workers,
+            seed=seed if subset_seed is None else subset_seed, shuffle=shuffle_classes, indices=indices, workers=workers,
         )  # fmt: skip
     base = data_root(root)
     base = base / folder if (base / folder).is_dir() else base
@@ -199,6 +201,7 @@ def _subsampled(
     augment: str,
     size: int,
     seed: int,
+    shuffle: bool,
     indices: str | None,
     workers: int,
 ) -> LongTailed:
@@ -219,7 +222,11 @@ def _subsampled(
         chosen = load_indices(indices, dataset=name, size=len(targets))
     else:
         n_max = n_max or int(targets.bincount(minlength=known.classes).max())
-        chosen = subsample(targets, long_tail_counts(n_max, imbalance, known.classes), seed=seed)
+        profile = long_tail_counts(n_max, imbalance, known.classes)
+        if shuffle:
+            order = torch.randperm(known.classes, generator=torch.Generator().manual_seed(seed)).tolist()
+            profile = [profile[place] for place in order]
+        chosen = subsample(targets, profile, seed=seed)
     counts = _counts(targets[chosen].tolist(), known.classes, indices or str(root))
     source = set_identity(sets[0], base, root)
     classes = [str(c) for c in sets[0].classes]

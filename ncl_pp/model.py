@@ -35,30 +35,35 @@ class _BasicBlock(nn.Module):
         return F.relu(y + (x if self.stride == 1 else option_a_shortcut(x, self.planes)))
 
 
-class ResNet32(nn.Module):
-    """CIFAR ResNet-32: 3 x 5 basic blocks of 16, 32, 64 channels, option-A shortcuts, kaiming-normal init.
+CIFAR_RESNETS = {"resnet8": 1, "resnet20": 3, "resnet32": 5}  # blocks of a stage; none of these is a name of timm
 
-    Images (B, in_channels, 32, 32) -> features (B, 64). 463,504 parameters for three input channels.
+
+class CifarResNet(nn.Module):
+    """The ResNets of CIFAR: 3 x `blocks` basic blocks of width, 2*width, 4*width channels, option-A shortcuts, kaiming-normal
+    init.
+
+    Images (B, in_channels, H, W) -> features (B, 4*width). blocks = 5 is ResNet-32, 463,504 parameters for three input channels.
     """
 
-    num_features = 64
-
-    def __init__(self, *, in_channels: int = 3):
+    def __init__(self, blocks: int = 5, *, in_channels: int = 3, width: int = 16):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        blocks, inplanes = [], 16
-        for planes in (16, 32, 64):
-            for _ in range(5):
-                blocks.append(_BasicBlock(inplanes, planes, stride=1 if inplanes == planes else 2))
+        if width < 4 or width % 4:
+            raise ValueError(f"width={width}, allowed: multiples of 4")
+        self.num_features = 4 * width
+        self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        made, inplanes = [], width
+        for planes in (width, 2 * width, 4 * width):
+            for _ in range(blocks):
+                made.append(_BasicBlock(inplanes, planes, stride=1 if inplanes == planes else 2))
                 inplanes = planes
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = nn.Sequential(*made)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight)
 
     def feature_map(self, x: Tensor) -> Tensor:
-        """(B, in_channels, 32, 32) -> (B, 64, 8, 8), before global average pooling."""
+        """(B, in_channels, H, W) -> (B, 4*width, H/4, W/4), before global average pooling."""
         return self.blocks(F.relu(self.bn1(self.conv1(x))))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,26 +99,29 @@ def build_backbone(
     name: str,
     *,
     in_channels: int = 3,
-    width: int = 8,
+    width: int | None = None,
     pretrained: bool = False,
     official_init: bool = False,
 ) -> nn.Module:
     """A network from images (B, in_channels, H, W) to features (B, backbone.num_features).
 
-    name: resnet32 | convnet | any timm model name. width: of the convnet only. pretrained: timm's weights
-    (timm models only; downloads). official_init: torch's default convolution init instead of timm's, as the
-    published code has it for ResNet-50/152 trained from scratch. ValueError for a name that neither this
-    file nor timm knows.
+    name: resnet8, resnet20, resnet32 (of CIFAR) | convnet | any timm model name. width: channels of the first stage,
+    null: 8 in the convnet, 16 in the ResNets of CIFAR; timm's have their own.
+    pretrained: timm's weights (timm models only; downloads). official_init: torch's default convolution init
+    instead of timm's, as the published code has it for ResNet-50/152 trained from scratch. ValueError for a
+    name that neither this file nor timm knows.
     """
-    if name in ("resnet32", "convnet"):
+    if name == "convnet" or name in CIFAR_RESNETS:
         if pretrained or official_init:
             raise ValueError(f"pretrained and official_init apply to timm models, not to {name!r}")
-        return (
-            ResNet32(in_channels=in_channels) if name == "resnet32" else ConvNet(in_channels=in_channels, width=width)
-        )
+        if name == "convnet":
+            return ConvNet(in_channels=in_channels, width=8 if width is None else width)
+        return CifarResNet(CIFAR_RESNETS[name], in_channels=in_channels, width=16 if width is None else width)
+    if width is not None:
+        raise ValueError(f"width={width} applies to the convnet and the ResNets of CIFAR, not to {name!r}")
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name}*")[:5]) or "see timm.list_models()"
-        raise ValueError(f"backbone {name!r}, allowed: resnet32, convnet or a timm model ({close})")
+        raise ValueError(f"backbone {name!r}, allowed: {', '.join(CIFAR_RESNETS)}, convnet or a timm model ({close})")
     if pretrained and official_init:
         raise ValueError("pretrained=True and official_init=True exclude each other")
     backbone = timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=in_channels)

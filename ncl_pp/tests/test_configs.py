@@ -15,7 +15,7 @@ from ncl_pp.tests.layouts import CONFIGS, write_cifar, write_lists
 from ncl_pp.train import fit
 
 PAPER = CONFIGS.parent
-SCALES = ("mini", "full", "real_mnist", "gpu_cifar10_lt", "paper")
+SCALES = ("mini", "full", "real_fashion_mnist_lt", "gpu_cifar10_lt", "paper")
 TINY = ["arm=test", "preflight=true", "data.workers=0", "train.batch_size=4"]
 TIMM = ["data.size=32", "model.backbone=test_resnet", "model.pretrained=false"]
 

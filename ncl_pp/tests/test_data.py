@@ -53,6 +53,18 @@ def test_cifar100_lt_in_torchvisions_layout(tmp_path, augment, monkeypatch):
     assert images.shape == (16, 3, 32, 32) and labels.shape == (8,) and images.dtype == torch.float32
 
 
+def test_which_classes_are_rare_is_drawn_with_the_subset(tmp_path):
+    write_mnist(tmp_path)
+    options = {"name": "mnist_lt", "root": str(tmp_path), "imbalance": 5, "n_max": 15, "subset_seed": None}
+    fixed = build_data(seed=0, **options)
+    drawn = [build_data(seed=seed, shuffle_classes=True, **options) for seed in (0, 0, 1)]
+    assert fixed.counts == sorted(fixed.counts, reverse=True) and fixed.classes == [*map(str, drawn[0].classes)]
+    assert drawn[0].counts == drawn[1].counts != drawn[2].counts
+    for data in drawn:
+        assert sorted(data.counts, reverse=True) == fixed.counts != data.counts
+        assert torch.as_tensor(data.targets).bincount().tolist() == data.counts
+
+
 def test_stored_index_list_decides_the_subset(tmp_path):
     write_mnist(tmp_path)
     chosen = [i for i in range(200) if i % 10 < 5 or i < 50]

@@ -4,7 +4,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from ncl_pp.model import ConvNet, CosineHead, Experts, ResNet32, build_backbone, ensemble, option_a_shortcut
+from ncl_pp.model import CifarResNet, ConvNet, CosineHead, Experts, build_backbone, ensemble, option_a_shortcut
 
 
 def parameters(module):
@@ -19,7 +19,7 @@ def macs(model, image):
 
 
 def test_resnet32_costs_what_the_literature_says():
-    assert parameters(ResNet32()) == 463_504
+    assert parameters(CifarResNet()) == 463_504
     assert parameters(Experts("resnet32", 100, experts=1)) == 470_004
     assert parameters(Experts("resnet32", 10, experts=1)) == 464_154
     assert parameters(Experts("resnet32", 100, experts=2)) == 940_008
@@ -51,13 +51,24 @@ def test_large_networks(name, classes, backbone, expert, giga_macs):
 
 def test_resnet32_feature_map_and_initialisation():
     torch.manual_seed(0)
-    net = ResNet32()
+    net = CifarResNet()
     assert net.feature_map(torch.zeros(2, 3, 32, 32)).shape == (2, 64, 8, 8)
     x = torch.randn(2, 3, 32, 32)
     net.eval()
     assert_close(net(x), net.feature_map(x).mean((2, 3)))
     weight = net.blocks[-1].conv2.weight  # type: ignore[union-attr]
     assert weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.02)  # fan-in, gain sqrt(2)
+
+
+def test_small_resnets_of_cifar():
+    net = build_backbone("resnet8", in_channels=1, width=8)
+    assert net.num_features == 32 and net(torch.zeros(2, 1, 28, 28)).shape == (2, 32)
+    widths = [8] + [8] * 2 + [16] * 2 + [32] * 2
+    assert [m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d)] == widths
+    assert parameters(build_backbone("resnet20")) == 269_072  # 0.27 M, as in the literature, less its classifier
+    for name, width in (("resnet32", 6), ("resnet18", 8)):
+        with pytest.raises(ValueError, match=f"width={width}"):
+            build_backbone(name, width=width)
 
 
 def test_option_a_shortcut():
@@ -164,7 +175,7 @@ def test_ensemble_is_the_mean_of_raw_logits():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: build_backbone("resnet-32"), "allowed: resnet32, convnet or a timm model"),
+        (lambda: build_backbone("resnet-32"), "allowed: resnet8, resnet20, resnet32, convnet or a timm model"),
         (lambda: build_backbone("resnet32", pretrained=True), "apply to timm models, not to 'resnet32'"),
         (lambda: build_backbone("resnet18", pretrained=True, official_init=True), "exclude each other"),
         (lambda: Experts("convnet", 5, head="cos"), "head='cos', allowed: linear, cosine"),  # type: ignore[arg-type]
