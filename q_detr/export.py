@@ -2,16 +2,17 @@
 
 python export.py weights=runs/default/drd/seed0/last.ckpt out=model.onnx      and, of a student, model.packed.pt
 python export.py weights=detr-r50.pth out=detr-r50.onnx                       official weights
-python export.py weights=runs/default/drd/seed0/last.ckpt qdq=true
+python export.py weights=runs/default/drd/seed0/last.ckpt format=qdq          or format=integer
 
 The graph takes images (B, 3, H, W), normalised as its metadata `about` says, and mask (B, H, W), True = padding
 (`q_detr.detr.pad_images`); B, H and W are free (H, W >= 64). It is compared with PyTorch on batches of two sizes with padding.
 
-A student's graph is fake-quantised: quantisers are float operations, weights float constants on their grid. With qdq=true the
-quantisers of 8 bits (attention operands, stem, everything of an 8-bit student) are QuantizeLinear and DequantizeLinear.
-CPUs have no arithmetic for activations of 2 to 4 bits: this shows the accuracy of a low-bit network, never its speed, and a
-ratio of OPs is no speed either. The packed file is storage: the quantised weights at b / 32 of their float size, everything
-else in float32."""
+A student's graph is fake-quantised: quantisers are float operations, weights float constants on their grid. With format=qdq the
+quantisers of 8 bits (attention operands, stem, everything of an 8-bit student) are QuantizeLinear and DequantizeLinear: both
+show the accuracy of a low-bit network, never its speed. With format=integer the products run on 8-bit integers (MatMulInteger,
+see `q_detr.integer`) whatever the bits: 2 to 4 bits have smaller codes, not faster products. That needs a step per tensor and no
+real offset (method.quant.quantizer=lsq method.quant.act_granularity=per_tensor). The packed file is storage: the quantised
+weights at b / 32 of their float size, everything else in float32."""
 
 import copy
 import json
@@ -31,9 +32,11 @@ from common.quant.lsq import LSQQuantizer
 from common.scripts import script
 from q_detr.checkpoint import load
 from q_detr.detr import DETR, Attention, pad_images
+from q_detr.integer import integers_
 from q_detr.packing import pack, quantised_weights
 
 OUTPUTS = ("pred_logits", "pred_boxes")
+FORMATS = ("simulated", "qdq", "integer")
 SIZES = (((96, 160), (128, 100)), ((75, 133), (64, 90), (80, 64)))  # the first is traced
 
 
@@ -76,11 +79,14 @@ class FixedQuantizer(nn.Module):
 
 class Deployed(nn.Module):
     """(images, mask) -> (pred_logits, pred_boxes), a copy of `model` without state of quantisers: weights are on their grid,
-    activations pass `FixedQuantizer`."""
+    activations pass `FixedQuantizer`; form "integer": products on integers, see `q_detr.integer`. products: how many."""
 
-    def __init__(self, model: DETR, *, qdq: bool = False):
+    def __init__(self, model: DETR, *, form: str = "simulated"):
         super().__init__()
-        self.model = copy.deepcopy(model).eval()
+        if form not in FORMATS:
+            raise ValueError(f"format={form!r}, allowed: {', '.join(FORMATS)}")
+        self.model, qdq = copy.deepcopy(model).eval(), form == "qdq"
+        self.products = integers_(self.model) if form == "integer" else 0
         for layer, weight, quantizer in quantised_weights(self.model).values():
             fixed: nn.Module = nn.Identity()
             if qdq and quantizer.bits == 8:
@@ -106,21 +112,27 @@ def example(sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def export_onnx(
-    model: DETR, path: str | Path, *, qdq: bool = False, about: Mapping[str, Any] | None = None
-) -> tuple[int, int]:
-    """Write an ONNX file with its weights inside and `about` in its metadata. Returns (quantisers as QuantizeLinear, quantisers
-    of activations)."""
+    model: DETR, path: str | Path, *, form: str = "simulated", about: Mapping[str, Any] | None = None
+) -> str:
+    """Write an ONNX file with its weights inside and `about` in its metadata. Returns what is quantised in it, in words."""
     import onnx
 
-    deployed = Deployed(model, qdq=qdq).eval()
+    deployed = Deployed(model, form=form).eval()
     batch, height, width = (torch.export.Dim(n, min=lo) for n, lo in (("batch", 1), ("height", 64), ("width", 64)))
     shapes = ({0: batch, 2: height, 3: width}, {0: batch, 1: height, 2: width})
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message=".*axis name.*will not be used"
         )  # the mask shares them with the images
-        # strict: the other tracer turns len(images) into a constant
-        program = torch.export.export(deployed, example(SIZES[0]), dynamic_shapes=shapes, strict=True)
+        # strict: the other tracer turns len(images) into a constant; what convolutions on integers need of a free size is
+        # checked when the traced program runs, not proved when it is traced
+        program = torch.export.export(
+            deployed,
+            example(SIZES[0]),
+            dynamic_shapes=shapes,
+            strict=True,
+            prefer_deferred_runtime_asserts_over_guards=form == "integer",
+        )
         torch.onnx.export(
             program, (), path, dynamo=True, input_names=["images", "mask"], output_names=list(OUTPUTS), external_data=False,
             verbose=False, custom_translation_table=translations(),
@@ -129,7 +141,9 @@ def export_onnx(
     onnx.helper.set_model_props(proto, {"about": json.dumps(dict(about or {}))})
     onnx.save(proto, path)
     fixed = [m for m in deployed.modules() if isinstance(m, FixedQuantizer)]
-    return sum(m.qdq for m in fixed), len(fixed)
+    if deployed.products:
+        return f", {deployed.products} products on integers"
+    return f", {sum(m.qdq for m in fixed)} of {len(fixed)} quantisers of activations as QuantizeLinear" if fixed else ""
 
 
 @torch.no_grad()
@@ -164,14 +178,14 @@ def export(cfg: DictConfig) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.stem}.tmp.onnx")
     try:
-        as_nodes, quantisers = export_onnx(network, beside, qdq=cfg.qdq, about=trained.about)
+        quantised = export_onnx(network, beside, form=cfg.format, about=trained.about)
         rows = onnx_differences(network, beside)
         for row in rows:
             gaps = "  ".join(f"{n} {row[n][0]:.2g} (mean {row[n][1]:.2g})" for n in OUTPUTS)
             print(f"images {row['sizes']}: largest difference to PyTorch / standard deviation: {gaps}")
         worst, allowed = (
             max(row[n][1] for row in rows for n in OUTPUTS),
-            cfg.tolerance or (0.05 if quantisers else 1e-4),
+            cfg.tolerance or (0.05 if quantised else 1e-4),
         )
         if not worst <= allowed:
             raise ValueError(
@@ -180,8 +194,7 @@ def export(cfg: DictConfig) -> Path:
         os.replace(beside, out)
     finally:
         beside.unlink(missing_ok=True)
-    nodes = f", {as_nodes} of {quantisers} quantisers of activations as QuantizeLinear" if quantisers else ""
-    print(f"{out}: {out.stat().st_size / 1e6:.3f} MB{nodes}")
+    print(f"{out}: {out.stat().st_size / 1e6:.3f} MB{quantised}")
     if quantised_weights(network):
         write_packed(trained, out.with_name(f"{out.stem}.packed.pt"))
     return out

@@ -258,8 +258,9 @@ class IntegerConv2d(nn.Module):
             sums = conv(codes, self.weight, self.operand.zero, self.strides, self.pads, self.dilations, self.groups)
             return _affine(sums.float(), self.scale, self.bias)
         windows = self._patches(codes) if self.patches else self._windows(codes)
-        y = _affine(_sums(self.operand, windows.flatten(1, 2), self.weight), self.scale, self.bias)
-        return y.transpose(1, 2).unflatten(2, windows.shape[1:3])
+        return (
+            _affine(_sums(self.operand, windows, self.weight), self.scale, self.bias).permute(0, 3, 1, 2).contiguous()
+        )
 
     def _patches(self, codes: Tensor) -> Tensor:
         """(B, H', W', channels x window) of windows that lie side by side, a view but for one copy."""
@@ -274,16 +275,15 @@ class IntegerConv2d(nn.Module):
         top, left, bottom, right = self.pads
         if any(self.pads):
             last = F.pad(last, (0, 0, left, right, top, bottom), value=self.blank)
-        size = [
-            (n - d * (k - 1) - 1) // s + 1
-            for n, d, k, s in zip(last.shape[1:3], self.dilations, self.kernel, self.strides, strict=True)
-        ]
         taps = []
         for i in range(self.kernel[0]):
             for j in range(self.kernel[1]):
+                # all taps have the same length; a stop counted from the end needs no knowledge of the size when it is traced
                 rows, columns = (
-                    slice(o * d, o * d + s * (n - 1) + 1, s)
-                    for o, d, s, n in zip((i, j), self.dilations, self.strides, size, strict=True)
+                    slice(o * d, n - (k - 1 - o) * d, s)
+                    for o, d, s, n, k in zip(
+                        (i, j), self.dilations, self.strides, last.shape[1:3], self.kernel, strict=True
+                    )
                 )
                 taps.append(last[:, rows, columns])
         return taps[0] if len(taps) == 1 else torch.cat(taps, -1)

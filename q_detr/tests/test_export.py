@@ -49,7 +49,7 @@ def student(seed=0, **options):
 
 def test_a_real_valued_graph_is_the_network_at_any_size(tmp_path):
     network = real(SMCADETR)
-    assert export_onnx(network, tmp_path / "smca.onnx", qdq=True) == (0, 0)
+    assert export_onnx(network, tmp_path / "smca.onnx", form="qdq") == ""
     for row in onnx_differences(network, tmp_path / "smca.onnx"):
         assert max(row[n][0] for n in OUTPUTS) < 1e-4
     sizes = [len(s) for s in SIZES]
@@ -58,12 +58,12 @@ def test_a_real_valued_graph_is_the_network_at_any_size(tmp_path):
 
 @pytest.mark.parametrize("quantizer", ["lsqplus", "lsq", "released"])
 @pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
-@pytest.mark.parametrize("qdq", [False, True])
+@pytest.mark.parametrize("form", ["simulated", "qdq"])
 @torch.no_grad()
-def test_what_is_traced_equals_the_student(quantizer, granularity, qdq):
+def test_what_is_traced_equals_the_student(quantizer, granularity, form):
     network = student(bits=8, quantizer=quantizer, act_granularity=granularity, zp_init="official")
     images, expected = example(SIZES[1]), network(*example(SIZES[1]))
-    deployed = Deployed(network, qdq=qdq)
+    deployed = Deployed(network, form=form)
     assert not any(isinstance(m, LSQQuantizer) for m in deployed.modules())
     for found, name in zip(deployed(*images), OUTPUTS, strict=True):
         torch.testing.assert_close(found, expected[name], rtol=0, atol=1e-5)
@@ -114,7 +114,7 @@ def test_a_checkpoint_becomes_a_graph_with_two_nodes_per_8_bit_quantiser_and_a_p
     options = {
         "weights": tmp_path / "last.ckpt",
         "out": str(tmp_path / "model.v1.onnx"),
-        "qdq": True,
+        "format": "qdq",
         "tolerance": None,
     }
     assert export(OmegaConf.create(options)) == tmp_path / "model.v1.onnx"  # ValueError if onnxruntime disagrees
@@ -161,7 +161,7 @@ def test_what_cannot_be_packed_or_unpacked_is_named(tmp_path):
 
 def test_onnxruntime_is_given_no_leave_to_quantise_the_inputs_of_linear_layers():
     """It takes DequantizeLinear right in front of a product with a float operand as that: 2 % of the values, measured."""
-    network = Deployed(student(bits=8), qdq=True)
+    network = Deployed(student(bits=8), form="qdq")
     linear = [m for m in network.modules() if isinstance(m, torch.nn.Linear | Attention)]
     stored = [s for m in linear for s in m.children() if isinstance(s, StoredWeight)]
     assert len(stored) >= 4 and not any(s.as_node for s in stored)
