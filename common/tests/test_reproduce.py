@@ -286,3 +286,12 @@ def test_every_target_of_the_makefile_is_in_its_help():
     shown = subprocess.run(["make", "help"], cwd=root, capture_output=True, text=True, check=True).stdout
     assert not {t for t in phony - {"help"} if f"make {t}" not in shown}
     assert "not started yet:" in shown
+
+
+@pytest.mark.parametrize(("scale", "extra"), [("real_set", ("data.root=DATA",)), ("mini", ())])
+def test_a_record_needs_no_data_folder(toy, scale, extra, monkeypatch):
+    """Where the data lay is no part of what a run is; sweeps of real sets cannot be composed without a folder."""
+    called = []
+    monkeypatch.setattr(reproduce, "record", lambda *given: called.append(given))
+    assert reproduce.main(["record", toy.name, "--scale", scale, "--root", str(toy.parent)]) == 0
+    assert called == [(toy, scale, extra, "")]
