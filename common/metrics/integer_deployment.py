@@ -171,7 +171,9 @@ def _notes(settings: list[Mapping[str, Any]], kinds: Mapping[str, list[Mapping[s
     over = [r["forms"]["onnxruntime fp32"][0] / r["ours"] for r in settings if "onnxruntime fp32" in r["forms"]]
     notes = [f"Over the fastest float form, bfloat16 included: x {min(ratios):.2f} to {max(ratios):.2f}."]
     notes += [f"Over onnxruntime in float32: x {min(over):.2f} to {max(over):.2f}."] if over else []
-    notes += [f"In theory (OPs, another thing), {r['form']}: x {r['ratio']:.2f}." for r in kinds["ops"]]
+    if kinds["ops"]:
+        theory = ", ".join(f"{r['form']} x {r['ratio']:.2f}" for r in kinds["ops"])
+        notes.append(f"In theory (OPs, another thing): {theory}.")
     if found := kinds["accuracy"]:
         arms = ", ".join(f"`{r['arm']}` {r['ours']:.1f} +/- {r['std']:.1f}" for r in found)
         notes.append(f"Top-1 is the recorded evidence of a smaller network ({found[0]['seeds']} seeds): {arms} %.")
