@@ -61,12 +61,13 @@ def plot_selection(
         last: Axes = axes[i, -1]
         last.imshow(votes[i], cmap="Greens", vmin=0, vmax=len(names))
         for y, x in zip(*np.nonzero(read[i].reshape(side, side)), strict=True):
-            last.text(x, y, votes[i, y, x], ha="center", va="center", fontsize=6)
+            shade = "white" if 2 * votes[i, y, x] > len(names) else "black"
+            last.text(x, y, votes[i, y, x], ha="center", va="center", fontsize=7, color=shade)
         axes[i, 0].set_ylabel(kinds[i], fontsize=8)
-    for ax, title in zip(axes[0], [*names, "chosen by"], strict=True):
+    for ax, title in zip(axes[0], [*names, "branches that chose it"], strict=True):
         ax.set_title(title, fontsize=9)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     shares = ", ".join(f"{m} {100 * own[m].mean():.0f} %" for m in names)
-    figure.suptitle(f"patches chosen: {shares}; read with all sensors: {100 * read.mean():.0f} %", fontsize=9)
+    figure.suptitle(f"patches chosen: {shares}; read with all sensors (numbered): {100 * read.mean():.0f} %", fontsize=9)
     figure.savefig(path, dpi=130)
