@@ -69,5 +69,7 @@ def plot_selection(
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     shares = ", ".join(f"{m} {100 * own[m].mean():.0f} %" for m in names)
-    figure.suptitle(f"patches chosen: {shares}; read with all sensors (numbered): {100 * read.mean():.0f} %", fontsize=9)
+    figure.suptitle(
+        f"patches chosen: {shares}; read with all sensors (numbered): {100 * read.mean():.0f} %", fontsize=9
+    )
     figure.savefig(path, dpi=130)
