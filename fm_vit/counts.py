@@ -9,11 +9,17 @@ import torch
 
 from common.metrics.ops import count_macs, count_parameters, record_counts
 from common.scripts import script
+from fm_vit.baselines import ConcatFusion, CrossAttentionFusion, SharedViT, TwoBranchCMFL
 from fm_vit.cross_modal_block import CrossModalBlock
 from fm_vit.model import FMViT
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads
 MODALITIES = ["rgb", "depth", "ir"]
+ROWS: dict[str, tuple[Any, dict[str, Any]]] = {  # the arms that have other parameters than FM-ViT, at ViT-S
+    "late_fusion": (FMViT, {"after": []}), "no_mma": (FMViT, {"cmtb": {"mma": None}}), "no_mfa": (FMViT, {"cmtb": {"mfa": False}}),
+    "neither": (FMViT, {"cmtb": {"mma": None, "mfa": False}}), "shared": (SharedViT, {}), "concat": (ConcatFusion, {}),
+    "cross_attention": (CrossAttentionFusion, {}), "cmfl": (TwoBranchCMFL, {}),
+}  # fmt: skip
 
 
 def cmtb_parameters(dim: int) -> int:
@@ -51,6 +57,11 @@ def count() -> dict[str, float]:
                 total = sum(count_macs(model, dict.fromkeys(present, image)).values())
                 found[f"macs_{name}_{size}"] = total
                 found[f"macs_cmtb_{name}_{size}"] = total // len(present) - alone - 2 * dim  # less trunk and head
+            if size == "small":
+                for arm, (kind, options) in ROWS.items():
+                    names = MODALITIES[:2] if arm == "cmfl" else MODALITIES
+                    rows = kind(names, vit={"name": f"vit_{size}_patch16_224"}, **options)
+                    found[f"params_row_{arm}"] = count_parameters(rows)["total"]
     return found
 
 

@@ -1,12 +1,12 @@
 """The Cross-Modal Transformer Block (CMTB) of the abstract: MMA, then MFA, then an MLP, all on class tokens; patch tokens pass.
 
 blocks = {"rgb": CrossModalBlock(384, 6), "ir": CrossModalBlock(384, 6)}       one per branch
-out, masks = cross_modal({"rgb": z_rgb, "ir": z_ir}, blocks)                   z (B, 1 + N, D), any subset of the branches
+((out, masks),) = cross_modal({"rgb": z_rgb, "ir": z_ir}, blocks, [["rgb", "ir"]])     z (B, 1 + N, D)
 
 That only class tokens change, and that an MLP follows, is our reading after MA-ViT (Liu and Liang, 2022).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from timm.layers.mlp import Mlp
@@ -48,23 +48,30 @@ class CrossModalBlock(nn.Module):
 
 
 def cross_modal(
-    tokens: Mapping[str, Tensor], blocks: Mapping[str, CrossModalBlock]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(tokens, masks) of the modalities present, through the CMTB of each branch; only class tokens change.
+    tokens: Mapping[str, Tensor], blocks: Mapping[str, CrossModalBlock], paths: Sequence[Sequence[str]]
+) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """(tokens, masks) of every path, a subset of the modalities in canonical order, through the CMTB of each of its branches;
+    only class tokens change.
 
-    tokens: (B, 1 + N, D), in the canonical order of the modalities. masks: the combined mask U (B, N) of every branch with
-    MMA, True for the patches that it reads."""
-    maps = {m: block.mma.look(tokens[m]) for m, block in blocks.items() if m in tokens and block.mma is not None}
-    masks = {m: select(logits.mean(1), rule=blocks[m].rule, share=blocks[m].share) for m, (logits, _) in maps.items()}
-    patches = [z[:, 1:] for z in tokens.values()]
-    out, used = {}, {}
-    for m, z in tokens.items():
-        block, c = blocks[m], z[:, 0]
-        if block.mma is not None and block.mode is not None:
-            used[m] = combine(masks, m, mode=block.mode)
-            c = c + block.mma.read(*maps[m], used[m])
-        if block.mfa is not None:
-            c = c + block.mfa(c, patches)
-        c = c + block.mlp(block.norm(c))
-        out[m] = torch.cat([c[:, None], z[:, 1:]], dim=1)
-    return out, used
+    tokens: (B, 1 + N, D) of every modality of any path. masks: the combined mask U (B, N) of every branch with MMA, True for
+    the patches that it reads. Keys, values and own masks depend on a branch and a modality alone: the paths share them."""
+    present = dict.fromkeys(m for path in paths for m in path)
+    maps = {m: mma.look(tokens[m]) for m in present if (mma := blocks[m].mma) is not None}
+    own = {m: select(logits.mean(1), rule=blocks[m].rule, share=blocks[m].share) for m, (logits, _) in maps.items()}
+    pairs = dict.fromkeys((m, j) for path in paths for m in path for j in path)
+    seen = {(m, j): mfa.look(tokens[j][:, 1:]) for m, j in pairs if (mfa := blocks[m].mfa) is not None}
+    done = []
+    for path in paths:
+        out, used = {}, {}
+        for m in path:
+            block, z = blocks[m], tokens[m]
+            c = z[:, 0]
+            if block.mma is not None and block.mode is not None:
+                used[m] = combine({j: own[j] for j in path if j in own}, m, mode=block.mode)
+                c = c + block.mma.read(*maps[m], used[m])
+            if block.mfa is not None:
+                c = c + block.mfa.read(c, [seen[m, j] for j in path])
+            c = c + block.mlp(block.norm(c))
+            out[m] = torch.cat([c[:, None], z[:, 1:]], dim=1)
+        done.append((out, used))
+    return done

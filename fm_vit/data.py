@@ -136,7 +136,8 @@ def check_data(*, name: str, **options: Any) -> None:
 def _faces(
     *, seed: int, read: Sequence[str], modalities: Sequence[str], size: int, train: int, validation: int, test: int,
     domain: str = "studio", test_domain: str | None = None, attacks: Sequence[str] = ATTACKS,
-    test_attacks: Sequence[str] | None = None, cue: float = 1.0, padding: int = 2, workers: int = 0, root: str | None = None,
+    test_attacks: Sequence[str] | None = None, cue: float = 1.0, padding: int = 2, outline_only: bool = False,
+    shuffle_labels: bool = False, workers: int = 0, root: str | None = None,
 ) -> Data:  # fmt: skip
     splits = {}
     for split, n in zip(SPLITS, (train, validation, test), strict=True):
@@ -147,13 +148,18 @@ def _faces(
             n, split=split, seed=seed, size=size, cue=cue, domain=(test_domain if final else None) or domain,
             attacks=(test_attacks if final else None) or attacks,
         )  # fmt: skip
-        packed = torch.cat([_three(made.images[:, CHANNELS[m]]) for m in modalities], dim=1)
+        images, labels = made.images, made.targets
+        if outline_only:
+            images = made.extra["face"][:, None].float().expand_as(images)
+        if shuffle_labels and split == "train":
+            labels = labels[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
+        packed = torch.cat([_three(images[:, CHANNELS[m]]) for m in modalities], dim=1)
         species = np.array(["live", *ATTACKS])[made.extra["attack"].numpy()].tolist()
-        samples = TensorDataset((255 * packed).round().to(torch.uint8), made.targets)
+        samples = TensorDataset((255 * packed).round().to(torch.uint8), labels)
         names = [f"{split}/{i}" for i in range(n)]
         subject = made.extra["subject"].tolist()
-        splits[split] = Split(samples, made.targets.numpy() == 1, species, subject, None, names)
-    return Data("faces", list(modalities), size, splits, padding=padding)
+        splits[split] = Split(samples, labels.numpy() == 1, species, subject, None, names)
+    return Data("faces", list(modalities), size, splits, padding=padding, outline_only=outline_only)
 
 
 def _three(x: Tensor) -> Tensor:

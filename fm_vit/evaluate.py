@@ -2,7 +2,7 @@
 
 python evaluate.py weights=runs/default/fmvit/seed0/last.ckpt
 python evaluate.py weights=... data.root=/datasets/WMCA level=video threshold=bpcer1 out=report
-Writes subsets.csv (a row per subset), species.csv (APCER of every species), the scores of both splits, and two figures.
+Writes subsets.csv (a row per subset), species.csv (APCER of every species), the scores of both splits, and three figures.
 """
 
 import csv
@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
+from common.data.batches import to_float
 from common.metrics.external import check_claim, write_record
 from common.scripts import script
 from fm_vit.checkpoint import data_of, load
-from fm_vit.figures import plot_det, plot_matrix
+from fm_vit.data import Data
+from fm_vit.figures import plot_det, plot_matrix, plot_selection
 from fm_vit.pad_metrics import (
     OPERATING_POINTS,
     Scored,
@@ -29,7 +32,8 @@ from fm_vit.pad_metrics import (
     error_rates,
     measure,
 )  # fmt: skip
-from fm_vit.train import predict
+from fm_vit.train import chosen, predict
+from fm_vit.triplets import unpack
 
 PAPER = Path(__file__).resolve().parent
 LEVELS = ("frame", "video")
@@ -58,6 +62,7 @@ def evaluate(cfg: DictConfig, fabric: Fabric) -> Rows:
     if fabric.is_global_zero:
         out = Path(cfg.out).expanduser()
         write(out, rows, test, {f"{name}_frame": s for name, s in frames.items()})
+        draw_selection(model, data, out / "selection.png", device=fabric.device)
         if cfg.level == "video":
             for name, scored in (("validation", development), ("test", test)):
                 write_scores(out / f"scores_{name}_video.csv", scored)
@@ -96,6 +101,24 @@ def intervals(rows: Rows, test: Scored, *, draws: int) -> Rows:
         )
         found[tag] = row | {"acer_low": low, "acer_high": high}
     return found
+
+
+@torch.no_grad()
+def draw_selection(model: Any, data: Data, path: Path, *, device: torch.device) -> None:
+    """The patches that MMA selects on the first test face of every species; nothing for a network that has no masks."""
+    module, part = model.module, data.splits["test"]
+    if not module.selects:
+        return
+    kinds = part.species or ["live" if live else "attack" for live in part.live]
+    picks = [kinds.index(kind) for kind in sorted(set(kinds), key=lambda k: (k != "live", k))]
+    packed = to_float(torch.stack([part.samples[i][0] for i in picks])).to(device)
+    names = module.modalities
+    _, masks = model(chosen(model, packed, data), [*([m] for m in names), names], with_masks=True)
+    own = {m: masks[k][-1][m].cpu().numpy() for k, m in enumerate(names)}  # alone the combined mask is the own one
+    images = unpack(packed.cpu(), data.modalities, mean=0, std=1)
+    read = masks[-1][-1][names[0]].cpu().numpy()
+    shown = {m: images[m].numpy() for m in names}
+    plot_selection(shown, own, read, [kinds[i] for i in picks], path)
 
 
 def write(out: Path, rows: Rows, test: Scored, scores: dict[str, Scored]) -> None:

@@ -1,9 +1,10 @@
-"""The loss of FM-ViT: every branch is supervised alone (single path) and with all others present (cross path).
+"""The loss of FM-ViT: every branch is supervised with every subset of the modalities that it belongs to.
 
-    L = L_s + L_c,   L_s = sum over m of BCE(logit^m with S = {m}),   L_c = sum over m of BCE(logit^m with S = all)
+    L = L_s + L_p + L_c,   each the sum over its subsets S, and over m in S, of BCE(logit^m with S present)
+    L_s (single): S = {m};   L_c (cross): S = all;   L_p (partial): every other subset, the pairs of three modalities
 
-The abstract does not give it; it follows the sibling MA-ViT (single-sequence loss + cross-modal loss). With the cross path alone
-a branch learns to rely on the others, and is useless without them. `pairs` adds the paths of two modalities.
+The abstract does not give it: L_s + L_c follows the sibling MA-ViT (single-sequence loss + cross-modal loss), L_p is ours. With
+L_c alone a branch learns to rely on the others, and is useless without them; without L_p a pair is worse than its better half.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-PATHS = ("single", "pairs", "cross")
+PATHS = ("single", "partial", "cross")
 
 
 def subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
@@ -21,16 +22,19 @@ def subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def training_paths(modalities: Sequence[str], kinds: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
-    """(kind, modalities) of every path of the loss. kinds: some of single, pairs, cross; with one modality they coincide.
-    ValueError for no or an unknown kind."""
+    """(kind, modalities) of every path of the loss. kinds: some of single, partial, cross; all three are every subset. With one
+    modality single and cross coincide. ValueError for no or an unknown kind, or if there is no subset of those kinds."""
     unknown = [k for k in kinds if k not in PATHS]
     if not kinds or unknown:
         raise ValueError(f"method.loss.paths={list(kinds)}, allowed: one or more of {', '.join(PATHS)}")
-    sizes = {"single": 1, "pairs": 2, "cross": len(modalities)}
-    found = {
-        s: kind for kind in PATHS if kind in kinds for s in combinations(modalities, min(sizes[kind], len(modalities)))
-    }
-    return [(kind, s) for s, kind in found.items()]
+    n = len(modalities)
+    kind_of = {1: "single"} | dict.fromkeys(range(2, n), "partial")
+    if n > 1 or "cross" in kinds:
+        kind_of[n] = "cross"
+    paths = [(kind_of[len(s)], s) for s in subsets(modalities) if kind_of[len(s)] in kinds]
+    if not paths:
+        raise ValueError(f"method.loss.paths={list(kinds)}: of {n} modalities there is no such subset")
+    return paths
 
 
 def path_losses(
@@ -42,10 +46,13 @@ def path_losses(
     weights: Mapping[str, float] | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """{"loss_single": ..., "loss_cross": ...}: `model.loss` of every path, summed over the paths of a kind.
+    """{"loss_single": ..., "loss_partial": ..., "loss_cross": ...}: `model.loss` of every path, summed over the paths of a kind.
 
-    outputs, kinds: one per path; labels (B,), 1 live. weights: factor per kind, default 1. options: of `model.loss`."""
+    outputs, kinds: one per path; labels (B,), 1 live, 0 attack. weights: factor per kind, default 1. options: of `model.loss`.
+    ValueError for other labels, or a bad weight. Labels are looked at on a CPU only: a card would have to be waited for."""
     check_weights(weights or {})
+    if labels.device.type == "cpu" and (wrong := set(labels.tolist()) - {0, 1}):  # cross-entropy passes over -100
+        raise ValueError(f"labels must be 1 live or 0 attack, got {sorted(wrong)[:5]}")
     terms: dict[str, Tensor] = {}
     for logits, kind in zip(outputs, kinds, strict=True):
         name = f"loss_{kind}"

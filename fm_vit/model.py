@@ -195,21 +195,18 @@ class FMViT(nn.Module):
         for depth in range(len(branches[names[0]].trunk.blocks)):
             states = [{m: branches[m].trunk.blocks[depth](z) for m, z in state.items()} for state in states]
             if depth + 1 in self.after:
-                states = self._part(states, wanted)
                 blocks = {m: branch.cmtb[self.after.index(depth + 1)] for m, branch in branches.items()}
-                done = [cross_modal(state, blocks) for state in states]
+                if len(states) == 1:  # the paths part here: what they have in common is computed once
+                    done = cross_modal(states[0], blocks, wanted)
+                else:
+                    done = [cross_modal(z, blocks, [path])[0] for z, path in zip(states, wanted, strict=True)]
                 states = [state for state, _ in done]
                 masks = [[*earlier, used] for earlier, (_, used) in zip(masks, done, strict=True)]
-        states = self._part(states, wanted)
-        outputs = [{m: branches[m].classify(z) for m, z in state.items()} for state in states]
+        if len(states) < len(wanted):  # no block has parted them
+            states = states * len(wanted)
+        outputs = [{m: branches[m].classify(z[m]) for m in path} for z, path in zip(states, wanted, strict=True)]
         outputs, masks = (outputs, masks) if paths is not None else (outputs[0], masks[0])
         return (outputs, masks) if with_masks else outputs
-
-    @staticmethod
-    def _part(states: list[dict[str, Tensor]], paths: list[list[str]]) -> list[dict[str, Tensor]]:
-        if len(states) == len(paths) and all([*s] == p for s, p in zip(states, paths, strict=True)):
-            return states
-        return [{m: states[0][m] for m in path} for path in paths]
 
     @staticmethod
     def score(logits: Logits) -> Tensor:

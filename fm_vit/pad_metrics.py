@@ -54,6 +54,14 @@ def measure(
     return rows
 
 
+def over_subsets(rows: Mapping[str, Mapping[str, float]], subsets: Sequence[Sequence[str]]) -> dict[str, float]:
+    """{"mean_acer": over all subsets, "gain_<subset>": the points of ACER that a subset of two or more is below the best of its
+    members alone; negative where leaving the others out makes fewer errors}. rows: of `measure`, by names joined by _."""
+    acer = {tuple(s): rows["_".join(s)]["acer"] for s in subsets}
+    gains = {"gain_" + "_".join(s): min(acer[(m,)] for m in s) - value for s, value in acer.items() if len(s) > 1}
+    return {"mean_acer": sum(acer.values()) / len(acer)} | gains
+
+
 def check_threshold(kind: str) -> None:
     """ValueError for a rule that `choose_threshold` does not have."""
     if kind not in THRESHOLDS:

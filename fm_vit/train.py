@@ -23,7 +23,7 @@ from common.scripts import script
 from fm_vit.checkpoint import build, state, untrained
 from fm_vit.data import Data, build_data, check_data
 from fm_vit.losses import path_losses, subsets, training_paths
-from fm_vit.pad_metrics import Scored, check_threshold, measure
+from fm_vit.pad_metrics import Scored, check_threshold, measure, over_subsets
 from fm_vit.schedule import lr_factor
 from fm_vit.triplets import unpack
 
@@ -108,6 +108,8 @@ def evaluate(fabric: Fabric, model, data: Data, cfg: DictConfig) -> tuple[dict[s
     test, kept = predict(fabric, model, data, "test", batch_size=cfg.evaluate.batch_size)
     rows = measure(development, test, threshold=cfg.evaluate.threshold)
     metrics = {f"{key}_{tag}": row[key] for tag, row in rows.items() for key in KEPT if key in row}
+    metrics |= over_subsets(rows, subsets(model.module.modalities))  # type: ignore[arg-type]
+    metrics["parameters"] = sum(p.numel() for p in model.parameters())
     return metrics | kept, {tag: row["threshold"] for tag, row in rows.items()}
 
 
@@ -180,7 +182,7 @@ def train(fabric: Fabric, run: runs.Run, cfg: DictConfig, data: Data, model, opt
     metrics, thresholds = evaluate(fabric, model, data, cfg)
     run.save_checkpoint(state(model, optimizer, data, epoch=epochs, config=run.config, thresholds=thresholds))
     run.finish(metrics)
-    shown = {k: v for k, v in metrics.items() if k.startswith(("acer_", "kept_"))}
+    shown = {k: v for k, v in metrics.items() if k.startswith(("acer_", "mean_", "gain_", "kept_"))}
     fabric.print("  ".join(f"{k} {v:.4g}" for k, v in shown.items()))
 
 

@@ -29,7 +29,7 @@ TEACHER = "not here: no network teaches another"
 KEYS = {
     "model": ("shared", ["method=shared", "method.model=fmvit"]), "modalities": "[rgb,ir]",
     "loss.paths": "[single]", "loss.weights.single": 0.5, "loss.weights.cross": 0.5,
-    "loss.weights.pairs": (0.5, ["method.loss.paths=[single,pairs,cross]"]), "options.after": "[1]",
+    "loss.weights.partial": 0.5, "options.after": "[1]",
     "options.cmtb.mma": "own", "options.cmtb.rule": "mean", "options.cmtb.share": 0.1, "options.cmtb.mfa": False,
     "options.cmtb.mlp_ratio": 2.0, "options.cmtb.zero_init": True,
 }  # fmt: skip

@@ -7,7 +7,7 @@ from PIL import Image
 
 from fm_vit.data import build_data
 from fm_vit.protocols import check_splits, read_list
-from fm_vit.tests.helpers import picture, write_triplets, write_videos
+from fm_vit.tests.helpers import config, picture, write_triplets, write_videos
 from fm_vit.triplets import Triplets, geometry, read_frame, silhouette, unpack
 
 NAMES = ["rgb", "depth", "ir"]
@@ -198,3 +198,21 @@ def test_lists_need_a_validation_split_and_disjoint_subjects(tmp_path):
         build_data(lists={**lists, "test": "train_list.txt"}, **options)
     with pytest.raises(ValueError, match=r"data\.root is not set"):
         build_data(lists=lists, **{**options, "root": None})
+
+
+def test_the_controls_of_generated_faces():
+    """Shuffled: the same faces, as many live ones, other labels, in training only. Outline: the same oval for every sensor."""
+    sizes = {"train": 60, "validation": 30, "test": 30}
+    plain, shuffled, outline = (
+        build_data(seed=0, **config(f"data={name}", *(f"data.{k}={v}" for k, v in sizes.items())).data)
+        for name in ("faces", "faces_shuffled", "faces_outline")
+    )
+    for split in sizes:
+        (images, labels), (same, mixed) = (d.splits[split].samples.tensors for d in (plain, shuffled))
+        assert torch.equal(images, same) and labels.sum() == mixed.sum()
+        assert torch.equal(labels, mixed) == (split != "train")
+        assert shuffled.splits[split].live.tolist() == (mixed == 1).tolist()
+        drawn, kept = outline.splits[split].samples.tensors
+        assert torch.equal(kept, labels) and set(drawn.unique().tolist()) == {0, 255}
+        assert (drawn == drawn[:, :1]).all() and 0.1 < (drawn > 0).float().mean() < 0.6
+    assert outline.about()["outline_only"] and not plain.about()["outline_only"]

@@ -35,7 +35,12 @@ def test_subsets_of_three_are_seven():
         ("single", ("rgb",)), ("single", ("depth",)), ("single", ("ir",)), ("cross", ("rgb", "depth", "ir")),
     ]  # fmt: skip
     assert training_paths(["rgb"], ["single", "cross"]) == [("cross", ("rgb",))]
-    assert len(training_paths(NAMES, ["single", "pairs", "cross"])) == 7
+    every = ["single", "partial", "cross"]
+    assert [s for _, s in training_paths(NAMES, every)] == subsets(NAMES)
+    assert [k for k, _ in training_paths(NAMES, every)] == ["single"] * 3 + ["partial"] * 3 + ["cross"]
+    assert len(training_paths([*NAMES, "thermal"], every)) == 15 and len(training_paths(NAMES[:2], every)) == 3
+    with pytest.raises(ValueError, match="of 2 modalities there is no such subset"):
+        training_paths(NAMES[:2], ["partial"])
     with pytest.raises(ValueError, match="triple"):
         training_paths(NAMES, ["triple"])
     with pytest.raises(ValueError, match="one or more"):
@@ -200,6 +205,9 @@ def test_cmfl():
     labels = torch.tensor([0, 1, 1])
     terms = path_losses(net, out[1:], ["cross"], labels, cmfl=0.0)
     torch.testing.assert_close(terms["loss_cross"], F.cross_entropy(out[1]["joint"], labels))
+    for wrong in (2, -100):
+        with pytest.raises(ValueError, match=rf"1 live or 0 attack, got \[{wrong}\]"):
+            path_losses(net, out[1:], ["cross"], torch.tensor([0, 1, wrong]))
     with pytest.raises(ValueError, match="two modalities"):
         TwoBranchCMFL(NAMES, vit=VIT)
     with pytest.raises(ValueError, match="cmfl=1.5"):
@@ -270,3 +278,14 @@ def test_pretrained_weights_that_cannot_be_had_name_the_option(monkeypatch):
         build_trunk(name="vit_small_patch16_224", pretrained=True)
     with pytest.raises(ValueError, match="timm has no such network"):
         build_trunk(name="vit_smal_patch16_224")
+
+
+def test_the_rows_differ_by_what_they_lack():
+    found = counts.count()
+    dim, whole = 384, found["params_three_small"]
+    attention = 4 * (dim**2 + dim) + 2 * dim  # projections and one norm
+    assert whole - found["params_row_no_mma"] == 3 * attention
+    assert whole - found["params_row_no_mfa"] == 3 * (attention + 2 * dim)  # two norms
+    assert whole - found["params_row_late_fusion"] == 3 * found["params_cmtb_small"]
+    assert found["params_row_shared"] == found["params_trunk_small"] + 2 * dim + 2
+    assert found["params_row_concat"] == 3 * found["params_trunk_small"] + 6 * dim + 2

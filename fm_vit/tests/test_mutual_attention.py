@@ -20,6 +20,11 @@ def tokens(batch=2, patches=9, dim=12, seed=0):
     return {m: torch.randn(batch, 1 + patches, dim, generator=g) for m in NAMES}
 
 
+def block_of(z, made):
+    """(tokens, masks) with every modality present."""
+    return cross_modal(z, made, [list(z)])[0]
+
+
 def blocks(**options):
     torch.manual_seed(1)
     made = {m: CrossModalBlock(12, 3, **options).eval() for m in NAMES}
@@ -116,17 +121,18 @@ def test_fusion_attention_is_attention_of_the_class_token_over_all_patches():
         part = slice(4 * h, 4 * h + 4)
         weights = (q[..., part] @ k[..., part].mT / 2).softmax(-1)
         heads.append(weights @ v[..., part])
-    torch.testing.assert_close(fusion(c, patches), fusion.proj(torch.cat(heads, -1))[:, 0])
+    read = lambda parts: fusion.read(c, [fusion.look(p) for p in parts])  # noqa: E731
+    torch.testing.assert_close(read(patches), fusion.proj(torch.cat(heads, -1))[:, 0])
     shuffled = [p[:, torch.randperm(9)] for p in patches]
-    torch.testing.assert_close(fusion(c, shuffled), fusion(c, patches))  # no order of patches
-    assert not torch.allclose(fusion(c, [*patches, patches[0]]), fusion(c, patches))  # a duplicate counts
+    torch.testing.assert_close(read(shuffled), read(patches))  # no order of patches
+    assert not torch.allclose(read([*patches, patches[0]]), read(patches))  # a duplicate counts
 
 
 @pytest.mark.parametrize("mma", [*MODES, None])
 @pytest.mark.parametrize("mfa", [True, False])
 def test_only_class_tokens_change_and_the_order_of_the_dictionary_is_the_callers(mma, mfa):
     z = tokens()
-    out, masks = cross_modal(z, blocks(mma=mma, mfa=mfa))
+    out, masks = block_of(z, blocks(mma=mma, mfa=mfa))
     assert [*masks] == ([*NAMES] if mma else [])
     for m in NAMES:
         assert torch.equal(out[m][:, 1:], z[m][:, 1:]) and not torch.equal(out[m][:, 0], z[m][:, 0])
@@ -141,28 +147,28 @@ def test_the_block_is_its_equations():
     union = masks["rgb"] | masks["depth"] | masks["ir"]
     block = made["depth"]
     c = z["depth"][:, 0] + block.mma.read(*block.mma.look(z["depth"]), union)
-    c = c + block.mfa(c, [z[m][:, 1:] for m in NAMES])
+    c = c + block.mfa.read(c, [block.mfa.look(z[m][:, 1:]) for m in NAMES])
     c = c + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm(c))))
-    out, used = cross_modal(z, made)
+    out, used = block_of(z, made)
     torch.testing.assert_close(out["depth"][:, 0], c)
     assert all(torch.equal(used[m], union) for m in NAMES)
 
 
 def test_own_mask_without_fusion_is_blind_to_other_modalities():
     z, made = tokens(), blocks(mma="own", mfa=False)
-    before = cross_modal(z, made)[0]["rgb"]
+    before = block_of(z, made)[0]["rgb"]
     changed = {**z, "ir": z["ir"] + 1, "depth": z["depth"].flip(1)}
-    assert torch.equal(cross_modal(changed, made)[0]["rgb"], before)
+    assert torch.equal(block_of(changed, made)[0]["rgb"], before)
     assert not torch.equal(
-        cross_modal(changed, blocks(mma="union", mfa=False, share=0.2))[0]["rgb"],
-        cross_modal(z, blocks(mma="union", mfa=False, share=0.2))[0]["rgb"],
+        block_of(changed, blocks(mma="union", mfa=False, share=0.2))[0]["rgb"],
+        block_of(z, blocks(mma="union", mfa=False, share=0.2))[0]["rgb"],
     )
 
 
 def test_zero_init_is_the_identity():
     made = {m: CrossModalBlock(12, 3, zero_init=True) for m in NAMES}
     z = tokens()
-    out, _ = cross_modal(z, made)
+    out, _ = block_of(z, made)
     assert all(torch.equal(out[m], z[m]) for m in NAMES)
 
 

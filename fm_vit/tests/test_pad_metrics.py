@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fm_vit.losses import subsets
 from fm_vit.pad_metrics import (
     Scored,
     apcer_by_species,
@@ -16,6 +17,7 @@ from fm_vit.pad_metrics import (
     eer_threshold,
     error_rates,
     measure,
+    over_subsets,
     summary,
     tpr_at_fpr,
     video_scores,
@@ -159,3 +161,10 @@ def test_video_level_thresholds_the_means_with_a_threshold_of_means():
     assert measure(frames, frames, threshold="eer")["rgb"]["acer"] > 0
     with pytest.raises(ValueError, match="videos of these samples are not known"):
         Scored(scores, live).videos()
+
+
+def test_a_subset_gains_over_the_best_of_its_own_members():
+    acer = {"a": 20.0, "b": 10.0, "c": 1.0, "a_b": 12.0, "a_c": 1.5, "b_c": 0.5, "a_b_c": 0.25}
+    found = over_subsets({tag: {"acer": value} for tag, value in acer.items()}, subsets(["a", "b", "c"]))
+    assert found.pop("mean_acer") == pytest.approx(sum(acer.values()) / 7)
+    assert found == {"gain_a_b": -2.0, "gain_a_c": -0.5, "gain_b_c": 0.5, "gain_a_b_c": 0.75}

@@ -16,6 +16,7 @@ from fm_vit import aggregate, bench, evaluate, export, predict
 from fm_vit.checkpoint import data_of, load
 from fm_vit.tests.helpers import config, picture, short, write_own
 from fm_vit.train import fit
+from fm_vit.triplets import unpack
 
 
 def rows_of(file):
@@ -42,13 +43,28 @@ def test_evaluate_repeats_the_numbers_of_the_run_and_writes_its_report(checkpoin
     assert {t: r["threshold"] for t, r in rows.items()} == load(checkpoint).about["thresholds"]
     assert all(row["acer_low"] <= row["acer_high"] and 0 <= row["tpr_0.01"] <= 100 for row in rows.values())
     assert [r["subset"] for r in rows_of(tmp_path / "subsets.csv")] == list(rows)
-    assert all((tmp_path / f).stat().st_size > 5000 for f in ("subsets.png", "det.png"))
+    assert all((tmp_path / f).stat().st_size > 5000 for f in ("subsets.png", "det.png", "selection.png"))
     species = rows_of(tmp_path / "species.csv")
     assert max(float(v) for k, v in species[0].items() if k != "subset") == pytest.approx(
         rows["rgb"]["apcer_worst"], abs=1e-3
     )
     (record,) = (tmp_path / "external").glob("*.json")
     assert json.loads(record.read_text())["n"] == 48 and json.loads(record.read_text())["claim"] is None
+
+
+def test_the_picture_of_the_selection_shows_every_branch_s_own_patches(checkpoint, fabric, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(evaluate, "plot_selection", lambda *given: seen.update(given=given))
+    trained = load(checkpoint)
+    data = data_of(trained, {}, splits=("test",))
+    evaluate.draw_selection(fabric.setup_module(trained.model), data, tmp_path / "x.png", device=fabric.device)
+    shown, own, read, kinds, _ = seen["given"]
+    assert kinds == ["live", "glasses", "mask", "print", "replay"]
+    images = unpack(torch.cat([torch.from_numpy(shown[m]) for m in shown], 1), list(shown))
+    for m in ("rgb", "depth", "ir"):
+        _, masks = trained.model({m: images[m]}, with_masks=True)
+        assert (own[m] == masks[0][m].numpy()).all() and (own[m].sum(1) == 18).all()
+    assert (read == own["rgb"] | own["depth"] | own["ir"]).all()
 
 
 @pytest.mark.filterwarnings("ignore:a false positive rate")

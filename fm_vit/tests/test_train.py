@@ -13,6 +13,7 @@ from common import reproduce, runs
 from common.metrics.claims import load_claims
 from fm_vit import train
 from fm_vit.checkpoint import build, load
+from fm_vit.losses import PATHS, training_paths
 from fm_vit.pad_metrics import Scored
 from fm_vit.schedule import lr_factor
 from fm_vit.tests.helpers import CONFIGS, COPY, PAPER, SHORT, config, short, write_own, write_triplets, write_videos
@@ -32,7 +33,7 @@ def test_every_arm_passes_its_check(method):
 
 
 @pytest.mark.parametrize(
-    "method", ["fmvit", "all_paths", "late_fusion", "shared", "concat_dropout", "cross_attention", "cmfl"]
+    "method", ["fmvit", "single_cross", "late_fusion", "shared", "concat_dropout", "cross_attention", "cmfl"]
 )
 def test_every_kind_of_arm_trains_and_reports_every_subset_that_it_has(method, fabric, tmp_path):
     cfg = short(f"method={method}", "train.epochs=1")
@@ -42,6 +43,10 @@ def test_every_kind_of_arm_trains_and_reports_every_subset_that_it_has(method, f
     subsets = {k.removeprefix("acer_") for k in found["metrics"] if k.startswith("acer_")}
     number = len(cfg.method.modalities or cfg.data.modalities)
     assert len(subsets) == 2**number - 1
+    assert sum(k.startswith("gain_") for k in found["metrics"]) == 2**number - 1 - number
+    assert found["metrics"]["mean_acer"] == pytest.approx(
+        sum(found["metrics"][f"acer_{s}"] for s in subsets) / len(subsets)
+    )
     about = load(tmp_path / "last.ckpt").about
     assert about["thresholds"].keys() == subsets and about["classes"] == ["attack", "live"]
     assert all(0 <= found["metrics"][f"acer_{s}"] <= 100 for s in subsets)
@@ -63,17 +68,20 @@ def test_thresholds_of_a_training_are_those_of_its_validation_split(fabric, tmp_
     assert set(load(tmp_path / "last.ckpt").about["thresholds"].values()) == {0.75}
 
 
-def test_both_paths_are_trained(fabric, tmp_path):
-    """The gradient of one path alone is another one: a dropped single or cross path would show."""
-    rows = {}
-    for name, paths in (("both", "[single,cross]"), ("single", "[single]"), ("cross", "[cross]")):
-        fit(short("train.epochs=1", f"method.loss.paths={paths}"), fabric, tmp_path / name)
-        rows[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
-    assert {k for k in rows["both"] if k.startswith("loss")} == {"loss_single", "loss_cross"}
-    weights = {n: runs.load_checkpoint(tmp_path / n / "last.ckpt")["model"] for n in rows}
-    key = "branches.rgb.trunk.patch_embed.proj.weight"
-    assert not torch.equal(weights["both"][key], weights["single"][key])
-    assert not torch.equal(weights["both"][key], weights["cross"][key])
+def test_every_path_of_the_loss_is_trained(fabric, tmp_path):
+    """Every subset by default; without one kind of path the gradient is another one, so a dropped kind would show."""
+    assert training_paths(["rgb", "depth", "ir"], short().method.loss.paths) == training_paths(
+        ["rgb", "depth", "ir"], PATHS
+    )
+    weights = {}
+    for left_out in (None, *PATHS):
+        paths = ",".join(p for p in PATHS if p != left_out)
+        fit(short("train.epochs=1", f"method.loss.paths=[{paths}]"), fabric, tmp_path / f"{left_out}")
+        row = json.loads((tmp_path / f"{left_out}" / "metrics.jsonl").read_text().splitlines()[0])
+        assert {k for k in row if k.startswith("loss")} == {f"loss_{p}" for p in PATHS if p != left_out}
+        weights[left_out] = runs.load_checkpoint(tmp_path / f"{left_out}" / "last.ckpt")["model"]
+    for key in ("branches.rgb.trunk.patch_embed.proj.weight", "branches.ir.cmtb.0.mfa.k.weight"):
+        assert not any(torch.equal(weights[None][key], weights[p][key]) for p in PATHS)
 
 
 def test_loss_falls_and_infrared_separates(fabric, tmp_path):
