@@ -1,14 +1,13 @@
 """The Cross-Modal Transformer Block (CMTB) of the abstract: MMA, then MFA, then an MLP, all on class tokens; patch tokens pass.
 
 blocks = {"rgb": CrossModalBlock(384, 6), "ir": CrossModalBlock(384, 6)}       one per branch
-((out, masks),) = cross_modal({"rgb": z_rgb, "ir": z_ir}, blocks, [["rgb", "ir"]])     z (B, 1 + N, D)
+((c, masks),) = cross_modal({"rgb": z_rgb, "ir": z_ir}, blocks, [["rgb", "ir"]])     z (B, 1 + N, D)
 
 That only class tokens change, and that an MLP follows, is our reading after MA-ViT (Liu and Liang, 2022).
 """
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
@@ -50,8 +49,8 @@ class CrossModalBlock(nn.Module):
 def cross_modal(
     tokens: Mapping[str, Tensor], blocks: Mapping[str, CrossModalBlock], paths: Sequence[Sequence[str]]
 ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """(tokens, masks) of every path, a subset of the modalities in canonical order, through the CMTB of each of its branches;
-    only class tokens change.
+    """(class tokens (B, D), masks) of every path, a subset of the modalities in canonical order, after the CMTB of each of its
+    branches; patch tokens do not change.
 
     tokens: (B, 1 + N, D) of every modality of any path. masks: the combined mask U (B, N) of every branch with MMA, True for
     the patches that it reads. Keys, values and own masks depend on a branch and a modality alone: the paths share them."""
@@ -59,19 +58,19 @@ def cross_modal(
     maps = {m: mma.look(tokens[m]) for m in present if (mma := blocks[m].mma) is not None}
     own = {m: select(logits.mean(1), rule=blocks[m].rule, share=blocks[m].share) for m, (logits, _) in maps.items()}
     pairs = dict.fromkeys((m, j) for path in paths for m in path for j in path)
-    seen = {(m, j): mfa.look(tokens[j][:, 1:]) for m, j in pairs if (mfa := blocks[m].mfa) is not None}
+    patches = {j: tokens[j][:, 1:] for j in present}
+    seen = {(m, j): mfa.look(patches[j]) for m, j in pairs if (mfa := blocks[m].mfa) is not None}
+    before = {m: tokens[m][:, 0] for m in present}
     done = []
     for path in paths:
         out, used = {}, {}
         for m in path:
-            block, z = blocks[m], tokens[m]
-            c = z[:, 0]
+            block, c = blocks[m], before[m]
             if block.mma is not None and block.mode is not None:
                 used[m] = combine({j: own[j] for j in path if j in own}, m, mode=block.mode)
                 c = c + block.mma.read(*maps[m], used[m])
             if block.mfa is not None:
                 c = c + block.mfa.read(c, [seen[m, j] for j in path])
-            c = c + block.mlp(block.norm(c))
-            out[m] = torch.cat([c[:, None], z[:, 1:]], dim=1)
+            out[m] = c + block.mlp(block.norm(c))
         done.append((out, used))
     return done

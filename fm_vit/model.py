@@ -136,8 +136,9 @@ class Branch(nn.Module):
         """(B, 3, H, W), or one channel, which is repeated -> (B, 1 + N, D) with positions."""
         return self.trunk.norm_pre(self.trunk.patch_drop(self.trunk._pos_embed(self.trunk.patch_embed(repeated(x)))))
 
-    def classify(self, z: Tensor) -> Tensor:
-        return self.head(self.trunk.norm(z[:, 0]))
+    def classify(self, c: Tensor) -> Tensor:
+        """Class tokens (B, D) -> logits (B, 2)."""
+        return self.head(self.trunk.norm(c))
 
 
 def repeated(x: Tensor) -> Tensor:
@@ -192,7 +193,9 @@ class FMViT(nn.Module):
         tokens = {m: branch.tokens(images[m]) for m, branch in branches.items()}
         states = [tokens]  # one, until the paths part
         masks: Any = [[] for _ in wanted]
-        for depth in range(len(branches[names[0]].trunk.blocks)):
+        tops: list[dict[str, Tensor]] = []  # class tokens after the last CMTB, where no other block follows
+        depths = len(branches[names[0]].trunk.blocks)
+        for depth in range(depths):
             states = [{m: branches[m].trunk.blocks[depth](z) for m, z in state.items()} for state in states]
             if depth + 1 in self.after:
                 blocks = {m: branch.cmtb[self.after.index(depth + 1)] for m, branch in branches.items()}
@@ -200,11 +203,18 @@ class FMViT(nn.Module):
                     done = cross_modal(states[0], blocks, wanted)
                 else:
                     done = [cross_modal(z, blocks, [path])[0] for z, path in zip(states, wanted, strict=True)]
-                states = [state for state, _ in done]
+                tops = [c for c, _ in done]
                 masks = [[*earlier, used] for earlier, (_, used) in zip(masks, done, strict=True)]
-        if len(states) < len(wanted):  # no block has parted them
-            states = states * len(wanted)
-        outputs = [{m: branches[m].classify(z[m]) for m in path} for z, path in zip(states, wanted, strict=True)]
+                if depth + 1 < depths:
+                    states = states * (len(wanted) // len(states))
+                    states = [
+                        {m: torch.cat([c[:, None], z[m][:, 1:]], dim=1) for m, c in top.items()}
+                        for top, z in zip(tops, states, strict=True)
+                    ]
+        if depths not in self.after:
+            tops = [{m: z[:, 0] for m, z in state.items()} for state in states]
+            tops = tops * (len(wanted) // len(tops))
+        outputs = [{m: branches[m].classify(c[m]) for m in path} for c, path in zip(tops, wanted, strict=True)]
         outputs, masks = (outputs, masks) if paths is not None else (outputs[0], masks[0])
         return (outputs, masks) if with_masks else outputs
 

@@ -10,8 +10,10 @@ from timm.models.vision_transformer import VisionTransformer
 from common.metrics.claims import load_claims
 from fm_vit import counts
 from fm_vit.baselines import ConcatFusion, CrossAttentionFusion, SharedViT, TwoBranchCMFL, cross_modal_focal
+from fm_vit.fusion_attention import FusionAttention
 from fm_vit.losses import path_losses, subsets, training_paths
 from fm_vit.model import FMViT, build_trunk
+from fm_vit.mutual_attention import MutualAttention
 from fm_vit.tests.helpers import PAPER
 
 NAMES = ["rgb", "depth", "ir"]
@@ -248,6 +250,29 @@ def test_every_position_has_a_block_of_its_own():
             block.mlp.register_forward_hook(lambda *_, k=k: seen.append(k))
     net(x)
     assert sorted(seen) == [0, 0, 0, 1, 1, 1]
+
+
+def test_between_trunk_blocks_a_block_changes_class_tokens_only():
+    net, seen = model(after=[1]), {}
+    first, second = net.branches["ir"].trunk.blocks
+    first.register_forward_hook(lambda _, args, out: seen.update(out=out))
+    second.register_forward_pre_hook(lambda _, args: seen.setdefault("paths", []).append(args[0]))
+    net(images(), [["ir"], NAMES])
+    for z in seen["paths"]:
+        assert torch.equal(z[:, 1:], seen["out"][:, 1:]) and not torch.equal(z[:, 0], seen["out"][:, 0])
+    assert not torch.equal(seen["paths"][0], seen["paths"][1])
+
+
+def test_paths_share_what_a_branch_sees_of_a_modality(monkeypatch):
+    calls = {"mma": 0, "mfa": 0}
+    net = model()
+    for name, kind in (("mma", MutualAttention), ("mfa", FusionAttention)):
+        look = kind.look
+        monkeypatch.setattr(
+            kind, "look", lambda self, z, n=name, f=look: (calls.update({n: calls[n] + 1}), f(self, z))[1]
+        )
+    net(images(), subsets(NAMES))
+    assert calls == {"mma": 3, "mfa": 9}
 
 
 def test_masks_are_returned_by_path_and_position():

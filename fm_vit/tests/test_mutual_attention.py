@@ -21,7 +21,7 @@ def tokens(batch=2, patches=9, dim=12, seed=0):
 
 
 def block_of(z, made):
-    """(tokens, masks) with every modality present."""
+    """(class tokens, masks) with every modality present."""
     return cross_modal(z, made, [list(z)])[0]
 
 
@@ -135,7 +135,7 @@ def test_only_class_tokens_change_and_the_order_of_the_dictionary_is_the_callers
     out, masks = block_of(z, blocks(mma=mma, mfa=mfa))
     assert [*masks] == ([*NAMES] if mma else [])
     for m in NAMES:
-        assert torch.equal(out[m][:, 1:], z[m][:, 1:]) and not torch.equal(out[m][:, 0], z[m][:, 0])
+        assert out[m].shape == (2, 12) and not torch.equal(out[m], z[m][:, 0])
 
 
 def test_the_block_is_its_equations():
@@ -150,7 +150,7 @@ def test_the_block_is_its_equations():
     c = c + block.mfa.read(c, [block.mfa.look(z[m][:, 1:]) for m in NAMES])
     c = c + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm(c))))
     out, used = block_of(z, made)
-    torch.testing.assert_close(out["depth"][:, 0], c)
+    torch.testing.assert_close(out["depth"], c)
     assert all(torch.equal(used[m], union) for m in NAMES)
 
 
@@ -169,7 +169,7 @@ def test_zero_init_is_the_identity():
     made = {m: CrossModalBlock(12, 3, zero_init=True) for m in NAMES}
     z = tokens()
     out, _ = block_of(z, made)
-    assert all(torch.equal(out[m], z[m]) for m in NAMES)
+    assert all(torch.equal(out[m], z[m][:, 0]) for m in NAMES)
 
 
 @pytest.mark.parametrize("options", [{"mma": "all"}, {"rule": "x"}, {"share": 2.0}])
