@@ -16,7 +16,8 @@ from fm_vit.model import FMViT
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads
 MODALITIES = ["rgb", "depth", "ir"]
 ROWS: dict[str, tuple[Any, dict[str, Any]]] = {  # the arms that have other parameters than FM-ViT, at ViT-S
-    "late_fusion": (FMViT, {"after": []}), "no_mma": (FMViT, {"cmtb": {"mma": None}}), "no_mfa": (FMViT, {"cmtb": {"mfa": False}}),
+    "late_fusion": (FMViT, {"after": []}),
+    "no_mma": (FMViT, {"cmtb": {"mma": None}}), "no_mfa": (FMViT, {"cmtb": {"mfa": False}}),
     "neither": (FMViT, {"cmtb": {"mma": None, "mfa": False}}), "shared": (SharedViT, {}), "concat": (ConcatFusion, {}),
     "cross_attention": (CrossAttentionFusion, {}), "cmfl": (TwoBranchCMFL, {}),
 }  # fmt: skip

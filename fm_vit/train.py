@@ -21,7 +21,7 @@ from common.data.batches import Plan, eval_batches, stream
 from common.loop import Means, Progress, bar, compiled, gather, preflight, sync_norm
 from common.scripts import script
 from fm_vit.checkpoint import build, state, untrained
-from fm_vit.data import Data, build_data, check_data
+from fm_vit.data import Data, build_data, check_data, checksum
 from fm_vit.losses import path_losses, subsets, training_paths
 from fm_vit.pad_metrics import Scored, check_threshold, measure, over_subsets
 from fm_vit.schedule import lr_factor
@@ -164,6 +164,8 @@ def fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
 def train(fabric: Fabric, run: runs.Run, cfg: DictConfig, data: Data, model, optimizer, batches, plan: Plan) -> None:
     """The epochs from the last checkpoint on, then the evaluation, whose thresholds go into the checkpoint."""
     first, epochs = 1, cfg.train.epochs
+    # Where numbers differ between machines, these two say whether the runs began alike.
+    marks = data.crc() | {"crc_start": checksum(model.parameters())}
     if (saved := run.load_checkpoint()) is not None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -181,7 +183,7 @@ def train(fabric: Fabric, run: runs.Run, cfg: DictConfig, data: Data, model, opt
             run.save_checkpoint(state(model, optimizer, data, epoch=epoch, config=run.config))
     metrics, thresholds = evaluate(fabric, model, data, cfg)
     run.save_checkpoint(state(model, optimizer, data, epoch=epochs, config=run.config, thresholds=thresholds))
-    run.finish(metrics)
+    run.finish(metrics | marks)
     shown = {k: v for k, v in metrics.items() if k.startswith(("acer_", "mean_", "gain_", "kept_"))}
     fabric.print("  ".join(f"{k} {v:.4g}" for k, v in shown.items()))
 
