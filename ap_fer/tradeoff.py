@@ -16,7 +16,8 @@ from common.scripts import script
 NAMES = {
     "stem": "CNN stem alone", "none": "all patches", "app": "APP", "app_atp": "APP + ATP", "atp": "ATP",
     "la": "learnable score (LA)", "random": "random patches", "worst": "smallest features",
-    "random_both": "random patches and tokens", "plain_vit": "no CNN: image patches", "cnn_only": "CNN with average pooling",
+    "random_both": "random patches and tokens", "face_net": "CNN, first half of its training",
+    "plain_vit": "no CNN: image patches", "cnn_only": "CNN with average pooling",
 }  # fmt: skip
 FAMILIES = {"app": "#0072B2", "app_atp": "#56B4E9", "atp": "#009E73", "random": "#D55E00", "worst": "#CC79A7"}
 FILE = "accuracy_over_macs.png"
@@ -50,14 +51,21 @@ def draw(found: Measurements, path: Path) -> int:
         raise ValueError("no finished run has both top1 and mmacs: train the arms of this scale first")
     figure = Figure(figsize=(9, 5.6), layout="constrained")
     axis = figure.subplots()
-    for arm, (cost, top1) in sorted(arms.items(), key=lambda item: item[1][0]):
+    span = max(cost for cost, _ in arms.values()) - min(cost for cost, _ in arms.values())
+    for arm, (cost, top1) in arms.items():
         colour = FAMILIES.get(arm.split("/")[0], "#555555")
         interval = stats.t_interval(top1) if len(top1) > 1 else (top1.mean(), top1.mean())
         axis.plot([cost, cost], interval, color=colour, linewidth=1.2, alpha=0.6)
         axis.plot(cost, top1.mean(), "o", color=colour, markersize=5)
+        near = [
+            (c, t.mean()) for c, t in arms.values() if abs(c - cost) < 0.08 * span and abs(t.mean() - top1.mean()) < 3
+        ]
+        left = any(c > cost for c, _ in near)  # two arms of about the same cost and accuracy: a label on either side,
+        below = any(c == cost and t > top1.mean() for c, t in near)  # or one below the other
         axis.annotate(
-            label(arm), (cost, top1.mean()), xytext=(5, 3), textcoords="offset points", fontsize=7, color=colour
-        )
+            label(arm), (cost, top1.mean()), xytext=(-5 if left else 5, -9 if below else 3), textcoords="offset points",
+            ha="right" if left else "left", fontsize=7, color=colour,
+        )  # fmt: skip
     axis.axhline(100 / 7, color="black", linewidth=0.8, linestyle=":")
     axis.annotate("chance", (axis.get_xlim()[0], 100 / 7), xytext=(3, 3), textcoords="offset points", fontsize=7)
     axis.margins(x=0.12)
