@@ -98,7 +98,9 @@ def test_controls_cost_as_much_as_what_they_control():
 
 
 def test_the_recipe_of_raf_db():
-    cfg = OmegaConf.to_container(config("config", "experiment=raf_db", "arm=x", "data.root=/d"), resolve=True)
+    composed = config("config", "experiment=raf_db", "arm=x", "data.root=/d")
+    parts = ("train", "optim", "schedule", "data", "method", "start")
+    cfg = {key: OmegaConf.to_container(composed[key], resolve=True) for key in parts}
     assert cfg["train"] | {"epochs": 40, "batch_size": 128, "clip": 10.0, "eval_every": 1} == cfg["train"]
     assert cfg["optim"] == {"name": "sgd", "lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4, "no_decay_tokens": False,
                             "stem": 1.0}  # fmt: skip
