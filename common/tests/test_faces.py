@@ -46,7 +46,9 @@ def test_hair_over_the_forehead_is_background():
     data, same = (expression_faces(40, split="train", occluded=0.0, noise=0.0, busy=b) for b in (0.0, 1.0))
     assert torch.equal(data.masks, same.masks) and not torch.equal(data.images, same.images)
     rows = data.masks.float().mean(dim=(0, 2))
-    assert rows[4] < 0.2 and rows[8] < 0.5 and rows[16:36].min() > 0.55, "of 0.4, 0.65 and more of the rows the oval fills"
+    assert rows[4] < 0.2 and rows[8] < 0.5 and rows[16:36].min() > 0.55, (
+        "of 0.4, 0.65 and more of the rows the oval fills"
+    )
 
 
 def test_busy_surroundings_have_the_contrast_of_the_face_and_the_face_stays():
