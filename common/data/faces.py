@@ -1,7 +1,8 @@
 """Parametric faces: one renderer for colour, depth and infrared, with exact masks of what is face and what is not.
 
 A face is an ellipsoid with a nose, shaded by one light; brows, eyes and mouth are drawn on its surface and follow the pose.
-`expression_faces` gives seven expressions with occluders; presentation attacks are in `common.data.presentation_attacks`.
+`expression_faces` gives seven expressions with occluders, and surroundings that can have as much contrast as the face;
+presentation attacks are in `common.data.presentation_attacks`.
 Exercises: fine local cues in a few patches, distractors with known masks, pose, light and skin tone, class imbalance.
 Cannot show: natural skin, hair, wrinkles and identity, the ambiguity of real expressions and labels, alignment errors of
 a detector, or anything about fairness; photographs behind the heads are the same fourteen for every split.
@@ -45,12 +46,13 @@ Parameters = dict[str, np.ndarray]
 @dataclass(frozen=True, eq=False)
 class Rendered:
     """k faces: canvas (k, 4, H, W) = red, green, blue, infrared; depth (k, H, W), 0 far .. 1 near; face (k, H, W) 0..1, the
-    skin oval; x, y (k, H, W): coordinates of the head (half its height is 1, y points down); ball (k, H, W): the height of the
-    bare ellipsoid, 0..1; pixels (k, 1, 1): pixels per unit."""
+    skin oval; fringe (k, H, W) 0..1, the hair before it; x, y (k, H, W): coordinates of the head (half its height is 1, y points
+    down); ball (k, H, W): the height of the bare ellipsoid, 0..1; pixels (k, 1, 1): pixels per unit."""
 
     canvas: np.ndarray
     depth: np.ndarray
     face: np.ndarray
+    fringe: np.ndarray
     x: np.ndarray
     y: np.ndarray
     ball: np.ndarray
@@ -64,6 +66,7 @@ def expression_faces(
     seed: int = 0,
     size: int = 48,
     occluded: float = 0.5,
+    busy: float = 0.0,
     counts: Sequence[int] | None = None,
     noise: float = 0.04,
 ) -> Dataset:
@@ -71,15 +74,16 @@ def expression_faces(
 
     targets: index into `EXPRESSIONS`. split: "train", "validation" or "test", independent streams. counts: images per class,
     None for equal shares (the first classes get the remainder). occluded: share of images with one to three occluders (dark
-    glasses, surgical mask, hand, patterned cards), which together hide at most 30 % of the face. noise: standard deviation
-    of the sensor noise.
+    glasses, surgical mask, hand, patterned cards), which together hide at most 30 % of the face. busy: share of images around
+    whose faces a texture lies, on scenery, hair and clothes, that brings them to the contrast of the face (mean square of
+    the gradient), so that contrast alone does not tell the face. noise: standard deviation of the sensor noise.
     Expressions come at 45 to 100 % of their full strength, so that weak ones resemble neutral.
-    masks: visible face. extra["background"]: everything outside the oval of the face (hair and clothes too);
-    extra["occluder"]: what hides; the three partition the image.
+    masks: visible skin of the face. extra["background"]: everything else that does not hide (hair, also over the forehead,
+    and clothes too); extra["occluder"]: what hides; the three partition the image. extra["busy"] (n,): those images.
     Raises ValueError for a parameter out of range or counts that do not sum to n.
     """
     check_size(n, size)
-    for name, share in (("occluded", occluded), ("noise", noise)):
+    for name, share in (("occluded", occluded), ("busy", busy), ("noise", noise)):
         if not 0 <= share <= 1:
             raise ValueError(f"{name} must be in 0..1, got {share}")
     classes = len(EXPRESSIONS)
@@ -88,19 +92,21 @@ def expression_faces(
         raise ValueError(f"counts must be {classes} numbers that sum to n = {n}, got {per_class}")
     rng = face_stream(seed, split)
     targets = rng.permutation(np.repeat(np.arange(classes), per_class))
-    p = identities(n, rng) | poses(n, rng) | lights(n, rng) | expressions(targets, rng)
-    hidden = rng.random(n) < occluded
+    p = _legible(identities(n, rng) | poses(n, rng)) | lights(n, rng) | expressions(targets, rng)
+    hidden, textured = rng.random(n) < occluded, rng.random(n) < busy
     images = np.empty((n, 3, size, size), np.float32)
     face, occluder = np.empty((n, size, size), bool), np.empty((n, size, size), bool)
     for start in range(0, n, CHUNK):
         at = slice(start, min(start + CHUNK, n))
         part = {name: value[at] for name, value in p.items()}
         drawn = render(part, scenery(len(part["roll"]), size, rng), rng)
-        face[at] = drawn.face > 0.5
+        face[at] = (drawn.face > 0.5) & (drawn.fringe <= 0.5)
+        _equal_contrast(drawn.canvas[:, :3], face[at], textured[at], rng)
         occluder[at] = _occlude(drawn, face[at], hidden[at], part, rng)
         images[at] = sense(drawn.canvas[:, :3], rng, noise)
-    tensors = [torch.from_numpy(a) for a in (images, targets, face & ~occluder, ~face & ~occluder, occluder)]
-    return Dataset(*tensors[:3], extra={"background": tensors[3], "occluder": tensors[4]})
+    arrays = (images, targets, face & ~occluder, ~face & ~occluder, occluder, textured)
+    tensors = [torch.from_numpy(a) for a in arrays]
+    return Dataset(*tensors[:3], extra=dict(zip(("background", "occluder", "busy"), tensors[3:], strict=True)))
 
 
 # ------------------------------------------------------------------------------------------------------- parameters
@@ -124,10 +130,23 @@ def identities(n: int, rng: np.random.Generator, albedo: tuple[float, float] = (
     return {
         "skin": skin, "hair": hair, "cloth": rng.uniform(0.1, 0.9, (n, 3)),
         "width": rng.uniform(0.70, 0.79, n), "taper": rng.uniform(0.12, 0.34, n),
+        "ink": hair, "slit": np.full(n, 0.008),
         "gap": rng.uniform(0.29, 0.35, n), "eye": rng.uniform(0.95, 1.15, n), "iris": rng.uniform(0.05, 0.45, n),
         "nose": rng.uniform(0.8, 1.2, n), "brow": rng.uniform(0.032, 0.058, n), "lip": rng.uniform(0.030, 0.050, n),
         "hairline": np.where(rng.random(n) < 0.1, -1.5, rng.uniform(-0.82, -0.52, n)),
         "fringe": rng.uniform(0.3, 1.1, n), "long": np.where(rng.random(n) < 0.4, rng.uniform(0.3, 1.0, n), -0.2),
+    }  # fmt: skip
+
+
+def _legible(people: Parameters) -> Parameters:
+    """The same people as in an aligned crop, the head filling the frame, and with brows and mouths that 48 pixels resolve:
+    thicker, darker than the skin whatever the hair, a line between closed lips, hair that leaves the brows free."""
+    wide = {"brow": 1.5 * people["brow"], "lip": 1.3 * people["lip"], "slit": 2.5 * people["slit"]}
+    bald = people["hairline"] < -1
+    line = np.where(bald, people["hairline"], 0.8 * people["hairline"] - 0.25)
+    return people | wide | {
+        "scale": 1.2 * people["scale"], "ink": np.minimum(people["hair"], 0.65 * people["skin"]), "hairline": line,
+        "fringe": 0.4 * people["fringe"],
     }  # fmt: skip
 
 
@@ -208,14 +227,14 @@ def render(p: Parameters, background: np.ndarray, rng: np.random.Generator) -> R
     _mouth(canvas, q, u, v, face, pixels)
     _nose_and_folds(canvas, q, side, v, face, pixels)
     outward = (x / q["width"]) ** 2
-    line = q["hairline"] + q["fringe"] * outward * outward
-    _paint(canvas, face * _soft(line - y, pixels), hair)
+    fringe = face * _soft(q["hairline"] + q["fringe"] * outward * outward - y, pixels)
+    _paint(canvas, fringe, hair)
 
     head = np.maximum(face, behind)
     canvas[:, :3] *= q["tint"] * (1 + head[:, None] * (shade[:, None] - 1))
     canvas[:, 3] *= 1 + head * (infrared - 1)
     depth = depth + head * (np.where(face > 0.5, 0.40 + 0.40 * ball + 0.7 * nose, np.float32(0.38)) - depth)
-    return Rendered(canvas, depth.astype(np.float32), face, x, y, ball, pixels)
+    return Rendered(canvas, depth.astype(np.float32), face, fringe, x, y, ball, pixels)
 
 
 def sense(images: np.ndarray, rng: np.random.Generator, noise: float) -> np.ndarray:
@@ -280,7 +299,7 @@ def _brows_and_eyes(canvas: np.ndarray, q: Parameters, u, v, side, face, pixels)
     _paint(canvas, opening * _soft(0.035 * q["eye"] - looking, pixels), (0.02, 0.02, 0.02, 0.15))
     brow = _BROW_V - q["raise"] + q["slope"] * du + 0.9 * du * du
     alpha = _soft(q["brow"] - np.abs(v - brow), pixels) * _soft(0.2 - np.abs(du + 0.01), pixels) * face
-    _paint(canvas, 0.9 * alpha, _ink(q["hair"] * np.float32(0.7), 0.3))
+    _paint(canvas, 0.9 * alpha, _ink(q["ink"] * np.float32(0.7), 0.3))
 
 
 def _mouth(canvas: np.ndarray, q: Parameters, u, v, face, pixels) -> None:
@@ -290,7 +309,7 @@ def _mouth(canvas: np.ndarray, q: Parameters, u, v, face, pixels) -> None:
     inside = (np.abs(at) < 1) * face
     red = q["skin"] * np.array([0.92, 0.55, 0.55], np.float32)[None, :, None, None]
     _paint(canvas, _soft((q["gape"] + q["lip"]) * bow + 0.012 - np.abs(dv), pixels) * inside, _ink(red, 0.6))
-    slit = np.maximum(q["gape"] * bow, 0.008)
+    slit = np.maximum(q["gape"] * bow, q["slit"])
     hole = _soft(slit - np.abs(dv), pixels) * inside * face
     _paint(canvas, hole, (0.18, 0.05, 0.05, 0.2))
     teeth = np.clip(q["teeth"], 0, 1) * _soft(0.6 * slit - np.abs(dv + 0.25 * slit), pixels) * (q["gape"] > 0.015)
@@ -327,26 +346,78 @@ def _occlude(
 def _occluder(
     x: np.ndarray, y: np.ndarray, face: np.ndarray, skin: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One occluder a face: its mask (k, H, W) and its pattern (k, 3, H, W) of two colours in waves."""
+    """One occluder a face: its mask (k, H, W) and its pattern (k, 3, H, W) of two colours, in waves or, of a hand, at its rim."""
     k = len(face)
     kind = rng.choice(["glasses", "mask", "hand", "card"], k, p=[0.2, 0.2, 0.2, 0.4])[:, None, None]
     draw = lambda low, high: rng.uniform(low, high, (k, 1, 1)).astype(np.float32)  # noqa: E731
     where, reach, turn = draw(0, 2 * np.pi), draw(0.1, 0.75), draw(-np.pi, np.pi)
+    turn = np.where(kind == "hand", where + np.float32(np.pi) + 0.12 * turn, turn)  # fingers point inwards
     dx, dy = x - 0.7 * reach * np.cos(where), y - reach * np.sin(where)
     along, across = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx
     card = (np.abs(along) < draw(0.25, 0.46)) & (np.abs(across) < draw(0.16, 0.3))
     lens = (np.abs(np.abs(x) - 0.32) < 0.25) & (np.abs(y - _EYE_V) < 0.16)
     glasses = lens | ((np.abs(x) < 0.74) & (np.abs(y - _EYE_V + 0.07) < 0.035))
-    mask = face & (y > 0.27 + 0.12 * np.abs(x))
+    mask = face & (y > 0.34 + 0.1 * np.abs(x))
+    inside = _hand(along, across)
     shape = np.where(kind == "glasses", glasses, np.where(kind == "mask", mask, card))
+    shape = np.where(kind == "hand", inside > 0, shape)
 
     colours = rng.uniform(0, 1, (2, k, 3))
     flat = kind[:, :, 0]
     colours[:] = np.where(flat == "glasses", 0.15 * colours, colours)
     colours[:] = np.where(flat == "mask", [0.62, 0.78, 0.84] + 0.15 * colours, colours)
     colours[0] = np.where(flat == "hand", skin, colours[0])
-    colours[1] = np.where(flat == "hand", 0.6 * skin, colours[1])
+    colours[1] = np.where(flat == "hand", 0.45 * skin, colours[1])
     phase = draw(10, 28) * np.where(kind == "mask", y, along) + draw(0, 6) * across
-    wave = (0.5 + 0.5 * np.sin(phase))[:, None]
+    blend = np.where(kind == "hand", np.clip(1 - inside / 0.04, 0, 1), 0.5 + 0.5 * np.sin(phase))[:, None]
     one, two = colours.astype(np.float32)[..., None, None]
-    return shape, one + wave * (two - one)
+    return shape, one + blend * (two - one)
+
+
+def _hand(along: np.ndarray, across: np.ndarray) -> np.ndarray:
+    """How far inside a spread hand a point is, negative outside; its palm is at 0, its fingers point to positive `along`."""
+
+    def stroke(start: tuple[float, float], end: tuple[float, float], radius: float) -> np.ndarray:
+        a, b = end[0] - start[0], end[1] - start[1]
+        t = np.clip(((along - start[0]) * a + (across - start[1]) * b) / (a * a + b * b), 0, 1)
+        return radius - np.hypot(along - start[0] - t * a, across - start[1] - t * b)
+
+    inside = np.maximum(stroke((0, -0.06), (0, 0.06), 0.15), stroke((-0.1, 0), (-1.5, 0), 0.1))  # palm, wrist
+    for angle, length in ((-0.42, 0.42), (-0.15, 0.5), (0.12, 0.48), (0.4, 0.38)):
+        tip = (length * np.cos(angle), length * np.sin(angle))
+        inside = np.maximum(inside, stroke((0.3 * tip[0], 0.1 * angle + 0.3 * tip[1]), tip, 0.042))
+    return np.maximum(inside, stroke((-0.05, 0.12), (0.16, 0.36), 0.055))  # thumb
+
+
+# ------------------------------------------------------------------------------------------------------ surroundings
+def contrast(images: np.ndarray | torch.Tensor) -> np.ndarray:
+    """Squared gradient of the grey values: images (k, C, H, W) -> (k, H, W), by differences to the right and below."""
+    grey = np.asarray(images).mean(axis=1)
+    right, below = np.zeros_like(grey), np.zeros_like(grey)
+    right[..., :-1], below[:, :-1] = np.diff(grey, axis=2), np.diff(grey, axis=1)
+    return right**2 + below**2
+
+
+def _equal_contrast(canvas: np.ndarray, face: np.ndarray, which: np.ndarray, rng: np.random.Generator) -> None:
+    """Add to everything outside `face` (k, H, W), of the images `which`, as much of a texture that its mean `contrast` is that of
+    the inside; nothing where it has more already. canvas (k, 3, H, W), in place.
+
+    The contrast of b + a t is a parabola in a: two points and its value at 0 give it."""
+    which = np.flatnonzero(which)
+    if not len(which):
+        return
+    base, face = canvas[which], face[which]
+    texture = cloud_noise(len(which), face.shape[1:], rng, cell=2, grain=0.0).mean(axis=1, keepdims=True)
+    texture = (texture - texture.mean(axis=(2, 3), keepdims=True)) * ~face[:, None]
+    inner = face & np.roll(face, -1, 1) & np.roll(face, -1, 2)  # gradients that do not cross the outline
+    outer = ~(face | np.roll(face, -1, 1) | np.roll(face, -1, 2))
+
+    def mean(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return (contrast(image) * mask).sum(axis=(1, 2)) / mask.sum(axis=(1, 2)).clip(1)
+
+    wanted, c = mean(base, inner), mean(base, outer)
+    plus, minus = mean(base + texture, outer) - c, mean(base - texture, outer) - c
+    a, b = (plus + minus) / 2, (plus - minus) / 2
+    amount = (-b + np.sqrt(np.clip(b * b + 4 * a * (wanted - c), 0, None))) / (2 * a)
+    amount = np.where(wanted > c, amount, 0)[:, None, None, None]
+    canvas[which] = np.clip(base + amount * texture, 0, 1)

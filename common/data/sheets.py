@@ -7,8 +7,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
@@ -69,6 +70,25 @@ def _attacks() -> Tensor:
     return (make_grid(torch.cat(rows), nrow=15, padding=2, pad_value=0.3) * 255).round().to(torch.uint8)
 
 
+def _faces() -> Tensor:
+    """A row per expression, with its name: eight faces, then the same with the visible skin in red and what hides it in blue."""
+    made = faces.expression_faces(7 * 8, split="train", size=64, occluded=0.5, busy=0.5)
+    rows = []
+    for target, name in enumerate(faces.EXPRESSIONS):
+        part = made.subset((made.targets == target).nonzero()[:, 0])
+        label = Image.new("RGB", (64, 64), "white")
+        ImageDraw.Draw(label).text((2, 26), name, fill="black")
+        rows.append(torch.from_numpy(np.array(label)).permute(2, 0, 1)[None].float() / 255)
+        truth = torch.stack([part.masks, part.extra["occluder"]], 1)  # type: ignore[list-item]
+        bytes_ = (part.images * 255).to(torch.uint8)
+        tinted = [
+            draw_segmentation_masks(i, m, alpha=0.5, colors=["red", "blue"]) for i, m in zip(bytes_, truth, strict=True)
+        ]
+        rows += [part.images, torch.stack(tinted).float() / 255]
+    tiles = torch.cat(rows).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    return (make_grid(tiles, nrow=17, padding=2, pad_value=0.3) * 255).round().to(torch.uint8)
+
+
 _digits = partial(objects.digits_on_backgrounds, COUNT, split="train")
 _objects = partial(objects.objects_on_backgrounds, COUNT, split="train")
 SHEETS: dict[str, Callable[[], Tensor]] = {
@@ -83,7 +103,7 @@ SHEETS: dict[str, Callable[[], Tensor]] = {
     "objects_rho1": lambda: _sheet(_objects(rho=1.0)),
     "objects_colour": lambda: _sheet(_objects(size=32, channels=3), zoom=3),
     "objects_photos": lambda: _sheet(_objects(background="photos", size=32, channels=3), zoom=3),
-    "faces": lambda: _sheet(faces.expression_faces(COUNT, split="train", size=64, occluded=0.5), zoom=2),
+    "faces": _faces,
     "presentation_attacks": _attacks,
     "shapes": lambda: _boxes("noise"),
     "shapes_photos": lambda: _boxes("photos"),

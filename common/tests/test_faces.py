@@ -37,6 +37,52 @@ def test_masks_partition_the_image_and_occluders_hide_at_most_30_percent():
     assert expression_faces(50, split="test", occluded=1.0).extra["occluder"].flatten(1).any(1).all()
 
 
+def test_hair_over_the_forehead_is_background():
+    """The fringe is darker than the skin by more than any shade; of what is called face at the top of the oval, nothing is."""
+    drawn = one_face("neutral", hairline=-0.5, fringe=0.0)
+    forehead = (drawn.y < -0.6) & (drawn.face > 0.5)
+    assert (drawn.canvas[:, :3].mean(axis=1)[forehead] < 0.2).mean() > 0.9 and drawn.fringe[forehead].mean() > 0.9
+    assert drawn.fringe[(drawn.y > -0.4) & (drawn.face == 1)].max() == 0
+    data, same = (expression_faces(40, split="train", occluded=0.0, noise=0.0, busy=b) for b in (0.0, 1.0))
+    assert torch.equal(data.masks, same.masks) and not torch.equal(data.images, same.images)
+    rows = data.masks.float().mean(dim=(0, 2))
+    assert rows[:8].max() < 0.1 and rows[16:36].min() > 0.4, "no skin where the hair is"
+
+
+def test_busy_surroundings_have_the_contrast_of_the_face_and_the_face_stays():
+    plain, busy = (expression_faces(120, split="train", occluded=0.0, noise=0.0, busy=b) for b in (0.0, 1.0))
+    assert not plain.extra["busy"].any() and busy.extra["busy"].all()
+    face = plain.masks
+    kernel = torch.ones(1, 1, 3, 3)
+    whole = lambda m: torch.nn.functional.conv2d(m[:, None].float(), kernel, padding=1)[:, 0] == 9  # noqa: E731
+    assert torch.equal(face, busy.masks) and (busy.images - plain.images).abs().amax(1)[whole(face)].max() < 1e-5
+    ratios = {}
+    for name, data in (("plain", plain), ("busy", busy)):
+        square = torch.from_numpy(faces.contrast(data.images))
+        inner, outer = ((square * w).sum(dim=(1, 2)) / w.sum(dim=(1, 2)) for w in (whole(face), whole(~face)))
+        ratios[name] = (outer / inner).median().item()
+    assert ratios["plain"] < 0.7 and 0.75 < ratios["busy"] < 1.3, ratios
+    half = expression_faces(200, split="train", busy=0.5).extra["busy"].float().mean()
+    assert 0.4 < half < 0.6
+
+
+def test_a_hand_is_one_palm_with_fingers_that_end():
+    along, across = np.meshgrid(np.linspace(-0.9, 0.8, 171), np.linspace(-0.6, 0.6, 121), indexing="ij")
+    inside = faces._hand(along, across) > 0
+    runs = [(np.diff(np.r_[0, inside[i].astype(int), 0]) == 1).sum() for i in range(171)]
+    at = lambda place: runs[round((place + 0.9) * 100)]  # noqa: E731
+    assert at(-0.5) == 1 and at(0.0) <= 2 and at(0.36) >= 4, "wrist, palm (and thumb), fingers apart"
+    assert at(0.7) == 0 and 0.1 < inside[60:].mean() < 0.5
+
+
+def test_brows_are_darker_than_the_skin_whatever_the_hair():
+    rng = np.random.default_rng(0)
+    people = faces._legible(faces.identities(500, rng) | faces.poses(500, rng))
+    assert (0.7 * people["ink"] <= 0.46 * people["skin"]).all() and (people["brow"] > 0.045).all()
+    free = people["hairline"] + people["fringe"] * (0.45 / 0.74) ** 4
+    assert (free < faces._BROW_V - 0.05).all(), "no hair over the brows of a resting face"
+
+
 def test_counts_give_the_classes():
     data = expression_faces(20, split="train", counts=[0, 1, 2, 3, 4, 4, 6])
     assert torch.bincount(data.targets, minlength=7).tolist() == [0, 1, 2, 3, 4, 4, 6]
@@ -53,7 +99,7 @@ def one_face(expression: str, **changes: float) -> faces.Rendered:
     p = faces.identities(1, rng) | faces.poses(1, rng) | faces.lights(1, rng)
     p |= {k: np.array([v]) for k, v in zip(faces._TRAITS, faces._FULL[expression], strict=True)}
     p |= {"scale": np.array([0.85]), "hairline": np.array([-1.5]), "ambient": np.array([0.6])}
-    p |= {"hair": np.full((1, 3), 0.1), "skin": np.array([[0.9, 0.75, 0.65]])}
+    p |= {"hair": np.full((1, 3), 0.1), "ink": np.full((1, 3), 0.1), "skin": np.array([[0.9, 0.75, 0.65]])}
     p |= {k: np.zeros(1) for k in ("roll", "yaw", "pitch", "left", "down", "gaze")}
     p |= {k: np.array([v]) for k, v in changes.items()}
     return faces.render(p, np.full((1, 3, 96, 96), 0.5, np.float32), rng)
