@@ -40,17 +40,29 @@ def align(image: np.ndarray, points: np.ndarray, *, size: int = 224) -> np.ndarr
 def read_landmarks(table: str | Path) -> dict[str, np.ndarray]:
     """{path as listed, and file name: points (5, 2)} of a CSV of path,x1,y1,...,x5,y5. ValueError naming file and line; a file
     name that two rows share is only known by its path."""
+    return {name: row.reshape(5, 2) for name, row in _read(table, 10, "ten numbers").items()}
+
+
+def read_boxes(table: str | Path) -> dict[str, np.ndarray]:
+    """The same of a CSV of path,left,top,right,bottom: boxes (4,) in pixels of the upright image. ValueError for an empty one."""
+    found = _read(table, 4, "left, top, right, bottom")
+    if empty := [name for name, (left, top, right, bottom) in found.items() if right <= left or bottom <= top]:
+        raise ValueError(f"{table}: the face box of {empty[0]} is empty")
+    return found
+
+
+def _read(table: str | Path, numbers: int, what: str) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     names: Counter[str] = Counter()
     for line, row in read_table(Path(table).expanduser()):
         if row[0].lower() == "path":
             continue
         where = f"{table}, line {line}"
-        if len(row) != 11:
-            raise ValueError(f"{where}: expected a path and ten numbers, got {len(row)} columns")
-        found[row[0]] = np.array([number(v, where) for v in row[1:]]).reshape(5, 2)
+        if len(row) != numbers + 1:
+            raise ValueError(f"{where}: expected a path and {what}, got {len(row)} columns")
+        found[row[0]] = np.array([number(v, where) for v in row[1:]])
         names[Path(row[0]).name] += 1
-    return found | {Path(p).name: points for p, points in found.items() if names[Path(p).name] == 1}
+    return found | {Path(p).name: row for p, row in found.items() if names[Path(p).name] == 1}
 
 
 def align_all(cfg: DictConfig) -> int:

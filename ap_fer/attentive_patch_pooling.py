@@ -77,9 +77,8 @@ class APP(nn.Module):
             raise ValueError(f"score={score!r}; use one of {', '.join(SCORES)}")
         if score == "la" and channels is None:
             raise ValueError("score='la' is learnable: give channels, the width of the features")
-        if keep is not None:
-            check_keep(keep, keep)
-        self.keep, self.score, self.lowest = keep, score, lowest
+        self.keep = None if keep is None else check_keep(keep)
+        self.score, self.lowest = score, lowest
         self.when: When = check_when(when)
         self.attention = LocalAttention(channels) if score == "la" and channels is not None else None
 

@@ -2,6 +2,7 @@
 
 python predict.py weights=runs/default/app_atp/seed0/last.ckpt images=[faces/,me.jpg] out=predictions.csv pictures=dropped/
 python predict.py weights=APViT_RAF.pth images=photos/ landmarks=points.csv            # aligned as in align.py first
+python predict.py weights=... images=photos/ boxes=boxes.csv                           # or cut out by face boxes
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
-from ap_fer.align import align, read_landmarks
+from ap_fer.align import align, read_boxes, read_landmarks
 from ap_fer.checkpoint import load
 from ap_fer.pooling_vit import Kept
 from ap_fer.token_selection import to_mask
@@ -59,16 +60,26 @@ def draw(image: Tensor, title: str, columns: list[tuple[str, Tensor]], path: Pat
     figure.savefig(path, dpi=120)
 
 
-def prepare(about: dict, points: dict[str, np.ndarray] | None) -> Callable[[Image.Image], Tensor]:
-    """PIL image -> (3, S, S) normalised as in training; with landmarks by file name the face is aligned first."""
+Places = dict[str, np.ndarray] | None
+
+
+def prepare(about: dict, points: Places = None, boxes: Places = None) -> Callable[[Image.Image], Tensor]:
+    """PIL image -> (3, S, S) normalised as in training; by file name, the face is first aligned by its landmarks `points`, or cut
+    out by its box. ValueError for a face without."""
     transform = inference_transform(size=about["size"], normalise=about["normalise"])
+
+    def of(image: Image.Image, table: dict[str, np.ndarray], what: str) -> np.ndarray:
+        name = Path(getattr(image, "filename", "")).name
+        if name not in table:
+            raise ValueError(f"no {what} for {name}")
+        return table[name]
 
     def ready(image: Image.Image) -> Tensor:
         if points is not None:
-            name = Path(getattr(image, "filename", "")).name
-            if name not in points:
-                raise ValueError(f"no landmarks for {name}")
-            image = Image.fromarray(align(np.asarray(image), points[name], size=2 * about["size"]))
+            landmarks = of(image, points, "landmarks")
+            image = Image.fromarray(align(np.asarray(image), landmarks, size=2 * about["size"]))
+        elif boxes is not None:
+            image = image.crop(tuple(of(image, boxes, "box").round().astype(int).tolist()))
         return transform(check_image(image))
 
     return ready
@@ -84,8 +95,11 @@ def predict(cfg: DictConfig, fabric: Fabric) -> Path:
     if about["drawn"]:
         print("notice: this network was trained on drawn faces; photographs are new to it")
     model, paths = fabric.setup_module(trained.model), find_images(cfg.images)
+    if cfg.landmarks and cfg.boxes:
+        raise ValueError("give landmarks= or boxes=: landmarks align the face, they need no box")
     points = read_landmarks(cfg.landmarks) if cfg.landmarks else None
-    stream = ImageStream(paths, prepare(about, points), batch_size=cfg.batch_size, workers=cfg.workers)
+    boxes = read_boxes(cfg.boxes) if cfg.boxes else None
+    stream = ImageStream(paths, prepare(about, points, boxes), batch_size=cfg.batch_size, workers=cfg.workers)
     names, drawn = output_names(paths), 0
     mean, std = (torch.tensor(about["normalise"][k]).view(3, 1, 1) for k in ("mean", "std"))
     with Table(cfg.out) as table:

@@ -25,10 +25,12 @@ def check_rates(rates: Sequence[float], depth: int) -> tuple[float, ...]:
     return found
 
 
-def check_keep(keep: int, n: int) -> int:
-    """The number k of patches to keep of n. Raises ValueError unless 1 <= k <= n."""
-    if not 1 <= keep <= n:
-        raise ValueError(f"keep={keep} of {n} patches; allowed are 1..{n} (or null, which keeps all)")
+def check_keep(keep: float, n: int | None = None) -> int:
+    """The number k of patches to keep of n (None: not known yet). Raises ValueError unless it is a whole one, 1 <= k <= n."""
+    if keep != int(keep) or keep < 1 or (n is not None and keep > n):
+        allowed = "whole numbers from 1 on" if n is None else f"1..{n}"
+        of = "" if n is None else f" of {n} patches"
+        raise ValueError(f"keep={keep}{of}; allowed are {allowed} (or null, which keeps all)")
     return int(keep)
 
 

@@ -3,7 +3,7 @@ released APViT. Key names and layouts follow those projects; their files were no
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def load_ir50(extractor: nn.Module, state: Mapping[str, Tensor]) -> None:
                 found[f"body.{stage}.{unit}.{flat[2]}"] = value
                 break
             unit -= number
-    _load(extractor, found, "face.evoLVe IR-50 (input_layer.*, body.<0..23>.*)")
+    _load(extractor, found, "face.evoLVe IR-50 (input_layer.*, body.<0..23>.*)", unused=len(state) - len(found))
 
 
 def load_vit_small(vit: PoolingViT | None, state: Mapping[str, Tensor]) -> None:
@@ -76,8 +76,8 @@ def load_vit_small(vit: PoolingViT | None, state: Mapping[str, Tensor]) -> None:
     found = {k: v for k, v in state.items() if k.startswith(("blocks.", "norm.")) or k == "cls_token"}
     table = state["pos_embed"]
     found |= {"cls_pos_embed": table[:, :1], "patch_pos_embed": resize_position(table[:, 1:], vit.grid)}
-    kept = {k: v for k, v in vit.state_dict().items() if k.startswith(("projs.", "app."))}
-    _load(vit, kept | found, "old timm ViT-small")
+    new = [k for k in vit.state_dict() if k.startswith(("projs.", "app."))]
+    _load(vit, found, "old timm ViT-small", unused=len(state) - len(found) + 1, new=new)  # one table became two
 
 
 def load_released(model: APViT, state: Mapping[str, Tensor]) -> None:
@@ -110,11 +110,14 @@ def resize_position(table: Tensor, grid: tuple[int, int]) -> Tensor:
     return resized.flatten(2).transpose(1, 2)
 
 
-def _load(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Strict by key and shape, with one error that names what differs."""
+def _load(
+    module: nn.Module, state: Mapping[str, Tensor], what: str, *, unused: int = 0, new: Sequence[str] = ()
+) -> None:
+    """Strict by key and shape, with one error that names what differs, or one line that says what was loaded. unused: tensors of
+    the file that this network has no place for; new: its own that no such file has."""
     own: Any = module.state_dict()
     counters = {k for k in own if k.endswith("num_batches_tracked")}  # old files do not have them
-    missing, unexpected = sorted(set(own) - set(state) - counters), sorted(set(state) - set(own))
+    missing, unexpected = sorted(set(own) - set(state) - counters - set(new)), sorted(set(state) - set(own))
     shapes = [
         f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}"
         for k, v in state.items()
@@ -126,3 +129,5 @@ def _load(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
             f"other shapes {shapes[:3]}"
         )
     module.load_state_dict(dict(state), strict=False)
+    untouched = f"; from random weights: {', '.join(new)}" if new else ""
+    print(f"loaded {what}: {len(state)} tensors, {unused} of the file not used{untouched}")

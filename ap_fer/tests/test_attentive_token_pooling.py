@@ -101,9 +101,27 @@ def test_equal_queries_and_keys_keep_k_tokens_and_average_the_values():
     assert out.shape == (2, 7, 8) and all(len(set(r)) == 6 for r in index.tolist())
 
 
-def test_fused_and_explicit_attention_agree():
+def test_attention_and_its_row_equal_the_explicit_logits():
     b, z = block(), torch.randn(2, 11, 8)
-    torch.testing.assert_close(b.attn(z, row=True)[0], b.attn(z, row=False)[0], rtol=1e-5, atol=1e-6)
+    out, row = b.attn(z, row=True)
+    q, k, v = (t.view(2, 11, 2, 4).transpose(1, 2) for t in F.linear(z, b.attn.qkv.weight).split(8, dim=-1))
+    logits = torch.einsum("bhid,bhjd->bhij", q, k) / 2
+    torch.testing.assert_close(row, logits[:, :, 0], rtol=1e-5, atol=1e-5)
+    heads = torch.einsum("bhij,bhjd->bihd", logits.softmax(-1), v).flatten(2)
+    torch.testing.assert_close(out, b.attn.proj(heads), rtol=1e-5, atol=1e-5)
+    assert torch.equal(out, b.attn(z, row=False)[0]) and b.attn(z, row=False)[1] is None
+
+
+def test_logits_are_float32_under_autocast():
+    """In bfloat16 logits near 100 are half a unit apart: hundreds of tokens would tie."""
+    b, z = block(), torch.randn(2, 11, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = b.norm1(z)
+        out, row = b.attn(y, row=True)
+        q, k, _ = b.attn.qkv(y).view(2, 11, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    assert row.dtype == torch.float32 and out.dtype == torch.bfloat16 and q.dtype == torch.bfloat16
+    torch.testing.assert_close(row, (q[:, :, :1].float() @ k.float().transpose(-2, -1))[:, :, 0] / 4**0.5)
+    assert not torch.equal(row, row.bfloat16().float())
 
 
 def test_gradients_pass_attention_to_dropped_tokens_but_not_the_choice():

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ap_fer.attentive_patch_pooling import APP
 from ap_fer.token_selection import (
     active,
     check_keep,
@@ -46,6 +47,16 @@ def test_the_choice_is_the_k_best_ascending_and_unique(batch, n, data):
         values = scores.gather(1, index).sort(1).values
         expected = scores.sort(1, descending=not lowest).values[:, :k].sort(1).values
         torch.testing.assert_close(values, expected)
+
+
+@pytest.mark.parametrize("keep", [24.5, 0, -3, 0.9])
+def test_a_number_of_patches_is_a_whole_one(keep):
+    """Never cut off, and never 'allowed are 1..0'."""
+    with pytest.raises(ValueError, match=rf"keep={keep} of 36 patches; allowed are 1..36 \(or null"):
+        check_keep(keep, 36)
+    with pytest.raises(ValueError, match=rf"keep={keep}; allowed are whole numbers from 1 on"):
+        APP(keep)
+    assert check_keep(24.0, 36) == 24 and APP(24.0).keep == 24
 
 
 def test_half_precision_scores_are_compared_in_float32_and_carry_no_gradient():

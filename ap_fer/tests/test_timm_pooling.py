@@ -5,6 +5,7 @@ import timm
 import torch
 
 from ap_fer.attentive_patch_pooling import APP
+from ap_fer.attentive_token_pooling import ATP
 from ap_fer.timm_pooling import PooledViT
 from common.metrics.ops import count_macs
 
@@ -40,6 +41,23 @@ def test_cost_really_falls(vit):
     dense = sum(count_macs(vit, x).values())
     pooled = sum(count_macs(PooledViT(vit, app=APP(18), rates=[1.0] * 6 + [0.8] * 6), x).values())
     assert pooled < 0.55 * dense
+
+
+def test_the_mlp_sees_only_the_tokens_that_stay(vit):
+    """The MLP works token by token, so that pooling after it would give the same numbers at full cost."""
+    seen = []
+    handle = vit.blocks[3].mlp.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
+    PooledViT(vit, rates=[1.0] * 3 + [0.5] + [1.0] * 8).eval()(torch.randn(1, 3, 96, 96))
+    handle.remove()
+    assert seen == [1 + 18]
+
+
+def test_rows_are_float32_under_autocast(vit, monkeypatch):
+    rows = []
+    monkeypatch.setattr(ATP, "forward", lambda self, u, row: (rows.append(row), (u, torch.arange(36).expand(1, -1)))[1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        PooledViT(vit, rates=[0.5] + [1.0] * 11).eval()(torch.randn(1, 3, 96, 96))
+    assert rows[0].dtype == torch.float32 and not torch.equal(rows[0], rows[0].bfloat16().float())
 
 
 def test_atp_ranks_by_the_logits_of_the_block(vit):

@@ -31,9 +31,12 @@ def face_network():
     return state | {"output_layer.3.weight": torch.zeros(512, 8)}
 
 
-def test_ir50_units_go_to_their_stages(face_network):
+def test_ir50_units_go_to_their_stages(face_network, capsys):
     stem = IR50()
     load_ir50(stem, face_network)
+    taken = len([k for k in face_network if k.startswith("input_layer") or k.split(".")[1] in map(str, range(21))]) - 1
+    report = f"{taken} tensors, {len(face_network) - taken} of the file not used"
+    assert f"loaded face.evoLVe IR-50 (input_layer.*, body.<0..23>.*): {report}" in capsys.readouterr().out
     for flat, (stage, unit) in {0: (0, 0), 2: (0, 2), 3: (1, 0), 6: (1, 3), 7: (2, 0), 20: (2, 13)}.items():
         for key in ("res_layer.0.weight", "res_layer.3.weight", "res_layer.4.running_var"):
             assert torch.equal(stem.state_dict()[f"body.{stage}.{unit}.{key}"], face_network[f"body.{flat}.{key}"])
@@ -60,10 +63,11 @@ def vit_small(dim=16, depth=3, n=36):
     }  # fmt: skip
 
 
-def test_vit_small_gives_blocks_norm_class_token_and_a_split_position_table():
+def test_vit_small_gives_blocks_norm_class_token_and_a_split_position_table(capsys):
     vit, state = small_model().vit, vit_small()
     projection = vit.projs[0].weight.clone()
     load_vit_small(vit, state)
+    assert "3 of the file not used; from random weights: projs.0.weight, projs.0.bias" in capsys.readouterr().out
     assert torch.equal(vit.cls_pos_embed[0, 0], state["pos_embed"][0, 0]), "row 0 is the class token's"
     assert torch.equal(vit.patch_pos_embed, state["pos_embed"][:, 1:]), "the same grid is not resized"
     assert torch.equal(vit.blocks[2].mlp.fc1.weight, state["blocks.2.mlp.fc1.weight"]) and torch.equal(
