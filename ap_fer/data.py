@@ -14,19 +14,21 @@ from ap_fer.expressions import EXPRESSIONS, imbalanced_counts, repeat_factors, r
 from ap_fer.layouts import READERS, Labelled, read_split
 from ap_fer.transforms import MEAN, STD, build_transforms, check_image
 from common.data.batches import CropFlip, Plan, SeededBatches, TensorBatches, Views, stream
-from common.data.faces import expression_faces
+from common.data.faces import contrast, expression_faces
 from common.data.files import identity, open_image
 from common.data.vision import data_root
 
 SETS = ("faces", *READERS)
+PUBLISHED = {("raf_db", "train"): 12_271, ("raf_db", "test"): 3_068}  # of other sets the numbers in use differ
 
 
 @dataclass(frozen=True)
 class Data:
     """names: class names in our order; counts: training images per class; indices: those of an epoch, with repeats.
 
-    test: yields (image (3, S, S) normalised, label). parts: named slices of it that are also reported alone. truth: for
-    parametric faces {"face", "background", "occluder"} masks (N, S, S) of the test images. source: the identity of the files.
+    test: yields (image (3, S, S) normalised, label). parts: named slices of it that are also reported alone. truth: of the test
+    images of parametric faces {"face", "background", "occluder"} masks (N, S, S), "busy" (N,) and "contrast" (N, S, S), see
+    `expression_faces`. source: the identity of the files.
     files: the training images of a set on disk, each once, as they are."""
 
     names: tuple[str, ...]
@@ -77,6 +79,7 @@ def build_data(
     train_images: int = 1200,
     test_images: int = 1000,
     occluded: float = 0.5,
+    busy: float = 0.5,
     counts: str = "raf_db",
     draw: int = 0,
     images: str = "aligned_224",
@@ -86,7 +89,8 @@ def build_data(
     """A data set by name.
 
     faces: embedded; train_images in the proportions `counts` (raf_db | equal), `occluded` of them with occluders; test_images
-        without and as many with occluders, balanced. seed: of both, so that an interval over seeds covers the
+        without and as many with occluders, balanced; `busy` of all in surroundings with the contrast of the face.
+        seed: of both, so that an interval over seeds covers the
         draw of the faces. draw: 1 gives other training images (the stem's pre-training).
     raf_db (images: aligned | aligned_224), ferplus, affectnet, expw (test_share), affwild2 (every), folder, csv: see `layouts`.
     Sets are looked for in root/`folder` where that exists, so that one root can hold several.
@@ -106,7 +110,7 @@ def build_data(
             raise ValueError(f"data.counts={counts!r}, allowed: raf_db, equal")
         shares = imbalanced_counts(train_images, *([[1] * 7] if counts == "equal" else []))
         return _faces(
-            EXPRESSIONS[:7], seed, size, shares, test_images, occluded, draw, balance=balance, augment=augment
+            EXPRESSIONS[:7], seed, size, shares, test_images, occluded, busy, draw, balance=balance, augment=augment
         )
     base = data_root(root)
     base = base / folder if (base / folder).is_dir() else base
@@ -119,6 +123,10 @@ def _files(
 ) -> Data:
     """The sets of `layouts` under `base`."""
     train, test = (read_split(name, base, split, **options) for split in ("train", "test"))
+    for split, found in (("train", train), ("test", test)):
+        published = PUBLISHED.get((name, split))
+        if published is not None and len(found.paths) + found.left_out != published:
+            print(f"notice: {name} has {len(found.paths):,} {split} images here, {published:,} as it is published")
     if train.names != test.names:
         raise ValueError(f"{base}: the splits have different classes: {sorted(set(train.names) ^ set(test.names))}")
     names = tuple(train.names) or EXPRESSIONS[: options["num_classes"]]
@@ -148,28 +156,30 @@ def normalise(images: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=2)  # cells of a sweep that share a seed run one after the other in one process
-def _rendered(n: int, split: str, seed: int, size: int, occluded: float, counts: tuple[int, ...] | None):
-    return expression_faces(n, split=split, seed=seed, size=size, occluded=occluded, counts=counts)
+def _rendered(n: int, seed: int, size: int, occluded: float, busy: float, counts: tuple[int, ...]):
+    return expression_faces(n, split="train", seed=seed, size=size, occluded=occluded, busy=busy, counts=counts)
 
 
 @lru_cache(maxsize=2)
-def _test_faces(n: int, size: int, seed: int) -> tuple[TensorDataset, dict[str, Tensor]]:
+def _test_faces(n: int, size: int, seed: int, busy: float) -> tuple[TensorDataset, dict[str, Tensor]]:
     clean, hidden = (
-        expression_faces(n, split="test", seed=stream(seed, share), size=size, occluded=share) for share in (0, 1)
+        expression_faces(n, split="test", seed=stream(seed, share), size=size, occluded=share, busy=busy)
+        for share in (0, 1)
     )
     truth = {"face": torch.cat([clean.masks, hidden.masks])}  # type: ignore[list-item]
-    truth |= {k: torch.cat([clean.extra[k], hidden.extra[k]]) for k in ("background", "occluder")}
-    images = normalise(torch.cat([clean.images, hidden.images]))
-    return TensorDataset(images, torch.cat([clean.targets, hidden.targets])), truth
+    truth |= {k: torch.cat([clean.extra[k], hidden.extra[k]]) for k in ("background", "occluder", "busy")}
+    images = torch.cat([clean.images, hidden.images])
+    truth["contrast"] = torch.from_numpy(contrast(images))
+    return TensorDataset(normalise(images), torch.cat([clean.targets, hidden.targets])), truth
 
 
 def _faces(
-    names: tuple[str, ...], seed: int, size: int, counts: list[int], test: int, occluded: float, draw: int, *, balance: bool,
-    augment: str,
+    names: tuple[str, ...], seed: int, size: int, counts: list[int], test: int, occluded: float, busy: float, draw: int, *,
+    balance: bool, augment: str,
 ) -> Data:  # fmt: skip
-    data = _rendered(sum(counts), "train", stream(seed, draw), size, occluded, tuple(counts))
+    data = _rendered(sum(counts), stream(seed, draw), size, occluded, busy, tuple(counts))
     indices = repeated_indices(data.targets.tolist(), repeat_factors(counts) if balance else [1] * len(counts))
-    held, truth = _test_faces(test, size, seed)
+    held, truth = _test_faces(test, size, seed, busy)
     mirror = CropFlip(padding=0) if augment == "flip" else None
 
     def make(plan: Plan, device: torch.device) -> TensorBatches:

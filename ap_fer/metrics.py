@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from ap_fer.token_selection import select, to_mask
+
 
 def confusion(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:
     """(C, C) counts, rows = truth. ValueError for a label outside the classes."""
@@ -61,7 +63,12 @@ def dropped_on(kept: Tensor, noise: Tensor, among: Tensor | None = None) -> dict
 
 def pooling_metrics(app: Tensor, final: Tensor, truth: Mapping[str, Tensor]) -> dict[str, float]:
     """drop_*, atp_*: how well APP, and after it ATP, drops what is not the visible face; *_background, *_occluder for these
-    two alone, the latter on images with an occluder. app, final (N, P) bool: kept after APP and after the last block."""
+    two alone, the latter on images with an occluder; *_background_busy: on images whose surroundings have the contrast of the
+    face. contrast_*: the same for keeping as many patches of the largest pixel contrast, which needs no network;
+    over_contrast_* = drop_lift_* - contrast_lift_*.
+
+    app, final (N, P) bool: kept after APP and after the last block. truth: masks face, background, occluder (N, S, S) bool,
+    busy (N,) bool, contrast (N, S, S)."""
     side = round(app.shape[1] ** 0.5)
     noise = ~noise_patches(truth["face"], side) if truth else None
     found: dict[str, float] = {
@@ -71,13 +78,17 @@ def pooling_metrics(app: Tensor, final: Tensor, truth: Mapping[str, Tensor]) -> 
     if noise is None:
         return found
     kinds = {"": noise} | {f"_{k}": noise_patches(truth[k], side) for k in ("background", "occluder")}
-    for stage, kept, among in (("drop", app, None), ("atp", final, app)):
+    kinds["_background_busy"] = kinds["_background"] & truth["busy"][:, None]
+    contrast = F.adaptive_avg_pool2d(truth["contrast"][:, None], side).flatten(1)
+    rival = to_mask(select(contrast, int(app[0].sum())), app.shape[1])
+    for stage, kept, among in (("drop", app, None), ("contrast", rival, None), ("atp", final, app)):
         for kind, wanted in kinds.items():
             rows = wanted.any(1)
             if rows.any():
                 result = dropped_on(kept[rows], wanted[rows], None if among is None else among[rows])
                 found |= {f"{stage}_{name}{kind}": value for name, value in result.items()}
-    return found
+    lifts = [kind for kind in kinds if f"drop_lift{kind}" in found]
+    return found | {f"over_contrast{kind}": found[f"drop_lift{kind}"] - found[f"contrast_lift{kind}"] for kind in lifts}
 
 
 def confusion_figure(matrix: Tensor, names: Sequence[str], path: str | Path) -> None:

@@ -24,7 +24,8 @@ class APViT(nn.Module):
 
     depth: transformer blocks, 0: none, the CNN alone: pool=mean averages its features, pool=flatten is the output layer of face
     networks (BN, dropout, every place its own weights). app: keywords of `APP`; atp:
-    keywords of `ATP` with either `rates`, one per block, or `rate` from block `start` on (counted from 0).
+    keywords of `ATP` with either `rates`, one per block, or `rate` from block `start` on (counted from 0). init_std: of the
+    transformer's weights, positions and class token; the published 0.02 is for a width of 768.
     Raises ValueError for anything that does not fit together."""
 
     def __init__(
@@ -43,6 +44,7 @@ class APViT(nn.Module):
         pool: str = "mean",
         heads: int = 8,
         mlp_ratio: float = 3.0,
+        init_std: float = 0.02,
         app: Mapping[str, Any] | None = None,
         atp: Mapping[str, Any] | None = None,
     ):
@@ -75,6 +77,7 @@ class APViT(nn.Module):
             app_options: dict[str, Any] = {"keep": 160} if app is None else dict(app)
             self.vit = PoolingViT(
                 channels=channels, grid=(side, side), dim=dim, heads=heads, mlp_ratio=mlp_ratio, kernel=projection,
+                init_std=init_std,
                 app=APP(**app_options, channels=dim), atp=token_poolings(depth, atp),
             )  # fmt: skip
         self.head = nn.ModuleDict({"fc": nn.Linear(width, num_classes)})

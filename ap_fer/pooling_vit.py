@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ap_fer.attentive_patch_pooling import APP
 from ap_fer.attentive_token_pooling import ATP
+from ap_fer.token_selection import check_keep
 
 
 @dataclass
@@ -31,16 +32,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, z: Tensor, *, row: bool) -> tuple[Tensor, Tensor | None]:
-        """z (B, T, d) -> W_o softmax(A) v (B, T, d), and with `row` A[:, :, CLS] (B, h, T)."""
+        """z (B, T, d) -> W_o softmax(A) v (B, T, d), and with `row` A[:, :, CLS] (B, h, T), float32 under autocast too."""
         b, t, d = z.shape
         q, k, v = self.qkv(z).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         first = None
-        if row:  # the fused kernel hides the logits
-            logits = (q * self.scale) @ k.transpose(-2, -1)
-            first = logits[:, :, 0]
-            out = logits.softmax(-1) @ v
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        if row:  # the fused kernel hides the logits: CLS's row again, T d more products; in half precision it would have ties
+            with torch.autocast(z.device.type, enabled=False):
+                first = (q[:, :, :1].float() * self.scale * k.float()).sum(-1)
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         return self.proj(out.transpose(1, 2).reshape(b, t, d)), first
 
 
@@ -87,11 +86,12 @@ class PoolingViT(nn.Module):
         app: APP,
         atp: Sequence[ATP],
         kernel: int = 1,
+        init_std: float = 0.02,
     ):
         super().__init__()
         self.grid, n = grid, grid[0] * grid[1]
-        if app.keep is not None and app.keep > n:
-            raise ValueError(f"keep={app.keep} of {n} patches; allowed are 1..{n} (or null, which keeps all)")
+        if app.keep is not None:
+            check_keep(app.keep, n)
         self.projs = nn.ModuleList([nn.Conv2d(channels, dim, kernel, kernel)])
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.patch_pos_embed = nn.Parameter(torch.zeros(1, n, dim))
@@ -101,11 +101,11 @@ class PoolingViT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=init_std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for table in (self.patch_pos_embed, self.cls_token):  # cls_pos_embed stays zero
-            nn.init.trunc_normal_(table, std=0.02)
+            nn.init.trunc_normal_(table, std=init_std)
 
     @property
     def rates(self) -> list[float]:

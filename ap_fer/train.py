@@ -39,7 +39,7 @@ def train_one_epoch(
         step = (epoch - 1) * plan.steps + micro // plan.accumulation
         lr = lr_at(cfg.schedule.kind, step, steps_per_epoch=plan.steps, epochs=cfg.train.epochs, lr=cfg.optim.lr)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         with fabric.no_backward_sync(model, enabled=not last):
             loss = F.cross_entropy(model(views[0]).float(), labels)
             fabric.backward(loss / plan.accumulation)

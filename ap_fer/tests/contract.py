@@ -22,14 +22,16 @@ def config(*overrides):
 
 
 def rates(cfg, step, steps):
-    """One cycle: a cosine from lr / 25 up to lr over the first 30 % of the steps, then down to lr / 1e4."""
+    """One cycle: a cosine from lr / 25 up to lr over the first 30 % of the steps, then down to lr / 1e4; groups: stem,
+    class token and positions, all others."""
     last = steps * cfg.train.epochs - 1
     x = step / (0.3 * last)
     if x < 1:
         start, end = cfg.optim.lr / 25, cfg.optim.lr
     else:
         start, end, x = cfg.optim.lr, cfg.optim.lr / 1e4, (step - 0.3 * last) / (0.7 * last)
-    return [start + (end - start) * math.sin(math.pi * x / 2) ** 2] * 2
+    rate = start + (end - start) * math.sin(math.pi * x / 2) ** 2
+    return [cfg.model.stem_rate * rate, rate, rate]
 
 
 ACCUMULATES = ["method=app_atp"]

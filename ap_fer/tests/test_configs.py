@@ -31,6 +31,8 @@ def arm_name(file, sweep, chosen):
     """The directory of the cell between scale and seed."""
     if "_counts" in file.stem:
         return "counts"
+    if "_tradeoff" in file.stem:
+        return "tradeoff"
     suffix = sweep.get("arm", "").removeprefix("${hydra:runtime.choices.method}")
     experiment = f"_{chosen['experiment']}" if "experiment" in chosen else ""
     others = ",".join(sorted(f"{k}={v}" for k, v in chosen.items() if k not in ("method", "seed", "experiment")))
@@ -51,7 +53,7 @@ def test_every_claim_names_arms_that_its_scale_runs_on_evidence_seeds(scale):
         arm, seed = arm_name(file, sweep, chosen), int(chosen["seed"])
         assert seed not in seeds.setdefault(arm, set()), f"{arm}/seed{seed} twice"
         seeds[arm].add(seed)
-        assert seed >= 100 or arm == "counts"
+        assert seed >= 100 or arm in ("counts", "tradeoff")
     claims = [c for c in load_claims(PAPER) if scale in c["scale"] and c["kind"] != "released_weights"]
     assert claims
     for claim in claims:
@@ -74,13 +76,13 @@ def test_sweeps_compose_as_hydra_will_run_them(scale, monkeypatch):
         assert cell.dir.is_relative_to(PAPER / "runs" / scale)
 
 
-def test_the_miniature_has_five_seeds_of_five_arms_at_two_lengths():
+def test_the_miniature_has_four_seeds_of_five_arms_and_their_stems():
     cells = [(arm_name(*cell), cell[1].get("after")) for cell in sweep_cells("mini")]
     wanted = {"none", "app", "app_atp", "random", "worst"}
     arms = {arm for arm, _ in cells}
-    assert arms == {"counts", "face_net", "stem"} | wanted | {f"{a}_short" for a in wanted}
-    assert all(sum(arm == a for arm, _ in cells) == 5 for a in arms - {"counts"})
-    assert all(after == ["11_train_stem"] for arm, after in cells if arm.removesuffix("_short") in wanted)
+    assert arms == {"counts", "face_net", "stem", "tradeoff"} | wanted
+    assert all(sum(arm == a for arm, _ in cells) == 4 for a in arms - {"counts", "tradeoff"})
+    assert all(after == ["11_train_stem"] for arm, after in cells if arm in wanted)
 
 
 def test_controls_cost_as_much_as_what_they_control():
@@ -90,15 +92,16 @@ def test_controls_cost_as_much_as_what_they_control():
         cfg = OmegaConf.to_container(config("config", f"method={method}", "arm=x"), resolve=True)["method"]
         return cfg["app"]["keep"], cfg["atp"]["rate"], cfg["atp"]["start"]
 
-    assert sizes("app") == sizes("random") == sizes("worst") == sizes("la") == sizes("app_channel") == (24, 1.0, 2)
-    assert sizes("app_atp") == sizes("random_both") == sizes("app_random_atp") == (24, 0.8, 2)
+    assert sizes("app") == sizes("random") == sizes("worst") == sizes("la") == sizes("app_channel") == (32, 1.0, 2)
+    assert sizes("app_atp") == sizes("random_both") == sizes("app_random_atp") == (32, 0.8, 2)
     assert sizes("atp") == sizes("atp_random") == sizes("atp_softmax") == (None, 0.8, 2)
 
 
 def test_the_recipe_of_raf_db():
     cfg = OmegaConf.to_container(config("config", "experiment=raf_db", "arm=x", "data.root=/d"), resolve=True)
     assert cfg["train"] | {"epochs": 40, "batch_size": 128, "clip": 10.0, "eval_every": 1} == cfg["train"]
-    assert cfg["optim"] == {"name": "sgd", "lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4, "no_decay_tokens": False}
+    assert cfg["optim"] == {"name": "sgd", "lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4, "no_decay_tokens": False,
+                            "stem": 1.0}  # fmt: skip
     assert (
         cfg["schedule"] == {"kind": "cosine_epoch"} and cfg["data"]["size"] == 112 and cfg["data"]["augment"] == "raf"
     )

@@ -192,8 +192,9 @@ def test_grey_and_rgba_images_are_converted_tiny_and_broken_ones_named(tmp_path)
         files[3]
 
 
-def test_build_data_repeats_rare_classes_and_draws_by_seed_and_epoch(raf):
+def test_build_data_repeats_rare_classes_and_draws_by_seed_and_epoch(raf, capsys):
     built = build_data(name="raf_db", seed=0, root=str(raf), size=32)
+    assert "raf_db has 14 train images here, 12,271 as it is published" in capsys.readouterr().out
     assert built.counts == [2] * 7 and built.names == EXPRESSIONS[:7]
     assert len(built.indices) == 28, "a share of 1/7 is below 0.15: everything twice"
     plan = Plan(len(built.indices), 4, seed=0)
@@ -220,6 +221,8 @@ def test_faces_are_imbalanced_in_training_and_balanced_in_two_tests():
     labels = torch.stack([built.test[i][1] for i in range(42)])
     assert torch.bincount(labels[built.parts["clean"]]).tolist() == [3] * 7
     assert torch.bincount(labels[built.parts["occluded"]]).tolist() == [3] * 7
+    assert built.truth["busy"].shape == (42,) and 5 < built.truth["busy"].sum() < 37
+    assert built.truth["contrast"].shape == (42, 48, 48) and built.truth["contrast"].min() >= 0
     assert not built.truth["occluder"][:21].any() and built.truth["occluder"][21:].flatten(1).any(1).all()
     whole = sum(built.truth[k].int() for k in ("face", "background", "occluder"))
     assert (whole == 1).all()
@@ -245,6 +248,23 @@ def test_erasing_is_uniform_in_aspect_and_area():
     assert 1.6 < sum(ratios) / 400 < 2.0, "uniform in (.3, 3.3) has mean 1.8, log-uniform 1.25"
     assert 0.16 < sum(areas) / 400 < 0.19
     assert sum(bool((UniformErasing()(torch.full((1, 20, 20), 9.0)) != 9).any()) for _ in range(200)) in range(70, 131)
+
+
+def test_the_values_of_the_recipe():
+    """Rotation, crop and erasing as published; the noise is standard normal on normalised images."""
+    train, _ = build_transforms("raf", size=32)
+    turned, crop, flip, grey, jitter, *_, erase = train.transforms
+    assert turned.p == 0.5 and list(turned.transforms[0].degrees) == [-6, 6] and turned.transforms[0].fill == 0
+    assert (tuple(crop.scale), tuple(crop.ratio), tuple(crop.size)) == ((0.8, 1), (1, 1), (32, 32))
+    assert flip.p == 0.5 and grey.p == 0.2 and jitter.p == 0.8
+    j = jitter.transforms[0]
+    assert [tuple(round(v, 6) for v in r) for r in (j.brightness, j.contrast, j.saturation, j.hue)] == [
+        (0.6, 1.4)
+    ] * 3 + [(-0.1, 0.1)]
+    assert (erase.p, tuple(erase.scale), tuple(erase.ratio)) == (0.5, (0.02, 0.33), (0.3, 3.3))
+    torch.manual_seed(0)
+    filled = torch.cat([x[x != 9] for x in (UniformErasing(p=1.0)(torch.full((3, 64, 64), 9.0)) for _ in range(30))])
+    assert abs(filled.mean()) < 0.05 and abs(filled.std() - 1) < 0.05
 
 
 def test_the_recipe_trains_with_augmentation_and_tests_without():

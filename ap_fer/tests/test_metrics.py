@@ -62,6 +62,11 @@ def test_pooling_metrics_name_both_stages():
     truth["face"][:, :, 2:] = True
     truth["background"][:, :, :2] = True
     truth["background"][1, :2, :2], truth["occluder"][1, :2, :2] = False, True
+    truth["busy"] = torch.tensor([False, True])
+    truth["contrast"] = torch.zeros(2, 4, 4)
+    truth["contrast"][:, :, :2] = 1.0  # the larger contrast lies outside the faces
+    truth["contrast"][:, :2, :2] = 2.0
+    truth["contrast"][:, :2, 2:] = 0.5
     app = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 1]]).bool()
     final = torch.tensor([[0, 1, 0, 1], [0, 1, 1, 0]]).bool()
     found = pooling_metrics(app, final, truth)
@@ -75,6 +80,12 @@ def test_pooling_metrics_name_both_stages():
         "only the image that has one"
     )
     assert found["drop_precision_background"] == pytest.approx(0.5)
+    assert found["drop_precision_background_busy"] == 0 and found["drop_lift_background_busy"] == -0.25, (
+        "the second image alone"
+    )
+    assert found["contrast_precision"] == 0, "a face's lower right patch has the least contrast"
+    assert found["over_contrast"] == pytest.approx(found["drop_lift"] - found["contrast_lift"]) == 1
+    assert found["over_contrast_background_busy"] == found["drop_lift_background_busy"] - (0 - 0.25)
     assert found["atp_precision"] == pytest.approx(0.5) and found["atp_chance"] == pytest.approx(1 / 3)
     assert set(pooling_metrics(app, app, {})) == {"kept_app", "kept_last"}
     assert not any(k.startswith(("drop_", "atp_")) for k in pooling_metrics(app | True, app | True, truth))

@@ -75,6 +75,11 @@ def test_at_step_zero_logits_are_zero_and_the_position_of_cls_too():
     assert (vit.cls_pos_embed == 0).all() and 0.01 < vit.patch_pos_embed.std() < 0.03 and vit.cls_token.abs().sum() > 0
     assert all((b.mlp.fc1.bias == 0).all() and 0.01 < b.attn.qkv.weight.std() < 0.03 for b in vit.blocks)
     assert (model.head["fc"].bias == 0).all()
+    wide = small_model(init_std=0.2).vit
+    assert all(
+        0.13 < t.std() < 0.25
+        for t in (wide.patch_pos_embed, wide.blocks[0].attn.qkv.weight, wide.blocks[2].mlp.fc2.weight)
+    )
 
 
 def randomised(**options):
@@ -100,7 +105,7 @@ def test_results_do_not_depend_on_batch_mates_even_where_batch_and_token_counts_
     tokens = [1 + k.shape[1] for k in model(x, details=True)[1].blocks]
     assert tokens == [21, 15, 10]
     whole, kept = model(x, details=True)
-    for size in (1, 10, 15, 21):
+    for size in (1, 9, 10, 14, 15, 20, 21):  # also those without the class token
         logits, part = model(x[:size], details=True)
         torch.testing.assert_close(logits, whole[:size], rtol=1e-4, atol=1e-5)
         assert [k.shape[1] for k in part.blocks] == [20, 14, 9] and torch.equal(part.blocks[-1], kept.blocks[-1][:size])
@@ -147,6 +152,24 @@ def test_the_transformer_is_its_parts_and_reads_out_the_class_token():
     for block in vit.blocks:
         z, _ = block(z)
     torch.testing.assert_close(model(x), model.head["fc"](vit.norm(z[:, 0])), rtol=1e-4, atol=1e-5)
+
+
+def test_scores_come_from_the_projected_features_of_a_cnn_stem():
+    """Not from the stem's own features, nor from those with their positions; by the equation s_p = sum_c |X_cp|."""
+    model = randomised(stem="conv", widths=[8, 12], strides=[2, 2], kernels=[3, 3], atp=NONE[1])
+    x = torch.randn(2, 3, 24, 24)
+    features = model.extractor(x)
+    projected = torch.einsum("bchw,dc->bhwd", features, model.vit.projs[0].weight[:, :, 0, 0]) + model.vit.projs[0].bias
+    s = projected.flatten(1, 2)
+    best = {
+        "projected": s.abs().sum(-1),
+        "stem's": features.flatten(2).abs().sum(1),
+        "placed": (s + model.vit.patch_pos_embed).abs().sum(-1),
+    }
+    kept = {name: score.topk(20).indices.sort().values for name, score in best.items()}
+    found = model(x, details=True)[1].app
+    assert torch.equal(found, kept["projected"])
+    assert not torch.equal(found, kept["stem's"]) and not torch.equal(found, kept["placed"])
 
 
 def test_patches_are_a_set_when_they_move_together_with_their_positions():
@@ -199,7 +222,8 @@ def test_token_poolings_of_a_configuration():
     ("options", "error"),
     [
         ({"app": {"keep": 37}}, "keep=37 of 36 patches; allowed are 1..36"),
-        ({"app": {"keep": 0}}, "keep=0"),
+        ({"app": {"keep": 0}}, "keep=0; allowed are whole numbers from 1 on"),
+        ({"app": {"keep": 20.5}}, "keep=20.5; allowed are whole numbers"),
         ({"image_size": 26}, "image_size=26 is not a positive multiple of the stem's stride 4"),
         (
             {"image_size": 100, "stem": "ir50", "units": [1, 1, 1]},

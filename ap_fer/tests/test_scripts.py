@@ -97,6 +97,28 @@ def test_predict_normalises_as_the_checkpoint_says(checkpoint, tmp_path):
     assert found[0] != found[1]
 
 
+def test_faces_are_cut_out_by_their_boxes(checkpoint, tmp_path):
+    """The same numbers as for the face cut out beforehand; a face without a box is named, an empty box refused."""
+    whole = Image.open(write_image(tmp_path / "in/a.png", size=(90, 80)))
+    (tmp_path / "cut").mkdir()
+    whole.crop((20, 10, 68, 70)).save(tmp_path / "cut/a.png")
+    (tmp_path / "b.csv").write_text("path,left,top,right,bottom\nin/a.png,20,10,68,70\n")
+    found = []
+    for folder, more in (("in", [f"boxes={tmp_path / 'b.csv'}"]), ("cut", []), ("in", [])):
+        out = tmp_path / "p.json"
+        run(predict, "predict", f"weights={checkpoint}", f"images={tmp_path / folder}", f"out={out}", "top=7", *more)
+        found.append({r["label"]: r["probability"] for r in json.loads(out.read_text())})
+    assert found[0] == found[1] != found[2]
+    (tmp_path / "b.csv").write_text("x.png,20,10,68,70\n")
+    with pytest.raises(SystemExit):
+        run(predict, "predict", f"weights={checkpoint}", f"images={tmp_path / 'in'}", f"boxes={tmp_path / 'b.csv'}")
+    with pytest.raises(ValueError, match="box of x.png is empty"):
+        (tmp_path / "b.csv").write_text("x.png,20,10,20,70\n")
+        align.read_boxes(tmp_path / "b.csv")
+    with pytest.raises(ValueError, match="landmarks= or boxes="):
+        run(predict, "predict", f"weights={checkpoint}", "images=" + str(tmp_path / "in"), "boxes=a", "landmarks=b")
+
+
 def test_own_class_folders_train_evaluate_and_predict_with_names(fabric, tmp_path):
     for split, n in (("train", 3), ("val", 1)):
         for c, name in enumerate(("calm", "joy", "pain")):
@@ -205,5 +227,5 @@ def test_a_checkpoint_rebuilds_itself(checkpoint):
 def test_a_finished_run_is_skipped_and_another_configuration_refused(checkpoint, fabric, capsys):
     fit(short_config(), fabric, checkpoint.parent)
     assert "finished already" in capsys.readouterr().out
-    with pytest.raises(runs.RunError, match=r"method.app.keep: 24 -> 30"):
+    with pytest.raises(runs.RunError, match=r"method.app.keep: 32 -> 30"):
         fit(short_config("method.app.keep=30"), fabric, checkpoint.parent)

@@ -18,6 +18,7 @@ from common import runs
 
 PAPER = CONFIGS.parent
 ARMS = sorted(p.stem for p in (CONFIGS / "method").glob("*.yaml"))
+STEM_MMACS = (24**2 * 16 * 3 * 9 + 8**2 * 32 * 16 * 25 + 8**2 * 64 * 32 * 9) / 1e6  # places x out x in x kernel
 PATCHES = [
     "model.stem=patches",
     "model.dim=16",
@@ -45,10 +46,11 @@ def test_every_arm_trains_and_reports(method, fabric, tmp_path):
     assert result["status"] == "finished" and 0 <= m["top1"] <= 100
     assert m["top1"] == pytest.approx((m["top1_clean"] + m["top1_occluded"]) / 2)
     if method in ("face_net", "stem", "cnn_only"):
-        assert "kept_app" not in m and "vit_mmacs" not in m
+        assert "kept_app" not in m and "vit_mmacs" not in m and m["mmacs"] == pytest.approx(STEM_MMACS)
         return
+    assert m["mmacs"] == pytest.approx(m["vit_mmacs"] + (0 if method == "plain_vit" else STEM_MMACS))
     everything = method.startswith("atp") or method in ("none", "plain_vit", "app_train_only")
-    assert m["kept_app"] == (64 if everything else 24) and ("drop_lift" in m) == (not everything)
+    assert m["kept_app"] == (64 if everything else 32) and ("drop_lift" in m) == (not everything)
     assert (m["kept_last"] < m["kept_app"]) == ("atp" in method or method == "random_both") == ("atp_lift" in m)
     assert (m["vit_mmacs"] < m["vit_mmacs_unpooled"]) == (m["kept_last"] < 64)
 
@@ -205,6 +207,7 @@ def test_a_misspelt_key_fails_with_its_name(override, fabric, tmp_path):
         ("data.counts=long", "data.counts='long', allowed: raf_db, equal"),
         ("train.accumulation=5", "multiple of"),
         ("train.clip=-1", "train.clip=-1, allowed: a norm above 0"),
+        ("optim.stem=-0.1", "optim.stem=-0.1, allowed: a multiple"),
         ("data.root=/nowhere", "faces is embedded"),
         ("train.batch_size=512", r"fewer than train\.batch_size=512"),
     ],
@@ -234,9 +237,11 @@ def test_preflight_and_missing_data_leave_nothing_behind(fabric, tmp_path, capsy
 def test_weight_decay_leaves_out_tokens_only_on_request():
     cfg = short_config("optim.name=sgd")
     model = build(cfg, 7)
-    groups = build_optimizer(model, cfg).param_groups
-    assert [g["weight_decay"] for g in groups] == [0.05, 0.0] and len(groups[1]["params"]) == 3
-    cfg.optim.no_decay_tokens = False
+    stem, tokens, others = build_optimizer(model, cfg).param_groups
+    assert [g["weight_decay"] for g in (stem, tokens, others)] == [0.05, 0.0, 0.05] and len(tokens["params"]) == 3
+    assert {id(p) for p in stem["params"]} == {id(p) for p in model.extractor.parameters()}
+    assert [g["scale"] for g in (stem, tokens, others)] == [cfg.model.stem_rate, 1, 1] and cfg.model.stem_rate < 1
+    cfg.optim.no_decay_tokens, cfg.optim.stem = False, 1.0
     (only,) = build_optimizer(model, cfg).param_groups
     assert (
         len(only["params"]) == len(list(model.parameters()))
