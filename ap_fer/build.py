@@ -29,7 +29,8 @@ def rebuild(config: dict[str, Any], num_classes: int) -> APViT:
 def build(cfg: DictConfig, num_classes: int) -> APViT:
     """The model of a configuration, drawn from its seed, with the weights that `start` names."""
     torch.manual_seed(stream(cfg.seed))
-    model = rebuild(OmegaConf.to_container(cfg, resolve=True), num_classes)  # type: ignore[arg-type]
+    parts = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("model", "method", "data")}
+    model = rebuild(parts, num_classes)
     if cfg.start.arm and not cfg.preflight:  # a preflight trains no stem first
         path = stem_place(cfg) / "last.ckpt"
         state = {k: v for k, v in read_state(path).items() if k.startswith("extractor.")}

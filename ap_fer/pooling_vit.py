@@ -37,8 +37,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(z).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         first = None
         if row:  # the fused kernel hides the logits: CLS's row again, T d more products; in half precision it would have ties
-            with torch.autocast(z.device.type, enabled=False):
-                first = (q[:, :, :1].float() * self.scale * k.float()).sum(-1)
+            first = (q[:, :, :1].float() * self.scale * k.float()).sum(-1)
         out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         return self.proj(out.transpose(1, 2).reshape(b, t, d)), first
 

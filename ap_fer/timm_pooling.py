@@ -78,8 +78,7 @@ def _pooled_block(block: Any, x: Tensor, pooling: ATP) -> tuple[Tensor, Tensor]:
     attn, (b, t, _) = block.attn, x.shape
     qkv = attn.qkv(block.norm1(x)).reshape(b, t, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
     q, k, v = attn.q_norm(qkv[0]), attn.k_norm(qkv[1]), qkv[2]
-    with torch.autocast(x.device.type, enabled=False):  # in half precision the logits would make ties
-        row = ((q[:, :, :1].float() * attn.scale) @ k.float().transpose(-2, -1))[:, :, 0]
+    row = (q[:, :, :1].float() * attn.scale * k.float()).sum(-1)  # in half precision the logits would have ties
     dropout = attn.attn_drop.p if attn.training else 0.0
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=attn.scale).transpose(1, 2).flatten(2)
     u = x + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(attn.norm(out)))))
