@@ -96,7 +96,7 @@ def curves(cfg: DictConfig) -> Path:
             continue
         x, y, e = zip(*points, strict=True)
         left.errorbar(x, y, e, fmt="o-", color=colour, label=label, markersize=5, capsize=2, linewidth=1.2)
-        ks = sorted(k for k in arms[name][0] if k.startswith("kept_k") and k != "kept_corr")
+        ks = sorted(k for k in arms[name][0] if k.startswith("kept_k"))
         if name in LINES and ks:
             y, e = zip(*(_summary(arms[name], k) for k in ks), strict=True)
             amounts = [int(k.removeprefix("kept_k")) for k in ks]

@@ -12,9 +12,10 @@ import yaml
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from adaptive_prune import bench, counts, evaluate, export, predict
+from adaptive_prune import bench, counts, evaluate, export, picture, predict
 from adaptive_prune import checkpoint as checkpoints
 from adaptive_prune.checkpoint import load
+from adaptive_prune.data import Data, build_data
 from adaptive_prune.settings import composed, options
 from adaptive_prune.tests.contract import sharp_vit
 from adaptive_prune.train import fit
@@ -284,6 +285,35 @@ def test_predict_refuses_bad_input(checkpoint, colour, script_config, fabric, tm
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "in"]
 
 
+# ----------------------------------------------------------------------------------------------------------- pictures
+def test_pictures_show_the_recorded_cells_and_one_image_per_amount(script_config, tmp_path, monkeypatch):
+    data = build_data(name="digit_grids", seed=0, test_images=30)
+    assert [(int(data.truth["k"][i]), title) for i, title in picture.chosen(data, [1, 3])] == [
+        (1, "1 digit"),
+        (3, "3 digits"),
+    ]
+    masks = torch.zeros(8, 4, 4, dtype=torch.bool)
+    for i in range(8):
+        masks[i].view(-1)[: i + 1] = True
+    clothes = Data("fashion_mnist", ["coat", "bag"], 1, {}, [(None, i % 2) for i in range(8)], truth={"masks": masks})  # type: ignore[arg-type]
+    assert picture.chosen(clothes, [1, 4]) == [(0, "coat"), (7, "bag")], "of another class than those shown"
+    cells = "arm,seed,status,macs,top1,kept_k1,kept_k2,kept_corr\n"
+    cells += "".join(f"as,{s},finished,{0.5 + s / 100},{80 + s},0.2,0.4,0.9\n" for s in (0, 1))
+    (tmp_path / "results/real_x").mkdir(parents=True)
+    (tmp_path / "results/real_x/cells.csv").write_text(cells + "dense,0,finished,1.0,90,,,\n")
+    monkeypatch.setattr(picture, "PAPER", tmp_path)
+    drawn = []
+    monkeypatch.setattr(picture, "save", lambda figure, out: drawn.append(figure) or Path(out))
+    picture.curves(script_config("picture", "scale=real_x"))
+    left, right = drawn[0].axes
+    points = [tuple(line.get_xydata()[0]) for line in left.get_lines() if line.get_marker() == "o"]
+    assert points == [pytest.approx((0.505, 80.5)), pytest.approx((1.0, 90.0))]
+    assert [xy.tolist() for xy in (right.get_lines()[0].get_xydata())] == [
+        [1, pytest.approx(0.2)],
+        [2, pytest.approx(0.4)],
+    ]
+
+
 # ------------------------------------------------------------------------------------------------------------- export
 @pytest.mark.parametrize("batch", [False, True])
 def test_onnx_drops_the_same_tokens_and_says_what_it_is(batch, checkpoint, script_config, tmp_path):
@@ -390,6 +420,16 @@ def test_bench_rows_are_complete_and_at_equal_cost(script_config, fabric, tmp_pa
         with pytest.raises(ValueError, match=error):
             bench.bench(script_config("bench", wrong), fabric)
     assert script_config("bench").rounds == 20 and script_config("bench").warmup == 5
+
+
+def test_rivals_have_their_own_scores_and_the_cost_of_the_packed_run():
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=12, num_heads=3, mlp_ratio=2, num_classes=5)
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    models, cost = bench.rivals(vit.eval(), x, 0.65)
+    scores = {name: model.score for name, model in models.items() if name in bench.OTHERS}
+    assert scores["evit"] == scores["evit_no_fusion"] == "mean" and scores["topk"] == "weighted"
+    assert models["evit"].rule == "evit" and models["evit_no_fusion"].rule == "topk"
+    assert all(cost[name] == pytest.approx(cost["packed"], abs=0.02) for name in bench.OTHERS) and cost["unpruned"] == 1
 
 
 def test_a_claim_of_speed_is_judged_by_the_times(tmp_path, monkeypatch):
