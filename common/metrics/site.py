@@ -127,6 +127,8 @@ def command(paper: str, claim: Result, scale: str) -> str:
     """The shell line that makes the numbers of a claim."""
     if claim["kind"] == "released_weights":
         return f"make evaluate-{paper} WEIGHTS=<checkpoint> DATA=<folder>"
+    if scale == "bench":
+        return f"make bench-{paper} ARGS=record=true"
     data = " DATA=<folder>" if scale.startswith(("paper", "real_", "gpu_")) else ""
     return f"make reproduce-{paper} SCALE={scale}{data} ONLY={claim['id']}"
 
