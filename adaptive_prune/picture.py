@@ -89,7 +89,8 @@ def curves(cfg: DictConfig) -> Path:
 
     arms = recorded(cfg.scale)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for (name, label), colour in zip(NAMES.items(), plt.get_cmap("tab10").colors, strict=False):
+    for i, (name, label) in enumerate(NAMES.items()):
+        colour = f"C{i}"
         budgets = [runs for arm, runs in arms.items() if arm.split("/")[0] == name and "macs" in runs[0]]
         points = sorted(_summary(runs, "macs")[:1] + _summary(runs, "top1") for runs in budgets)
         if not points:
