@@ -39,16 +39,17 @@ def test_recall_and_its_chance_level():
 
 
 def test_content_without_a_number_is_the_size_of_the_object():
-    masks = torch.zeros(4, 4, 4, dtype=torch.bool)
-    for i, (rows, columns) in enumerate([(1, 1), (2, 4), (3, 3), (0, 0)]):  # 1, 2, 4 and no patch of 2 x 2
+    masks = torch.zeros(5, 4, 4, dtype=torch.bool)
+    for i, (rows, columns) in enumerate([(1, 1), (2, 4), (3, 3), (0, 0), (2, 4)]):
         masks[i, :rows, :columns] = True
-    kept = torch.tensor([[[1, 0, 0, 0]], [[1, 0, 0, 0]], [[1, 1, 1, 0]], [[0, 0, 0, 1]]])
-    found = content(kept, kept.sum(-1).float(), torch.tensor([True, False, True, True]), {"masks": masks}, patch=2,
-                    locations=(1,), depth=2)  # fmt: skip
-    assert found["kept_corr"] == pytest.approx(spearmanr([1, 1, 3, 1], [1, 2, 4, 0]).statistic)
-    assert found["recall"] == pytest.approx((1 + 0.5 + 0.75) / 3), "an image without an object has none to find"
-    assert found["recall_lift"] == pytest.approx((1 + 0.5 + 0.75) / 3 - (0.25 + 0.25 + 0.75) / 3)
-    assert [found[f"kept_k{k}"] for k in (1, 2, 3, 4)] == [0.25, 0.25, 0.25, 0.75] and found["top1_k3"] == 0
+    masks[4, 3, 0] = True  # they touch 1, 2, 4, 0 and 3 patches of 2 x 2: the first and the fourth are of one quarter
+    kept = torch.tensor([[[1, 0, 0, 0]], [[1, 0, 0, 0]], [[1, 1, 1, 0]], [[0, 0, 0, 1]], [[1, 1, 0, 0]]])
+    right = torch.tensor([True, False, True, True, True])
+    found = content(kept, kept.sum(-1).float(), right, {"masks": masks}, patch=2, locations=(1,), depth=2)
+    assert found["kept_corr"] == pytest.approx(spearmanr([1, 1, 3, 1, 2], [1, 2, 4, 0, 3]).statistic)
+    assert found["recall"] == pytest.approx((1 + 0.5 + 0.75 + 2 / 3) / 4), "an image without an object has none to find"
+    assert found["recall_lift"] == pytest.approx((1 + 0.5 + 0.75 + 2 / 3) / 4 - (0.25 + 0.25 + 0.75 + 0.5) / 4)
+    assert [found[f"kept_k{k}"] for k in (1, 2, 3, 4)] == [0.25, 0.25, 0.5, 0.75] and found["top1_k2"] == 0
 
 
 def test_best_is_what_meets_the_budget_and_then_is_most_accurate():
