@@ -31,7 +31,7 @@ from common.runs import provenance
 from common.scripts import script
 
 PAPER = Path(__file__).resolve().parent
-PRECISIONS = ("float32", "bfloat16")
+LARGE = 8  # beyond this batch size a warm-up of 2 rounds is enough
 OTHERS = ("topk", "evit", "evit_no_fusion", "tome")
 Measured = dict[str, dict[int, dict[str, float]]]
 
@@ -92,11 +92,12 @@ def measure(
     x = x.to(fabric.device)
     models, cost = rivals(dense, x, cfg.budget)
     found = {}
-    for precision in cfg.precisions:  # float32 first: there is no way back
+    warmup = cfg.warmup if batch <= LARGE else min(cfg.warmup, 2)
+    for precision in ("float32", *(["bfloat16"] if batch in cfg.bfloat16 else [])):
         dtype = getattr(torch, precision)
         dense.to(dtype)
         calls = {name: timed(model, x.to(dtype)) for name, model in models.items()}
-        found[precision] = interleaved(calls, rounds=cfg.rounds, warmup=cfg.warmup, seconds=cfg.seconds), cost
+        found[precision] = interleaved(calls, rounds=cfg.rounds, warmup=warmup, seconds=cfg.seconds), cost
     return found
 
 
@@ -134,10 +135,10 @@ def bench(cfg: DictConfig, fabric: Fabric) -> list[dict]:
 
 def check(cfg: DictConfig) -> None:
     """ValueError for what cannot be measured."""
-    if not cfg.precisions or list(cfg.precisions) != [p for p in PRECISIONS if p in cfg.precisions]:
-        raise ValueError(f"precisions={list(cfg.precisions)}, allowed: {', '.join(PRECISIONS)}, in this order")
     if not cfg.batches or min(cfg.batches) < 1:
         raise ValueError(f"batches={list(cfg.batches)}: batch sizes of at least 1")
+    if not set(cfg.bfloat16) <= set(cfg.batches):
+        raise ValueError(f"bfloat16={list(cfg.bfloat16)}: batch sizes among batches={list(cfg.batches)}")
     if not cfg.seeds or (cfg.record and len(set(cfg.seeds)) < 3):
         raise ValueError(f"seeds={list(cfg.seeds)}: at least one, and three to judge claims")
     check_budget(cfg.budget)
