@@ -2,7 +2,7 @@
 
 python picture.py                                             pictures/idea.png from runs/default/as/seed0, which train.py leaves
 python picture.py weights=<checkpoint of train.py> data.root=/datasets/fashion_mnist out=kept.png
-python picture.py scale=real_fashion_mnist out=pictures/real_fashion_mnist.png      from results/<scale>/cells.csv
+python picture.py recorded=real_fashion_mnist out=pictures/real_fashion_mnist.png      from results/<scale>/cells.csv
 """
 
 import csv
@@ -87,7 +87,7 @@ def curves(cfg: DictConfig) -> Path:
     kept, by the amount of content. Bars: standard deviation over the seeds."""
     from matplotlib import pyplot as plt
 
-    arms = recorded(cfg.scale)
+    arms = recorded(cfg.recorded)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for i, (name, label) in enumerate(NAMES.items()):
         colour = f"C{i}"
@@ -128,7 +128,7 @@ def save(figure: Any, out: str) -> Path:
 @script("picture")
 def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
     matplotlib.use("Agg")
-    print(curves(cfg) if cfg.scale is not None else draw(cfg))
+    print(curves(cfg) if cfg.recorded is not None else draw(cfg))
 
 
 if __name__ == "__main__":

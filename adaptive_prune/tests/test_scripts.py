@@ -304,7 +304,7 @@ def test_pictures_show_the_recorded_cells_and_one_image_per_amount(script_config
     monkeypatch.setattr(picture, "PAPER", tmp_path)
     drawn = []
     monkeypatch.setattr(picture, "save", lambda figure, out: drawn.append(figure) or Path(out))
-    picture.curves(script_config("picture", "scale=real_x"))
+    picture.curves(script_config("picture", "recorded=real_x"))
     left, right = drawn[0].axes
     points = [tuple(line.get_xydata()[0]) for line in left.get_lines() if line.get_marker() == "o"]
     assert points == [pytest.approx((0.505, 80.5)), pytest.approx((1.0, 90.0))]
