@@ -24,7 +24,7 @@ TESTED = ("ordering", "ratio", "property")  # kinds with a t test
 COMPARED = ("exact", "value", "released_weights")  # kinds that need a published number
 VERDICTS = ("supported", "contradicted", "equivalent", "inconclusive", "not_run")
 STATUSES = ("running", "finished", "failed")
-SCALE = re.compile(r"mini|full|paper|(real|gpu)_\w+")
+SCALE = re.compile(r"mini|full|paper|bench|(real|gpu)_\w+")  # bench: times of one machine, see bench.py
 MIN_SEEDS = 3
 MAX_PRIMARY = 3
 
@@ -98,7 +98,7 @@ def _claim(where: str, raw: Any, published: dict[str, dict], path: Path) -> dict
     _check(
         isinstance(scales, list) and bool(scales) and all(SCALE.fullmatch(str(s)) for s in scales),
         f"{where}: scale {raw['scale']!r}",
-        "use mini, full, paper, real_<set>, gpu_<set> or a list of these",
+        "use mini, full, paper, bench, real_<set>, gpu_<set> or a list of these",
     )
     wanted = 2 if kind in ("ordering", "ratio") else 1
     _check(

@@ -159,7 +159,7 @@ def render_results(paper_dir: str | Path) -> str:
         ]
         parts += [
             f"## {_title(scale)}",
-            f"`make reproduce-{paper_dir.name} SCALE={scale}`; [report]({scale}/report.md) with every arm and seed.",
+            f"`{_made_by(paper_dir.name, scale)}`; [report]({scale}/report.md) with every arm and seed.",
         ]
         parts.append(
             tables.markdown(
@@ -252,13 +252,15 @@ def _effect(result: dict[str, Any]) -> str:
 
 
 def _rank(scale: str) -> tuple[int, str]:
-    kinds = ("paper", "gpu", "real", "full", "mini")
+    kinds = ("paper", "gpu", "real", "full", "mini", "bench")
     return next(i for i, kind in enumerate(kinds) if scale.startswith(kind)), scale
 
 
 def _title(scale: str) -> str:
     if scale == "paper":
         return "Here, paper scale"
+    if scale == "bench":
+        return "Here, speed on one machine, `bench`"
     return f"Here, embedded data, `{scale}`" if scale in EMBEDDED else f"Here, real images, `{scale}`"
 
 
@@ -340,8 +342,14 @@ def _command(paper: str, claim: dict[str, Any]) -> str:
     if claim["kind"] == "released_weights":
         return f"`make evaluate-{paper} WEIGHTS= DATA=`"
     scale = "mini" if "mini" in claim["scale"] else claim["scale"][0]
-    extra = {"mini": "", "paper": f" SCALE=paper ONLY={claim['id']}"}.get(scale, f" SCALE={scale}")
-    return f"`make reproduce-{paper}{extra}`"
+    if scale == "mini":
+        return f"`make reproduce-{paper}`"
+    only = f" ONLY={claim['id']}" if scale == "paper" else ""
+    return f"`{_made_by(paper, scale)}{only}`"
+
+
+def _made_by(paper: str, scale: str) -> str:
+    return f"make bench-{paper} ARGS=record=true" if scale == "bench" else f"make reproduce-{paper} SCALE={scale}"
 
 
 def _read(file: Path) -> str:

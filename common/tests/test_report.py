@@ -232,6 +232,22 @@ def test_all_results_stand_in_a_page_of_their_own(root):
     assert page.index("Here, embedded data, `mini`") < page.index("## Not run yet") and "Here, paper scale" not in page
 
 
+def test_speed_has_a_scale_of_its_own_behind_all_others(root):
+    record(root)
+    claims = yaml.safe_load((root / "ncl_pp/claims.yaml").read_text())
+    claims["claims"].append(
+        claims["claims"][0] | {"id": "fast", "statement": "it is fast", "scale": "bench", "primary": False}
+    )
+    (root / "ncl_pp/claims.yaml").write_text(yaml.safe_dump(claims))
+    page = readme.render_results(root / "ncl_pp")
+    assert "| `make bench-ncl_pp ARGS=record=true` |" in next(x for x in page.splitlines() if "it is fast" in x)
+    folder = root / "ncl_pp/results/bench"
+    folder.mkdir()
+    (folder / "claims.json").write_bytes((root / "ncl_pp/results/mini/claims.json").read_bytes())
+    page = readme.render_results(root / "ncl_pp")
+    assert page.index("`mini`") < page.index("## Here, speed on one machine, `bench`")
+
+
 def test_a_margin_is_printed_where_it_is_taken_off():
     result = {"kind": "ordering", "margin": 2.5, "effect": {"estimate": 1.0, "low": 0.5, "high": 1.5, "unit": "%"}}
     assert readme._effect(result) == "+1 [0.5, 1.5] % beyond 2.5"
