@@ -3,6 +3,8 @@
 Effects are signed so that the claimed side is positive (ordering, property) or above 1 (ratio), with
 s = +1 for `better: higher` and -1 for lower:
 ordering  s (a - b) - margin;  ratio  (a / b)^s / margin;  property  s (a - margin).
+A property that is a correlation (`fisher_z: true`) is tested on Fisher's z = artanh r, and its interval turned back into r: the
+t interval of correlations themselves would leave -1..1.
 """
 
 import json
@@ -30,7 +32,7 @@ MAX_PRIMARY = 3
 
 _PUBLISHED_KEYS = {"id", "table", "setting", "metric", "value", "unit", "source"}
 _CLAIM_KEYS = {"id", "statement", "kind", "scale", "primary", "published", "metric", "arms"}
-_CLAIM_OPTIONAL = {"better", "margin", "tol", "note", "front", "gated"}
+_CLAIM_OPTIONAL = {"better", "margin", "tol", "note", "front", "gated", "fisher_z"}
 
 Measurements = dict[str, dict[int, dict[str, float]]]
 
@@ -117,6 +119,10 @@ def _claim(where: str, raw: Any, published: dict[str, dict], path: Path) -> dict
     _check(kind != "ratio" or margin > 0, f"{where}: margin {margin}", "a ratio's margin is a factor > 0")
     _check(kind in TESTED or margin == 0, f"{where}: margin {margin}", f"a claim of kind {kind} uses tol only")
     _check(kind != "value" or tol > 0, f"{where}: tol {tol}", "declare the tolerance of a value, tol > 0")
+    fisher = bool(raw.get("fisher_z", False))
+    _check(
+        not fisher or (kind == "property" and margin == 0), f"{where}: fisher_z", "it is for a property with margin 0"
+    )
     row = raw["published"]
     _check(
         row is None or row in list(published),
@@ -139,6 +145,7 @@ def _claim(where: str, raw: Any, published: dict[str, dict], path: Path) -> dict
         "front": bool(raw.get("front", False)),  # shown on the first screen of the README
         # a run whose baseline is not competent has no such metric: left out and named
         "gated": bool(raw.get("gated", False)),
+        "fisher_z": fisher,
     }
 
 
@@ -271,11 +278,12 @@ def test_claims(
 
 def seed_effects(result: dict[str, Any], *, log: bool = False) -> dict[int, float]:
     """{seed: effect} of one result of `test_claims` over the seeds its arms have in common, signed so that positive
-    (ratio: above 1) is the claimed side and with the margin taken off. log=True: ratios as logarithms."""
+    (ratio: above 1) is the claimed side and with the margin taken off. log=True: ratios as logarithms, correlations as
+    Fisher's z."""
     values = [{int(k): v for k, v in result["measured"][arm]["seeds"].items()} for arm in result["arms"]]
     seeds = sorted(set.intersection(*map(set, values)))
     sign = 1 if result["better"] == "higher" else -1
-    ratio = result["kind"] == "ratio"
+    ratio, fisher = result["kind"] == "ratio", result.get("fisher_z", False)
     columns = np.array([[v[s] for s in seeds] for v in values], dtype=float).reshape(len(values), -1)
     largest = np.abs(columns).max(initial=0)
     if ratio:
@@ -283,6 +291,8 @@ def seed_effects(result: dict[str, Any], *, log: bool = False) -> dict[int, floa
         largest = 1.0
     else:
         margin = result["margin"]
+    if fisher:
+        columns = np.arctanh(columns)
     if result["kind"] == "property":
         effects = sign * (columns[0] - margin)
     else:
@@ -291,8 +301,8 @@ def seed_effects(result: dict[str, Any], *, log: bool = False) -> dict[int, floa
     if len(effects) and np.ptp(effects) <= 1e-12 * max(largest, abs(margin)):
         mean = float(effects.mean())
         effects = np.full_like(effects, 0.0 if abs(mean) <= 1e-12 * max(largest, abs(margin)) else mean)
-    if ratio and not log:
-        effects = np.exp(effects)
+    if not log:
+        effects = np.exp(effects) if ratio else np.tanh(effects) if fisher else effects
     return dict(zip(seeds, effects.tolist(), strict=True))
 
 
@@ -317,6 +327,9 @@ def _measure(claim: dict[str, Any], measurements: Measurements, records: list[di
     result |= {key: claim[key] for key in ("metric", "arms", "better", "margin", "tol", "note")}
     if claim["kind"] in TESTED and not claim["primary"]:
         _note(result, "exploratory, not adjusted for multiplicity")
+    if claim.get("fisher_z"):
+        result["fisher_z"] = True
+        _note(result, "interval of a correlation through Fisher's z")
     if claim["gated"]:
         lack = {
             arm: [s for s, run in measurements.get(arm, {}).items() if claim["metric"] not in run]
@@ -338,6 +351,11 @@ def _value(claim: dict[str, Any], arm: str, seed: int, metrics: dict[str, Any]) 
     value = metrics[metric]
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     _check(number, f"{run}: metric {metric!r} is {value!r}", "a finished run records finite numbers")
+    _check(
+        not claim.get("fisher_z") or abs(value) < 1,
+        f"{run}: metric {metric!r} is {value}",
+        "a correlation is inside -1..1",
+    )
     _check(claim["kind"] != "ratio" or value > 0, f"{run}: metric {metric!r} is {value}", "a ratio needs values > 0")
     return value
 
@@ -367,8 +385,9 @@ def _compare(result: dict[str, Any]) -> None:
 
 
 def _judge(result: dict[str, Any], effects: np.ndarray) -> None:
-    """Verdict, interval and detectable effect of a claim with a t test. effects: (n,), logs for a ratio."""
-    ratio = result["kind"] == "ratio"
+    """Verdict, interval and detectable effect of a claim with a t test. effects: (n,), logs for a ratio, Fisher's z for a
+    correlation."""
+    ratio, fisher = result["kind"] == "ratio", result.get("fisher_z", False)
     if result["level"] is None:
         result["level"] = 1 - stats.ALPHA
     low, high = stats.t_interval(effects, result["level"])
@@ -376,7 +395,7 @@ def _judge(result: dict[str, Any], effects: np.ndarray) -> None:
     p = result["p"] if result["p_holm"] is None else result["p_holm"]
     # A margin belongs to superiority; equivalence is about the difference itself (property: the distance to the bound).
     shift = {"ordering": result["margin"], "ratio": math.log(result["margin"]) if ratio else 0.0, "property": 0.0}
-    tol = math.log1p(result["tol"]) if ratio else result["tol"]
+    tol = math.log1p(result["tol"]) if ratio else math.atanh(result["tol"]) if fisher else result["tol"]
     if p <= stats.ALPHA:
         result["verdict"] = "supported" if estimate > 0 else "contradicted"
     elif stats.equivalent(effects + shift[result["kind"]], tol):
@@ -386,8 +405,8 @@ def _judge(result: dict[str, Any], effects: np.ndarray) -> None:
         result["verdict"] = "inconclusive"
     if np.ptp(effects) == 0:
         _note(result, f"all {len(effects)} seeds give the same effect: the t interval is degenerate")
-    if ratio:
-        estimate, low, high, mde = (math.exp(x) for x in (estimate, low, high, mde))
+    if ratio or fisher:
+        estimate, low, high, mde = ((math.exp if ratio else math.tanh)(x) for x in (estimate, low, high, mde))
     unit = "x" if ratio else (result["published"] or {}).get("unit")
     result["effect"] = {"estimate": estimate, "low": low, "high": high, "n": len(effects), "unit": unit}
     result["mde"] = mde

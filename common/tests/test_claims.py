@@ -395,6 +395,23 @@ def test_a_gated_claim_leaves_out_the_runs_without_its_metric_and_names_them(loa
         c.test_claims(load(claim()), data, "mini")
 
 
+def test_the_interval_of_a_correlation_comes_through_fishers_z(load):
+    r = [0.85, 0.91, 0.80, 0.16, 0.60]
+    raw = single("property", published=None, better="higher", fisher_z=True)
+    (found,) = c.test_claims(load(raw), runs(a=r), "mini")
+    z = np.arctanh(r)
+    expected = np.tanh([z.mean(), *stats.t_interval(z, found["level"])])
+    assert [found["effect"][k] for k in ("estimate", "low", "high")] == pytest.approx(expected) and expected[2] < 1
+    assert found["p"] == pytest.approx(stats.t_test(z)) and "Fisher" in found["note"]
+    assert found["mde"] == pytest.approx(math.tanh(stats.minimum_detectable_effect(z)))
+    assert list(c.seed_effects(found).values()) == pytest.approx(r)
+    with pytest.raises(ValueError, match="inside -1..1"):
+        c.test_claims(load(raw), runs(a=[0.5, 1.0, 0.2]), "mini")
+    for wrong in (claim(fisher_z=True), raw | {"margin": 0.5}):
+        with pytest.raises(ValueError, match="fisher_z; it is for a property with margin 0"):
+            load(wrong)
+
+
 values = st.lists(st.floats(-3, 3).map(lambda x: round(x, 3)), min_size=4, max_size=4)
 
 
