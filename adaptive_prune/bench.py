@@ -1,11 +1,18 @@
-"""Time of really dropping tokens against the dense timm model, top-k, EViT and ToMe at equal MACs.
+"""Time of really dropping tokens against the dense timm model, top-k, EViT and ToMe at equal MACs. Writes bench.json.
 
-python bench.py [vit=deit_small_patch16_224] [budget=0.65] [batches=[1,8,32]]        writes bench.json
+python bench.py [vit=deit_small_patch16_224] [budget=0.65] [batches=[1,8,32]]
+python bench.py record=true             also judges the claims of speed (claims.yaml, scale bench) and writes results/bench/
 
-Weights are random, so thresholds are score quantiles of the images measured: the counts still vary by image, and the
-budget is met; the baselines get the cost that AS-ViT really has. `unpruned` is the same code with nothing dropped."""
+Interleaved rounds, medians with quartiles; ratio = baseline / ours. Weights are random, so thresholds are score quantiles of the
+images measured: the counts still vary by image, and the budget is met; the baselines get the cost that AS-ViT really has.
+`unpruned` is the same code with nothing dropped. A seed is other weights and other images; a claim is judged over the seeds.
+"""
 
+import json
+import shutil
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -18,15 +25,20 @@ from adaptive_prune.backbones import check_known, check_vit
 from adaptive_prune.budget import check_budget
 from adaptive_prune.calibrate import calibrate
 from adaptive_prune.model import PrunedViT, prune
-from common.metrics.timing import Bench, interleaved
+from common.metrics import report
+from common.metrics.timing import Bench, Timing, interleaved
+from common.runs import provenance
 from common.scripts import script
 
-WARMUP = 5
+PAPER = Path(__file__).resolve().parent
+PRECISIONS = ("float32", "bfloat16")
+OTHERS = ("topk", "evit", "evit_no_fusion", "tome")
+Measured = dict[str, dict[int, dict[str, float]]]
 
 
-def dense_model(name: str) -> nn.Module:
+def dense_model(name: str, seed: int) -> nn.Module:
     """A random timm model. Random weights attend almost uniformly: sharpened, so that counts vary between images."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     dense = timm.create_model(name).eval()
     check_vit(dense)
     with torch.no_grad():
@@ -37,16 +49,24 @@ def dense_model(name: str) -> nn.Module:
 
 @torch.no_grad()
 def rivals(dense: Any, x: Tensor, budget: float) -> tuple[dict[str, nn.Module], dict[str, float]]:
-    """{name: model} and {name: cost relative to dense} on the images x (B, 3, H, W)."""
+    """{name: model} and {name: cost relative to dense} on the images x (B, 3, H, W). ValueError if packed and padded differ."""
     reference = prune(dense, budget=budget).eval().to(x.device)
     calibrate(reference, [x], budget, rounds=1)
     layouts = ("packed", "padded", "batch_topk", *(["bucketed"] if x.is_cuda else []))
     same = {"thresholds": reference.theta.tolist(), "budget": budget}
     models: dict[str, Any] = {name: PrunedViT(dense, inference=name, **same).eval().to(x.device) for name in layouts}
-    ratio = float(models["packed"](x, details=True)[1].macs.double().mean()) / reference.cost.dense
-    models |= {rule: PrunedViT(dense, rule=rule, budget=ratio).eval() for rule in ("topk", "evit", "tome")}
-    models["unpruned"] = PrunedViT(dense, rule="none").eval()
-    cost = {n: float(m(x, details=True)[1].macs.double().mean()) / reference.cost.dense for n, m in models.items()}
+    (logits, info), (other, _) = (models[name](x, details=True) for name in ("packed", "padded"))
+    if not torch.allclose(logits, other, rtol=1e-3, atol=1e-3):
+        raise ValueError("the packed and the padded pass disagree")
+    ratio = float(info.macs.double().mean()) / reference.cost.dense
+    models |= {
+        "topk": PrunedViT(dense, rule="topk", budget=ratio), "evit": PrunedViT(dense, rule="evit", score="mean", budget=ratio),
+        "evit_no_fusion": PrunedViT(dense, rule="topk", score="mean", budget=ratio),
+        "tome": PrunedViT(dense, rule="tome", budget=ratio), "unpruned": PrunedViT(dense, rule="none"),
+    }  # fmt: skip
+    cost = {
+        n: float(m.eval()(x, details=True)[1].macs.double().mean()) / reference.cost.dense for n, m in models.items()
+    }
     return {"dense": dense, **models}, {"dense": 1.0, **cost}
 
 
@@ -62,39 +82,89 @@ def timed(model: nn.Module, x: Tensor) -> Callable[[], None]:
     return call
 
 
-def bench(cfg: DictConfig, fabric: Fabric) -> list[dict]:
-    """Measures, prints, writes cfg.out and returns the rows."""
-    if cfg.precision not in ("float32", "bfloat16"):
-        raise ValueError(f"precision={cfg.precision!r}, allowed: float32, bfloat16")
-    if not cfg.batches or min(cfg.batches) < 1:
-        raise ValueError(f"batches={list(cfg.batches)}: batch sizes of at least 1")
-    check_budget(cfg.budget)
-    check_known(cfg.vit)
-    table, dtype = Bench(cfg.out), getattr(torch, cfg.precision)
-    for batch in cfg.batches:
-        dense: Any = dense_model(cfg.vit).to(fabric.device)
-        size, generator = dense.patch_embed.img_size[0], torch.Generator().manual_seed(0)
-        x = torch.randn(batch, 3, size, size, generator=generator) * torch.linspace(0.5, 2, batch).view(-1, 1, 1, 1)
-        x = x.to(fabric.device)
-        models, cost = rivals(dense, x, cfg.budget)
+def measure(
+    cfg: DictConfig, fabric: Fabric, seed: int, batch: int
+) -> dict[str, tuple[dict[str, Timing], dict[str, float]]]:
+    """{precision: (times, costs relative to dense)} of one seed, by model."""
+    dense: Any = dense_model(cfg.vit, seed).to(fabric.device)
+    size, generator = dense.patch_embed.img_size[0], torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, 3, size, size, generator=generator) * torch.linspace(0.5, 2, batch).view(-1, 1, 1, 1)
+    x = x.to(fabric.device)
+    models, cost = rivals(dense, x, cfg.budget)
+    found = {}
+    for precision in cfg.precisions:  # float32 first: there is no way back
+        dtype = getattr(torch, precision)
         dense.to(dtype)
         calls = {name: timed(model, x.to(dtype)) for name, model in models.items()}
-        times = interleaved(calls, rounds=cfg.rounds, warmup=WARMUP, seconds=cfg.seconds)
-        for name in models:
-            if name != "dense":
-                table.add(f"{cfg.vit} {name} vs dense", times[name], times["dense"], batch=batch, macs=cost[name])
-        for other in ("topk", "evit", "tome"):
-            table.add(f"{cfg.vit} packed vs {other}", times["packed"], times[other], batch=batch, macs=cost["packed"])
-        reached, ideal = times["dense"].median / times["packed"].median, 1 / cost["packed"]
-        table.add(
-            f"{cfg.vit} packed: speed over dense vs the MAC ratio",
-            ideal,
-            reached,
-            batch=batch,
-            unit="x",
-            macs=cost["packed"],
-        )
-    return table.write()
+        found[precision] = interleaved(calls, rounds=cfg.rounds, warmup=cfg.warmup, seconds=cfg.seconds), cost
+    return found
+
+
+def add_rows(table: Bench, where: str, batch: int, times: dict[str, Timing], cost: dict[str, float]) -> dict[str, dict]:
+    """The rows of one setting; returns {model: {ms, of_ideal}}. of_ideal: the share of the speed-up that its MACs promise."""
+    for name in times:
+        if name != "dense":
+            table.add(f"{where} {name} vs dense", times[name], times["dense"], batch=batch, macs=cost[name])
+    for other in OTHERS:
+        table.add(f"{where} packed vs {other}", times["packed"], times[other], batch=batch, macs=cost["packed"])
+    reached = {name: times["dense"].median / t.median * cost[name] for name, t in times.items()}
+    name, macs = f"{where} packed: speed-up over dense, of the MAC ratio", cost["packed"]
+    table.add(name, 1.0, reached["packed"], batch=batch, unit="x", macs=macs)
+    return {name: {"ms": t.median, "of_ideal": reached[name]} for name, t in times.items()}
+
+
+def bench(cfg: DictConfig, fabric: Fabric) -> list[dict]:
+    """Measures, prints, writes cfg.out and returns the rows; with cfg.record judges the claims, too."""
+    check(cfg)
+    table = Bench(PAPER / "results/bench/bench.json" if cfg.record else cfg.out)
+    measured, begun = {}, time.perf_counter()
+    for seed in cfg.seeds:
+        for batch in cfg.batches:
+            for precision, (times, cost) in measure(cfg, fabric, seed, batch).items():
+                half = precision == "bfloat16"
+                where = f"{cfg.vit}{' bf16' if half else ''} seed {seed}"
+                for name, values in add_rows(table, where, batch, times, cost).items():
+                    own = measured.setdefault(name, {}).setdefault(seed, {})
+                    own |= {f"{key}_b{batch}{'_bf16' if half else ''}": v for key, v in values.items()}
+    rows = table.write()
+    if cfg.record:
+        judge(measured, time.perf_counter() - begun)
+    return rows
+
+
+def check(cfg: DictConfig) -> None:
+    """ValueError for what cannot be measured."""
+    if not cfg.precisions or list(cfg.precisions) != [p for p in PRECISIONS if p in cfg.precisions]:
+        raise ValueError(f"precisions={list(cfg.precisions)}, allowed: {', '.join(PRECISIONS)}, in this order")
+    if not cfg.batches or min(cfg.batches) < 1:
+        raise ValueError(f"batches={list(cfg.batches)}: batch sizes of at least 1")
+    if not cfg.seeds or (cfg.record and len(set(cfg.seeds)) < 3):
+        raise ValueError(f"seeds={list(cfg.seeds)}: at least one, and three to judge claims")
+    check_budget(cfg.budget)
+    check_known(cfg.vit)
+
+
+def judge(measured: Measured, seconds: float) -> None:
+    """results/bench/ and the READMEs from {model: {seed: {metric: value}}}: every claim of scale bench with its verdict."""
+    runs = PAPER / "runs/bench"
+    shutil.rmtree(runs, ignore_errors=True)  # what an earlier call measured is no part of this
+    each, about = seconds / sum(map(len, measured.values())), provenance()
+    for arm, seeds in measured.items():
+        for seed, metrics in seeds.items():
+            place = runs / arm / f"seed{seed}"
+            place.mkdir(parents=True)
+            result = {
+                "scale": "bench",
+                "arm": arm,
+                "seed": seed,
+                "status": "finished",
+                "seconds": each,
+                "metrics": metrics,
+            }
+            (place / "result.json").write_text(json.dumps(result | about))
+    report.write_report(PAPER, "bench", PAPER / "results/bench")
+    report.update_readmes(PAPER.parent, check=False)
+    print(f"claims of speed: {PAPER / 'results/bench/report.md'}")
 
 
 main = script("bench", bench)

@@ -25,10 +25,12 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def state(model: Any, optimizer: Optimizer, ema: Any, data: Data, *, epoch: int, config: dict) -> dict[str, Any]:
-    """What a run needs to go on, and what anybody needs to use its network."""
+def state(
+    model: Any, optimizer: Optimizer, ema: Any, data: Data, *, epoch: int, best: list[float], config: dict
+) -> dict[str, Any]:
+    """What a run needs to go on, and what anybody needs to use its network. best: see `metrics.merit`."""
     found = {
-        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch,
+        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "best": best,
         "about": {**data.about(), "keep": model.module.keep}, "config": config,
     }  # fmt: skip
     return found if ema is None else found | {"ema": ema.module.state_dict()}

@@ -28,11 +28,16 @@ def predict(fabric: Fabric, model, dataset, *, batch_size: int, workers: int) ->
     return gather(fabric, {name: torch.cat(parts) for name, parts in rows.items()}, len(dataset))
 
 
-def evaluate(fabric: Fabric, model, data: Data, *, batch_size: int, workers: int) -> tuple[dict[str, float], dict]:
-    """All metrics of `adaptive_prune.metrics` on the test set, and what they were computed from."""
-    out = predict(fabric, model, data.test, batch_size=batch_size, workers=workers)
+def evaluate(
+    fabric: Fabric, model, data: Data, *, batch_size: int, workers: int, split: str = "test"
+) -> tuple[dict[str, float], dict]:
+    """All metrics of `adaptive_prune.metrics` on the test set, and what they were computed from; those of `classification` on
+    split="validation"."""
+    out = predict(fabric, model, getattr(data, split), batch_size=batch_size, workers=workers)
     pruned = getattr(model, "module", model)
     metrics, out["right"] = classification(out["logits"], out["labels"], out["macs"], out["kept"], pruned.cost)
+    if split != "test":
+        return metrics, out
     more = content(
         out.get("masks"), out["kept"], out["right"], data.truth, patch=pruned.vit.patch_embed.patch_size[0],
         locations=pruned.locations, depth=pruned.cost.depth,

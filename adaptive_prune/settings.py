@@ -13,7 +13,7 @@ from timm.data import Mixup  # pyright: ignore[reportPrivateImportUsage]
 
 from adaptive_prune.backbones import build_vit
 from adaptive_prune.budget import budget_loss
-from adaptive_prune.data import check_data
+from adaptive_prune.data import GREY, check_data
 from adaptive_prune.model import RULES, PrunedViT
 from common import runs
 
@@ -96,7 +96,7 @@ def check(cfg: DictConfig) -> None:
             raise ValueError("train.mixup pairs the images of a micro-batch: their number must be even")
     _check_counts(config)
     check_data(**{**DATA, **config["data"]})
-    channels = 1 if config["data"]["name"] == "digit_grids" else 3  # the stem is a part of the floor
+    channels = 1 if config["data"]["name"] in GREY else 3  # the stem is a part of the floor
     with torch.device("meta"):
         vit = build_vit(**config["model"]["vit"], num_classes=2, in_chans=channels)
     with torch.device("cpu"):

@@ -14,25 +14,28 @@ def merge(x: Tensor, size: Tensor | None, keys: Tensor, r: int, *, prefix: int =
     x: (B, N, d); size: (B, N) how many patches a token stands for, None: one each; keys: (B, N, d_h), the mean over heads.
     Returns x and size with min(r, number of even - odd pairs) fewer tokens: prefix, unmerged even, odd. The order does not
     matter to attention."""
-    d = x.shape[-1]
-    r = min(r, (x.shape[1] - prefix) // 2)
+    b, n, d = x.shape
+    r = min(r, (n - prefix) // 2)
     if r <= 0:
         return x, size
     metric = F.normalize(keys[:, prefix:], dim=-1)
     score, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(-1)
     order = score.argsort(dim=1, descending=True, stable=True)
     source, stay = order[:, :r], order[:, r:].sort(1).values
-    target = partner.gather(1, source)
-    size = x.new_ones(x.shape[:2]) if size is None else size
+    # Rows of the flat (B N, d): moving whole rows is several times faster than gather and scatter with d indices per row.
+    first = torch.arange(b, device=x.device)[:, None] * n
+    leave, to = first + prefix + 2 * source, first + prefix + 1 + 2 * partner.gather(1, source)
+    ends = [torch.arange(prefix, device=x.device), torch.arange(prefix + 1, n, 2, device=x.device)]
+    remain = torch.cat([first + ends[0], first + prefix + 2 * stay, first + ends[1]], 1)
 
-    def merged(t: Tensor, at: Tensor, to: Tensor, rest: Tensor) -> Tensor:
-        """Sums of what goes together; t: (B, N, ...), the others (B, n, ...) indices along its second dimension."""
-        even, odd = t[:, prefix::2], t[:, prefix + 1 :: 2]
-        return torch.cat([t[:, :prefix], even.gather(1, rest), odd.scatter_add(1, to, even.gather(1, at))], 1)
+    def merged(rows: Tensor) -> Tensor:
+        """Sums of the rows (B N, ...) that go together -> (B, n, ...)."""
+        summed = rows.index_add(0, to.flatten(), rows.index_select(0, leave.flatten()))
+        return summed.index_select(0, remain.flatten()).unflatten(0, remain.shape)
 
-    sizes = merged(size, source, target, stay)
-    wide = [i[..., None].expand(-1, -1, d) for i in (source, target, stay)]
-    return merged(x * size[..., None], *wide) / sizes[..., None], sizes
+    weight = x.new_ones(b, n) if size is None else size
+    sizes = merged(weight.flatten())
+    return merged((x if size is None else x * size[..., None]).flatten(0, 1)) / sizes[..., None], sizes
 
 
 def tome_cost(cost: ViTCost, merged: list[int]) -> int:

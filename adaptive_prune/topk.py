@@ -29,5 +29,7 @@ def keep_top(x: Tensor, scores: Tensor, k: int, *, prefix: int = 1, fuse: bool =
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """x: (B, N, d), index: (B, n) -> (B, n, d)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    """x: (B, N, d), index: (B, n) -> (B, n, d). By whole rows, which is faster than a gather with d indices per row."""
+    b, n, _ = x.shape
+    rows = index + torch.arange(b, device=x.device)[:, None] * n
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, index.shape)

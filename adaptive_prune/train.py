@@ -25,7 +25,7 @@ from adaptive_prune.checkpoint import state
 from adaptive_prune.data import Data, build_data, mixed
 from adaptive_prune.distillation import logit_kl, teacher_outputs, token_kl
 from adaptive_prune.evaluation import evaluate
-from adaptive_prune.metrics import mcnemar
+from adaptive_prune.metrics import mcnemar, merit
 from adaptive_prune.model import PrunedViT
 from adaptive_prune.settings import check, options
 from adaptive_prune.stages import check_start, dense_start, load_start, matched_counts, matched_run, teacher_of
@@ -147,14 +147,16 @@ def train(
     fabric, run, cfg, data: Data, model, teacher, optimizer, ema, mixup, plan: Plan, matched: Path | None
 ) -> None:
     """The epochs from the last checkpoint on, then the evaluation."""
-    pruned, epochs, first = model.module, cfg.train.epochs, 1
+    pruned, epochs, first, best = model.module, cfg.train.epochs, 1, [-math.inf, 0.0]
+    split = "test" if data.validation is None else "validation"
+    every = cfg.train.eval_every or (cfg.train.save_every if data.validation is not None else epochs)
     sizes = {"batch_size": cfg.evaluate.batch_size, "workers": cfg.data.get("workers", 0)}
     if (saved := run.load_checkpoint()) is not None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         if ema is not None:
             ema.module.load_state_dict(saved["ema"])
-        first = saved["epoch"] + 1
+        first, best = saved["epoch"] + 1, saved["best"]
     elif cfg.method.calibrate:
         calibrate_on(fabric, pruned, data, cfg.method.calibrate, cfg.budget.target, sizes["batch_size"])
     kept = f", keeps {pruned.keep}" if pruned.keep else ""
@@ -170,13 +172,15 @@ def train(
             calibrate_on(fabric, pruned, data, cfg.method.calibrate, cfg.budget.target, sizes["batch_size"])
         if pruned.rule == "threshold":
             row |= {f"theta_{s + 1}": v for s, v in enumerate(pruned.theta.tolist())}
-        if (
-            cfg.train.eval_every and epoch % cfg.train.eval_every == 0 and epoch < epochs
-        ):  # shown, nothing is chosen by it
-            row |= {k: v for k, v in evaluate(fabric, model, data, **sizes)[0].items() if k in ("top1", "macs")}
+        names = ["last.ckpt"] if epoch % cfg.train.save_every == 0 or epoch == epochs else []
+        if (epoch % every == 0 and epoch < epochs) or (epoch == epochs and data.validation is not None):
+            found = evaluate(fabric, model, data, split=split, **sizes)[0]
+            row |= {f"{split}_{k}": found[k] for k in ("top1", "macs")}
+            if data.validation is not None and merit(found, cfg.budget.target) > best:
+                best, names = merit(found, cfg.budget.target), ["best.ckpt", *names]  # never chosen on the test set
         progress.report(epoch, row, images=plan.steps * plan.batch_size)
-        if epoch % cfg.train.save_every == 0 or epoch == epochs:
-            run.save_checkpoint(state(model, optimizer, ema, data, epoch=epoch, config=run.config))
+        for name in names:
+            run.save_checkpoint(state(model, optimizer, ema, data, epoch=epoch, best=best, config=run.config), name)
     metrics, found = evaluate(fabric, model, data, **sizes)
     if matched is not None:  # the same images, one by one: beside the paired interval over seeds
         pair = mcnemar(runs.load_checkpoint(matched / "evaluation.ckpt")["right"], found["right"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_prune.budget import ViTCost
 from adaptive_prune.model import PrunedViT
@@ -55,6 +56,30 @@ def test_merging_keeps_the_weighted_sum_and_the_prefix():
     assert sizes.sum(1).tolist() == [38.0] * 3
     assert merge(x, size, keys, 99, prefix=2)[0].shape[1] == 20, "at most half"
     assert merge(x[:, :2], size[:, :2], keys[:, :2], 3, prefix=2)[0].shape[1] == 2, "nothing to merge"
+
+
+class WideIndices(TorchDispatchMode):
+    """Notes operations whose index has an entry per number instead of one per token."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name.startswith(("gather", "scatter")) and args[2].ndim == 3:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rule", ["topk", "evit", "tome"])
+def test_tokens_move_as_whole_rows(rule):
+    """The baselines are not slowed down by index tensors as wide as the tokens."""
+    vit = VisionTransformer(img_size=16, patch_size=4, num_classes=3, embed_dim=16, depth=4, num_heads=2)
+    model = PrunedViT(vit, rule=rule, locations=(1, 2), budget=0.7).eval()
+    with WideIndices() as found:
+        model(torch.randn(2, 3, 16, 16))
+    assert found.seen == []
 
 
 def test_without_sizes_every_token_counts_once():

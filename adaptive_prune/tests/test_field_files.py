@@ -11,6 +11,7 @@ from adaptive_prune import predict
 from adaptive_prune.checkpoint import load
 from adaptive_prune.data import build_data, prepare
 from common.data.batches import Plan
+from common.data.files import open_image
 
 LOOK = {"size": 32, "crop": 0.875, "normalise": {"mean": [0.5] * 3, "std": [0.25] * 3}, "channels": 3}
 
@@ -35,6 +36,35 @@ def data(root, **more):
 @pytest.mark.parametrize("test", ["val", "valid", "test"])
 def test_the_test_folder_of_people_is_found(test, tmp_path):
     assert len(data(folders(tmp_path, test)).test) == 2
+
+
+def test_where_val_and_test_are_there_the_best_is_chosen_on_val(tmp_path):
+    folders(tmp_path)
+    for i in range(3):
+        picture(tmp_path / f"test/ant/{i}.png")
+        picture(tmp_path / f"test/bee/{i}.png", 200)
+    found = data(tmp_path)
+    assert (len(found.test), len(found.validation), found.train_size) == (6, 2, 8)
+    image, label = found.validation[1]
+    assert image.shape == (3, 32, 32) and label == 1
+    with pytest.raises(ValueError, match=r"a validation split of its own \(val/\)"):
+        data(tmp_path, validation=2)
+    (tmp_path / "val/bee").rename(tmp_path / "val/wasp")
+    with pytest.raises(ValueError, match="val/ and test/ .*bee, wasp"):
+        data(tmp_path)
+
+
+def test_pictures_are_set_aside_as_test_pictures_are_prepared(tmp_path):
+    found = data(folders(tmp_path), validation=3, subset=4)
+    assert (found.train_size, len(found.validation)) == (4, 3)
+    files = [file for file, _ in found.validation.dataset.samples]
+    held = {files[i] for i in found.validation.indices}
+    drawn = {k[1] for k in found.validation.dataset.samples}
+    assert len(held) == 3 and drawn == {0, 1}
+    image, _ = found.validation[0]
+    torch.testing.assert_close(image, prepare(**LOOK | found.look)(open_image(sorted(held)[0])))
+    images, _ = next(found.batches(Plan(4, 4, seed=0), 1, torch.device("cpu")))
+    assert images.shape == (4, 3, 32, 32)
 
 
 def test_hidden_folders_and_files_are_no_classes_and_no_pictures(tmp_path):
@@ -90,8 +120,6 @@ def test_sixteen_bit_and_turned_pictures_are_seen_as_they_look(tmp_path):
     ramp = np.tile(np.linspace(0, 65535, 40, dtype=np.uint16), (32, 1))
     Image.fromarray(ramp).save(tmp_path / "deep.png")
     look = {"size": 24, "crop": None, "normalise": {"mean": [0.0], "std": [1.0]}, "channels": 1}
-    from common.data.files import open_image
-
     seen = prepare(**look)(open_image(tmp_path / "deep.png"))
     assert seen.shape == (1, 24, 24) and 0.4 < seen.mean() < 0.6 and seen.unique().numel() > 10
     turned = Image.new("RGB", (40, 20), (250, 0, 0))

@@ -217,6 +217,15 @@ def test_budget_gradient_has_the_sign_of_the_excess_and_follows_the_mean_of_all_
         assert loss.item() == pytest.approx(0.2 if mean is None else 0.1)
 
 
+def test_the_budget_is_that_of_the_mean_image_not_of_every_image():
+    """Images on both sides of it: |mean - t|, not the mean of |F - t|."""
+    macs = (torch.tensor([0.9, 0.3]).double() * DEIT_S.dense).requires_grad_()
+    loss = budget_loss(macs, DEIT_S, 0.5)
+    assert loss.item() == pytest.approx(0.1)
+    (grad,) = torch.autograd.grad(loss, macs)
+    torch.testing.assert_close(grad, torch.full((2,), 0.5 / DEIT_S.dense, dtype=torch.float64))
+
+
 def test_counts_meet_the_budget_by_bisection():
     for target in (0.4, 0.5, 0.65, 0.9, 1.0):
         kept = keep_counts(DEIT_S, (4, 7, 10), target)

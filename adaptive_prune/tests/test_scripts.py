@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
+import yaml
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
@@ -364,22 +364,44 @@ def test_bench_rows_are_complete_and_at_equal_cost(script_config, fabric, tmp_pa
         )
 
     monkeypatch.setattr(bench.timm, "create_model", small)
-    out = tmp_path / "bench.json"
-    args = ["vit=deit_tiny_patch16_224", "batches=[1,3]", "rounds=3", f"out={out}"]
+    monkeypatch.setattr(bench, "PAPER", tmp_path)
+    monkeypatch.setattr(bench.report, "update_readmes", lambda *_, **__: None)
+    (tmp_path / "claims.yaml").write_text((PAPER / "claims.yaml").read_text())
+    args = ["vit=deit_tiny_patch16_224", "rounds=3", "warmup=1", "record=true"]
     with torch.random.fork_rng():
         rows = bench.bench(script_config("bench", *args), fabric)
-    assert json.loads(out.read_text()) == json.loads(json.dumps(rows))
-    names = {r["name"].removeprefix("deit_tiny_patch16_224 ") for r in rows if r["batch"] == 3}
-    rivals = {"packed", "padded", "batch_topk", "topk", "evit", "tome", "unpruned"}
-    assert names >= {f"{a} vs dense" for a in rivals} | {f"packed vs {a}" for a in ("topk", "evit", "tome")}
+    assert json.loads((tmp_path / "results/bench/bench.json").read_text()) == json.loads(json.dumps(rows))
+    head = "deit_tiny_patch16_224 bf16 seed 101 "
+    names = {r["name"].removeprefix(head) for r in rows if r["batch"] == 8 and r["name"].startswith(head)}
+    rivals = {"packed", "padded", "batch_topk", "unpruned", *bench.OTHERS}
+    assert names >= {f"{a} vs dense" for a in rivals} | {f"packed vs {a}" for a in bench.OTHERS}
     for row in rows:
         assert row["ratio"] == pytest.approx(row["baseline"] / row["ours"])
         assert row["macs"] == pytest.approx(1.0 if "unpruned" in row["name"] else 0.65, abs=0.06)
+    claims = json.loads((tmp_path / "results/bench/claims.json").read_text())["claims"]
+    assert len(claims) > 20 and all(c["effect"]["n"] == 3 for c in claims), "a claim without its measurement"
     for wrong, error in (
-        ("precision=int8", "allowed: float32"),
+        ("precisions=[int8]", "allowed: float32"),
+        ("precisions=[bfloat16,float32]", "in this order"),
         ("batches=[0]", "at least 1"),
         ("vit=nonsense", "allowed: vit"),
+        ("seeds=[]", "at least one"),
     ):
         with pytest.raises(ValueError, match=error):
             bench.bench(script_config("bench", wrong), fabric)
-    assert OmegaConf.to_container(script_config("bench"))["rounds"] == 20 and bench.WARMUP == 5
+    assert script_config("bench").rounds == 20 and script_config("bench").warmup == 5
+
+
+def test_a_claim_of_speed_is_judged_by_the_times(tmp_path, monkeypatch):
+    """Packed at 16 ms of 16, 24 or 30 ms of dense: beyond the factor of 1.5 or not."""
+    monkeypatch.setattr(bench, "PAPER", tmp_path)
+    monkeypatch.setattr(bench.report, "update_readmes", lambda *_, **__: None)
+    document = yaml.safe_load((PAPER / "claims.yaml").read_text())
+    document["claims"] = [c for c in document["claims"] if c["id"] == "speed_of_the_abstract"]
+    (tmp_path / "claims.yaml").write_text(yaml.safe_dump(document))
+    for dense, verdict in ((16.0, "contradicted"), (30.0, "supported")):
+        times = {"packed": 16.0, "dense": dense}
+        measured = {arm: {s: {"ms_b32": t + 0.01 * (s % 3)} for s in (1, 2, 3)} for arm, t in times.items()}
+        bench.judge(measured, 60.0)
+        (claim,) = json.loads((tmp_path / "results/bench/claims.json").read_text())["claims"]
+        assert claim["verdict"] == verdict and claim["effect"]["estimate"] == pytest.approx(dense / 16 / 1.5, rel=1e-2)

@@ -11,7 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from adaptive_prune import stages, train
+from adaptive_prune import checkpoint, stages, train
 from adaptive_prune.data import build_data, mixed
 from adaptive_prune.settings import CONFIGS, composed
 from adaptive_prune.stages import dense_config, find
@@ -266,6 +266,68 @@ def test_thresholds_are_not_decayed(fabric, tmp_path):
     assert state[f"vit.{name}"].norm() < 0.9 * torch.load(contract.start(), weights_only=True)[name].norm()
 
 
+# ------------------------------------------------------------------------------------------------------ the best checkpoint
+SEEN = [
+    {"macs": 0.9, "top1": 99.0},
+    {"macs": 0.45, "top1": 60.0},
+    {"macs": 0.458, "top1": 70.0},
+    {"macs": 0.45, "top1": 65.0},
+]
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Evaluation on validation says what stands in SEEN, epoch by epoch; returns the splits that were asked for."""
+    inner, asked = train.evaluate, []
+
+    def evaluate(fabric, model, data, *, split="test", **sizes):
+        asked.append(split)
+        if split == "test":
+            return inner(fabric, model, data, **sizes)
+        assert len(data.validation) == 24
+        return SEEN[(asked.count("validation") - 1) % len(SEEN)], {}
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    return asked
+
+
+EVERY = ["train.epochs=4", "train.eval_every=1"]
+
+
+def test_the_best_checkpoint_meets_the_budget_first_and_is_chosen_on_validation(scripted, fabric, tmp_path):
+    """The first epoch, with thresholds that have not risen yet, has the best accuracy and drops nothing."""
+    fit(config("+data.validation=24", *EVERY), fabric, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert scripted == ["validation"] * 4 + ["test"], "the test set is looked at once, at the end"
+    assert [r["validation_top1"] for r in rows] == [s["top1"] for s in SEEN] and "test_top1" not in rows[0]
+    best, last = (runs.load_checkpoint(tmp_path / f"{n}.ckpt") for n in ("best", "last"))
+    assert (best["epoch"], last["epoch"]) == (3, 4)
+    assert checkpoint.load(tmp_path / "best.ckpt").model.theta.tolist() == best["model"]["theta"].tolist()
+
+
+def test_a_resumed_run_remembers_what_was_best(scripted, fabric, tmp_path, monkeypatch):
+    inner = train.train_one_epoch
+
+    def killed(*args, epoch, **more):
+        if epoch == 4:
+            raise KeyboardInterrupt
+        return inner(*args, epoch=epoch, **more)
+
+    monkeypatch.setattr(train, "train_one_epoch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fit(config("+data.validation=24", *EVERY), fabric, tmp_path)
+    monkeypatch.setattr(train, "train_one_epoch", inner)
+    fit(config("+data.validation=24", *EVERY), fabric, tmp_path)
+    assert [runs.load_checkpoint(tmp_path / f"{n}.ckpt")["epoch"] for n in ("best", "last")] == [3, 4]
+
+
+def test_without_validation_nothing_is_chosen(scripted, fabric, tmp_path):
+    fit(config(*EVERY), fabric, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert ["test_top1" in r for r in rows] == [True, True, True, False] and set(scripted) == {"test"}
+    assert not (tmp_path / "best.ckpt").exists()
+
+
 # --------------------------------------------------------------------------------------------------------- every model
 LV = [
     "model=lvvit_s",
@@ -342,6 +404,8 @@ def test_two_ranks_equal_one_process_at_equal_global_batch(fabric, tmp_path):
         (["data.name=digits"], r"data\.name='digits', allowed"),
         (["data.root=/somewhere"], r"data\.root=/somewhere: digit_grids is embedded"),
         (["data.size=32"], r"data\.size=32.*has 24"),
+        (["+data.validation=-1"], r"data\.validation=-1"),
+        (["+data.subset=100"], r"data\.subset=100, allowed.*data\.train_images"),
         (["train.accumulation=3"], r"batch_size=32.*multiple of"),
         (["train.batch_size=4096"], r"fewer than train\.batch_size=4096"),
         (["train.clip=0"], "clip above 0"),
