@@ -22,7 +22,7 @@ LINES = {
     "ncl_pp": ["data=folder", "data.size=32", "data.augment=plain", "method.loss.hard=1.0"],
     "dcp_nas": ["data=folder", "data.size=16", "genotype=random"],
     "fm_vit": ["data=folder", "data.modalities=[rgb]", "method.modalities=[rgb]", "data.size=24"],
-    "q_detr": ["data=coco", "data.train=train", "data.test=val", "method=teacher"],
+    "q_detr": ["data=coco", "data.train=train", "data.test=val", "data.augment=plain", "data.test_side=64", "method=teacher"],
     "ap_fer": ["data=own", "data.size=36", "start.arm=null"],
     "q_vit": ["data=folder", "data.size=16", "method=fp"],
     "adaptive_prune": ["data=folder", "method=pretrain"],
