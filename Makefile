@@ -30,7 +30,7 @@ PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 unexport MPLBACKEND
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint format reproduce verify report check-runs bench faults clean
-.PHONY: $(foreach t,test reproduce record verify evaluate compare bench,$(addprefix $(t)-,$(PAPERS)))
+.PHONY: $(foreach t,test reproduce record verify evaluate compare bench logbook,$(addprefix $(t)-,$(PAPERS)))
 
 help:
 	@echo "make setup               the environment in $(VENV) (every target below does it first, once)"
@@ -44,6 +44,7 @@ help:
 	@echo "                         NAME=<you>: to <paper>/results/external/<you>/, a run of yours beside the record (make check-runs)"
 	@echo "make verify-<paper>      run one recorded cell again and compare [CELL=<arm>/seed<k>];  make verify: of every paper"
 	@echo "make report              the evidence of all papers as pages: runs/site/index.html"
+	@echo "make logbook-<paper>     the evidence of a paper as an open logbook (Trackio), published by nobody but you"
 	@echo "make compare-<paper>     RESULT=<run directory>: your numbers beside the record and the published ones"
 	@echo "make evaluate-<paper>    WEIGHTS=<checkpoint> DATA=<folder>: the paper's metrics [ARGS='key=value ...']"
 	@echo "make bench               speed ratios of every paper;  make bench-<paper> of one"
@@ -128,6 +129,9 @@ check-runs: $(STAMP)
 
 report: $(STAMP)
 	@$(PY) -m common.metrics.site
+
+$(addprefix logbook-,$(PAPERS)): logbook-%: $(STAMP)
+	@$(PY) -m common.metrics.logbook $*
 
 bench: $(addprefix bench-,$(STARTED))
 

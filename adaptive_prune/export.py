@@ -19,6 +19,7 @@ from adaptive_prune.checkpoint import load
 from adaptive_prune.class_attention_score import class_attention, token_score
 from adaptive_prune.model import PrunedViT
 from adaptive_prune.removal import finish_block, heads, run_dense
+from common.hub import publishable
 from common.onnx_export import difference, write_about
 from common.scripts import script
 
@@ -125,7 +126,7 @@ def run(cfg: DictConfig) -> Path:
     return out
 
 
-main = script("export", run)
+main = script("export", publishable(run))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ap_fer.checkpoint import load
 from ap_fer.model import APViT
+from common.hub import publishable
 from common.onnx_export import difference, write_about
 from common.scripts import script
 
@@ -79,7 +80,7 @@ def export_checkpoint(cfg: DictConfig) -> float:
     return worst
 
 
-main = script("export", export_checkpoint)
+main = script("export", publishable(export_checkpoint))
 
 
 if __name__ == "__main__":

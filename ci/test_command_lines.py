@@ -29,7 +29,7 @@ EVERYWHERE = [
     ["train", ["scale=../../x"], "scale=../../x must stay below run_root"],
     ["train", ["threads=0"], "threads=0, allowed"],
     ["train", ["fabric.precision=16-mixed", "fabric.accelerator=cpu"], "fabric.precision"],
-    ["train", ["logger=wandb"], "logger=wandb, allowed: tensorboard, csv"],
+    ["train", ["logger=wandb"], "logger=wandb, allowed: tensorboard, csv, trackio"],
     ["evaluate", ["weights=/none.ckpt", "claim=nothing"], "allowed"],
     ["export", ["weights=/none.ckpt"], "/none.ckpt"],
     ["counts", ["seed=x"], "seed=x must be a whole number"],

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from common.metrics.claims import TESTED, load_document
 from common.metrics.readme import PAPERS
+from common.metrics.site import evidence
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = {
@@ -99,6 +100,20 @@ def test_every_equation_of_the_map_can_be_imported(paper):
         for part in name.split("."):
             found = getattr(found, part)
         assert row["source"] and row["says"]
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_every_defect_is_shown_by_a_test_that_exists_and_advice_stands_on_recorded_claims(paper):
+    document = load_document(ROOT / paper)
+    for row in document["defects"]:
+        file, _, name = row["test"].partition("::")
+        assert file.startswith(f"{paper}/tests/") and re.search(
+            rf"^def {re.escape(name)}\(", (ROOT / file).read_text(), flags=re.M
+        ), row["test"]
+    recorded = {i for e in evidence(ROOT / paper) for i, r in e.claims.items() if r["verdict"] != "not_run"}
+    for row in document["advice"]:
+        assert set(row["claims"]) <= recorded, f"{row['task']}: not recorded"
+        assert row["claims"] or "cannot be told" in row["says"], row["task"]
 
 
 @pytest.mark.parametrize("paper", PAPERS)

@@ -39,6 +39,8 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from omegaconf import DictConfig, OmegaConf
 
+from common import hub
+
 # Where and on what a run computes is not what it computes: these keys do not enter the fingerprint.
 NOT_IN_FINGERPRINT = (
     "run_root", "force", "preflight", "threads", "estimate", "after", "logger", "train.log_every", "train.save_every",
@@ -298,10 +300,12 @@ class Run:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint as tensors and plain types, on CPU. Never unpickles code.
+    """A checkpoint as tensors and plain types, on CPU; of a folder of `hub.publish`, too. Never unpickles code.
 
     Raises `FileNotFoundError`, or `RunError` for a file that is truncated or holds anything but tensors and plain types."""
     path = Path(path).expanduser()
+    if path.is_dir():
+        return hub.read(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path.absolute()}")
     try:

@@ -38,6 +38,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.data.files import on_broken
 from common.runs import NOT_IN_FINGERPRINT, RunError, flatten, launch, plain, remove_if_empty
+from common.trackio_logger import TrackioLogger
 
 # Errors whose message says all there is to say; any other is a defect of this project and shows its traceback.
 EXPECTED = (ValueError, OSError, RunError, FloatingPointError, OmegaConfBaseException, HydraException)
@@ -73,7 +74,11 @@ def script(config: str = "config", body: Callable[..., Any] | None = None) -> An
             with on_broken(cfg.get("broken_images", "stop")), _threads(cfg.get("threads")):
                 loggers = [make_logger(cfg.logger, out)] if cfg.get("logger") else []
                 fabric = launch(cfg.get("fabric") or {"accelerator": "auto", "devices": 1}, loggers=loggers)
-                return body(*(cfg, fabric, out)[:takes])
+                try:
+                    return body(*(cfg, fabric, out)[:takes])
+                finally:
+                    for logger in loggers:  # csv has written nothing of the last hundred rows before
+                        logger.finalize("finished")
         except BaseException as error:
             if multirun and isinstance(error, Exception):  # the other cells go on
                 print(f"{out}: {one_line(error)}", file=sys.stderr, flush=True)
@@ -161,11 +166,14 @@ def explained(error: BaseException, configs: Path, config: str) -> BaseException
 
 
 def make_logger(logger: Any, out: Path) -> Any:
-    """A Fabric logger: tensorboard or csv (written to `out`), or any that the node instantiates (_target_)."""
+    """A Fabric logger: tensorboard or csv (written to `out`), trackio, or any that the node instantiates (_target_)."""
     named = {"tensorboard": TensorBoardLogger, "csv": CSVLogger}
+    if logger == "trackio":
+        paper = Path(sys.modules["__main__"].__file__ or "run").resolve().parent.name
+        return TrackioLogger(out, paper)
     if isinstance(logger, str):
         if logger not in named:
-            raise ValueError(f"logger={logger}, allowed: {', '.join(named)}, or a node with a _target_")
+            raise ValueError(f"logger={logger}, allowed: {', '.join(named)}, trackio, or a node with a _target_")
         return named[logger](root_dir=str(out), name="", version="")
     return instantiate(logger)
 

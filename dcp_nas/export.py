@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from common.hub import publishable
 from common.loop import Loaded
 from common.onnx_export import export_onnx
 from common.quant.packed_conv import in_float_
@@ -76,7 +77,7 @@ def export(cfg: DictConfig) -> dict[str, float]:
     return found
 
 
-main = script("export", export)
+main = script("export", publishable(export))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from common.hub import publishable
 from common.metrics.ops import count_macs, count_parameters
 from common.onnx_export import export_onnx
 from common.scripts import script
@@ -64,7 +65,7 @@ def export(cfg: DictConfig, fabric: Fabric) -> Path:
     return Path(cfg.out)
 
 
-main = script("export", export)
+main = script("export", publishable(export))
 
 
 if __name__ == "__main__":

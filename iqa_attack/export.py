@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from common.hub import publishable
 from common.onnx_export import export_onnx
 from common.scripts import script
 from iqa_attack.checkpoint import load
@@ -39,7 +40,7 @@ def export(cfg: DictConfig) -> Path:
     return Path(cfg.out)
 
 
-main = script("export", export)
+main = script("export", publishable(export))
 
 
 if __name__ == "__main__":

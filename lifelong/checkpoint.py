@@ -56,7 +56,7 @@ def load_learner(path: str | Path, device: torch.device | str = "cpu") -> tuple[
     config["model"] |= {"pretrained": False} if "pretrained" in config["model"] else {}
     outputs = len(saved["model"]["head.weight"])
     learner = build(config, saved["about"]["tasks"], saved["about"]["channels"], device=device, outputs=outputs)
-    restore(learner, saved)
+    restore(learner, {"optimizer": None, **saved})
     learner.model.eval()
     return learner, saved
 

@@ -4,16 +4,17 @@ python export.py weights=runs/default/ari/seed0/last.ckpt
 python export.py weights=... task=2 out=task2.onnx
 
 Input: images (N, C, size, size), normalised; classes, mean, std and size stand in the file. Output: logits of the classes seen,
-or of the task. The task vote and the adaptation need training and exemplars, so they are no part of the file.
+or of the task. The task vote and the adaptation need training and exemplars, so they are no part of the file. A folder
+(out=my-model/) has them: it holds the exemplars, which are training images.
 """
 
 from pathlib import Path
 
 import torch
-from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from common.hub import publishable
 from common.onnx_export import export_onnx
 from common.scripts import script
 from lifelong.checkpoint import load_learner
@@ -50,9 +51,7 @@ def export(cfg: DictConfig) -> Path:
     return Path(cfg.out)
 
 
-@script("export")
-def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    export(cfg)
+main = script("export", publishable(export))
 
 
 if __name__ == "__main__":

@@ -303,8 +303,9 @@ class Learner:
         grow_head(self.model, max(self.seen, self.model.head.out_features))
         self.model.load_state_dict(state["model"])
         self.optimizers = self.make_optimizers()
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        if state["optimizers"] is not None:  # published weights have none
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
         if self.memory is not None:
             self.memory.load_state_dict(state["memory"])
 

@@ -12,6 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
+from common.hub import publishable
 from common.loop import Loaded
 from common.metrics.ops import count_macs
 from common.onnx_export import export_onnx
@@ -61,7 +62,7 @@ def export(cfg: DictConfig, fabric: Fabric) -> Path:
     return Path(cfg.out)
 
 
-main = script("export", export)
+main = script("export", publishable(export))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from common.hub import publishable
 from common.loop import Loaded
 from common.quant.integer_onnx import StoredWeight, along, dequantize, quantize, translations
 from common.quant.lsq import LSQQuantizer
@@ -213,7 +214,7 @@ def write_packed(trained: Loaded, target: Path) -> None:
     print(f"{target}: {target.stat().st_size / 1e6:.3f} MB, float32 parameters {before / 1e6:.3f} MB, outputs equal")
 
 
-main = script("export", export)
+main = script("export", publishable(export))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from common.hub import publishable
 from common.loop import Loaded
 from common.onnx_export import export_onnx
 from common.quant.integer_onnx import FORMATS, translations
@@ -93,7 +94,7 @@ def export(cfg: DictConfig) -> Path:
     return out
 
 
-main = script("export", export)
+main = script("export", publishable(export))
 
 
 if __name__ == "__main__":

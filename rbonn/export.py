@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
+from common.hub import publishable
 from common.onnx_export import export_onnx
 from common.quant.packed_conv import in_float_
 from common.scripts import script
@@ -94,7 +95,7 @@ def export(cfg: DictConfig, fabric: Fabric) -> dict[str, float]:
     return found
 
 
-main = script("export", export)
+main = script("export", publishable(export))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ MIN_SEEDS = 3
 MAX_PRIMARY = 3
 
 _PUBLISHED_KEYS = {"id", "table", "setting", "metric", "value", "unit", "source"}
+_ROWS = {
+    "abstract": {"says", "claims"}, "advice": {"task", "take", "says", "claims"}, "defects": {"where", "says", "here", "test"},
+    "equations": {"source", "says", "code"},
+}  # fmt: skip
 _CLAIM_KEYS = {"id", "statement", "kind", "scale", "primary", "published", "metric", "arms"}
 _CLAIM_OPTIONAL = {"better", "margin", "tol", "note", "front", "gated", "fisher_z"}
 
@@ -46,9 +50,12 @@ def load_claims(paper_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def load_document(paper_dir: str | Path) -> dict[str, Any]:
-    """Read and check `<paper_dir>/claims.yaml`; return {basis, abstract, metrics, published, claims, equations}, with defaults.
+    """Read and check `<paper_dir>/claims.yaml`; return {basis, abstract, advice, defects, metrics, published, claims, equations},
+    with defaults.
 
     abstract: what the paper's abstract claims, in order, as {says, claims: ids of the claims that test it, maybe none}.
+    advice: which method to take, {task, take, says, claims: ids of the claims that carry it}.
+    defects: what is wrong in published code or text, {where, says, here: what is done about it, test: file::name}.
     metrics: what a figure calls a metric, {id: {says, unit}}.
     In the result `scale` is a list, `published` of a claim is its published row or None, `margin` and `tol` are
     floats, `better` and `note` may be None. For kind ratio, margin is a factor (default 1) and tol is relative.
@@ -60,7 +67,8 @@ def load_document(paper_dir: str | Path) -> dict[str, Any]:
         document = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
-    _check_keys(f"{path}", document, {"basis", "published", "claims"}, {"abstract", "metrics", "equations"})
+    optional = {"abstract", "advice", "defects", "metrics", "equations"}
+    _check_keys(f"{path}", document, {"basis", "published", "claims"}, optional)
     _check(document["basis"] in BASES, f"{path}: basis {document['basis']!r}", f"use one of {BASES}")
     rows = [_published_row(f"{path}: published[{i}]", row) for i, row in enumerate(document["published"] or [])]
     by_id = {row["id"]: row for row in rows}
@@ -74,22 +82,14 @@ def load_document(paper_dir: str | Path) -> dict[str, Any]:
             f"{path}: claims {primary} are all primary at scale {scale!r}",
             f"keep at most {MAX_PRIMARY} and set primary: false on the others",
         )
-    equations = document.get("equations") or []
-    for i, row in enumerate(equations):
-        _check_keys(f"{path}: equations[{i}]", row, {"source", "says", "code"}, set())
-    abstract = document.get("abstract") or []
-    for i, row in enumerate(abstract):
-        _check_keys(f"{path}: abstract[{i}]", row, {"says", "claims"}, set())
-        unknown = sorted(set(row["claims"]) - {c["id"] for c in claims})
-        _check(not unknown, f"{path}: abstract[{i}]: no claims {unknown}", "name claims of this file, or write []")
-    return {
-        "basis": document["basis"],
-        "abstract": abstract,
-        "metrics": _metrics(path, document.get("metrics") or {}),
-        "published": rows,
-        "claims": claims,
-        "equations": equations,
-    }
+    lists = {key: document.get(key) or [] for key in _ROWS}
+    for key, found in lists.items():
+        for i, row in enumerate(found):
+            _check_keys(f"{path}: {key}[{i}]", row, _ROWS[key], set())
+            unknown = sorted(set(row.get("claims", [])) - {c["id"] for c in claims})
+            _check(not unknown, f"{path}: {key}[{i}]: no claims {unknown}", "name claims of this file, or write []")
+    metrics = _metrics(path, document.get("metrics") or {})
+    return {"basis": document["basis"], **lists, "metrics": metrics, "published": rows, "claims": claims}
 
 
 def _metrics(path: Path, metrics: dict[str, Any]) -> dict[str, dict[str, str]]:

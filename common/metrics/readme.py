@@ -26,6 +26,7 @@ PAPERS = {
 BEGIN, END = "<!-- evidence:begin -->", "<!-- evidence:end -->"
 DEPLOY = ("<!-- deploy:begin -->", "<!-- deploy:end -->")
 EQUATIONS = ("<!-- equations:begin -->", "<!-- equations:end -->")
+LIBRARY = ("<!-- library:begin -->", "<!-- library:end -->")
 EMBEDDED = ("mini", "full")  # embedded data; every other scale is real data
 FRONT = 5  # rows on a first screen
 MAPPED = 5  # equations in a README, all of them in results/README.md
@@ -180,6 +181,7 @@ def render_results(paper_dir: str | Path) -> str:
     parts += _exact_part(document, recorded)
     if document["equations"]:
         parts += ["## Equations", render_equations(paper_dir, most=len(document["equations"]), up="../")]
+    parts += _guide_parts(document)
     rows = [
         [p["table"], p["setting"], p["metric"], tables.published_text(p)]
         for p in document["published"]
@@ -212,6 +214,34 @@ def _exact_part(document: dict[str, Any], recorded: dict[str, dict]) -> list[str
     table = tables.markdown(["count", "stated (source)", "here", "verdict"], rows)
     summary = f"{right} of {len(rows)} exact counts and identities as stated"
     return ["## Exact", f"<details><summary>{summary}</summary>\n\n{table}\n\n</details>"]
+
+
+def _guide_parts(document: dict[str, Any]) -> list[str]:
+    """Which method to take, and what is wrong in published code and text."""
+    parts, rows = [], [[r["task"], r["take"], r["says"]] for r in document["advice"]]
+    if rows:
+        parts += ["## Which method should I take?", tables.markdown(["task", "take", "because"], rows)]
+    tests = [(r, *r["test"].split("::")) for r in document["defects"]]
+    rows = [[r["where"], r["says"], r["here"], f"[`{name}`](../../{file})"] for r, file, name in tests]
+    if rows:
+        header = ["where", "what happens", "here", "shown by"]
+        parts += ["## What is wrong in published code and text", tables.markdown(header, rows)]
+    return parts
+
+
+def render_library(root: str | Path) -> str:
+    """What can be imported from where, a row per paper: the names of `equations:` by module."""
+    rows = []
+    for paper in PAPERS:
+        modules: dict[str, list[str]] = {}
+        for row in load_document(Path(root) / paper)["equations"]:
+            module, _, name = row["code"].partition(":")
+            names = modules.setdefault(module, [])
+            if (first := name.split(".")[0]) not in names:
+                names.append(first)
+        text = "; ".join(f"`{m}`: {', '.join(f'`{n}`' for n in names)}" for m, names in modules.items())
+        rows.append([f"[`{paper}`]({paper}/results/README.md#equations)", text])
+    return tables.markdown(["paper", "module: names"], rows)
 
 
 def render_root_table(root: str | Path) -> str:
@@ -289,9 +319,10 @@ def update_readmes(root: str | Path, check: bool) -> list[Path]:
             text = _filled(folder / "README.md", text, DEPLOY, deployment)
         fresh[folder / "README.md"] = text
         fresh[folder / "results/README.md"] = render_results(folder)
-    fresh[root / "README.md"] = _filled(
-        root / "README.md", _read(root / "README.md"), (BEGIN, END), render_root_table(root)
-    )
+    front, text = root / "README.md", _read(root / "README.md")
+    fresh[front] = _filled(front, text, (BEGIN, END), render_root_table(root))
+    if LIBRARY[0] in text:
+        fresh[front] = _filled(front, fresh[front], LIBRARY, render_library(root))
     stale = [file for file, text in fresh.items() if not file.is_file() or file.read_text() != text]
     for file in () if check else stale:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """The evidence as pages that open from disk:  make report, or python -m common.metrics.site [--out runs/site]
 
-index.html: what the ten abstracts claim, with the verdicts here; <paper>.html: every claim of a paper with its interval, arms,
+index.html: what the ten abstracts claim, with the verdicts here; guide.html: which method to take, and what is wrong in published
+code and papers; <paper>.html: every claim of a paper with its interval, arms,
 figures, decision table, deviations, equations, provenance. The record and what this machine made (runs/) stand side by side.
 """
 
@@ -153,6 +154,31 @@ def sentences(document: dict[str, Any], found: list[Evidence]) -> list[dict[str,
     return rows
 
 
+def advice(document: dict[str, Any], found: list[Evidence]) -> list[dict[str, Any]]:
+    """Which method to take, as HTML, each with [(claim, label, result)] of the recorded claims that carry it."""
+    by_id = {c["id"]: c for c in document["claims"]}
+    rows = []
+    for row in document["advice"]:
+        tests = [(by_id[i], e.label, e.claims[i]) for i in row["claims"] for e in found if i in e.claims]
+        tests = [t for t in tests if t[2]["verdict"] != "not_run"]
+        rows.append({**row, "take": inline(row["take"]), "says": inline(row["says"]), "tests": tests})
+    return rows
+
+
+def defects(document: dict[str, Any]) -> list[dict[str, str]]:
+    """What is wrong in published code and text, as HTML, each with the file and the name of the test that shows it."""
+    rows = []
+    for row in document["defects"]:
+        file, _, name = row["test"].partition("::")
+        rows.append({**row, "says": inline(row["says"]), "here": inline(row["here"]), "file": file, "name": name})
+    return rows
+
+
+def inline(text: str) -> str:
+    """One paragraph of markdown as HTML without its <p>."""
+    return markdown.markdown(text).removeprefix("<p>").removesuffix("</p>")
+
+
 def tally(results: Iterable[Result]) -> str:
     counts = Counter(r["verdict"] for r in results if r["kind"] != "exact")
     return ", ".join(f"{counts[v]} {v.replace('_', ' ')}" for v in VERDICTS if counts[v]) or "none"
@@ -189,6 +215,7 @@ def page_of(paper: Path, out: Path) -> dict[str, Any]:
         "tallies": [(e.label, tally(e.claims.values())) for e in found],
         "exact": _exact(found), "deployment": html(deployment, up) if deployment else "",
         "outcome": html(section(readme, "What came out"), up), "deviations": html(section(readme, "Deviations"), up),
+        "advice": advice(document, found), "defects": defects(document),
         "equations": [(r["source"], r["says"], *_code(r["code"])) for r in document["equations"]],
         "published": [p for p in document["published"] if p["source"] != "ours"],
     }  # fmt: skip
@@ -228,6 +255,7 @@ def build(root: Path, out: Path) -> Path:
     environment.globals["shown"] = sorted(together)
     for paper in papers:
         (out / f"{paper['name']}.html").write_text(template.render(paper=paper, papers=papers))
+    (out / "guide.html").write_text(template.render(paper=None, guide=True, papers=papers))
     index = out / "index.html"
     index.write_text(template.render(paper=None, papers=papers))
     return index

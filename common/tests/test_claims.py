@@ -80,6 +80,11 @@ def test_sentences_of_the_abstract_name_claims_and_metrics_have_words(load, tmp_
     assert document["metrics"]["r"] == {"says": "stability", "unit": ""}
     with pytest.raises(ValueError, match="no claims .'c2'.; name claims of this file"):
         load(claim(), abstract=[{"says": "it works", "claims": ["c2"]}])
+    advice = {"task": "few images", "take": "the plain arm", "says": "it is better", "claims": ["c3"]}
+    with pytest.raises(ValueError, match=r"advice\[0\]: no claims .'c3'.; name claims"):
+        load(claim(), advice=[advice])
+    with pytest.raises(ValueError, match=r"defects\[0\]: missing .'test'."):
+        load(claim(), defects=[{"where": "released code", "says": "a sign", "here": "the other sign"}])
     with pytest.raises(ValueError, match="metrics top1: unknown .'units'."):
         load(claim(), metrics={"top1": {"says": "top-1 accuracy", "units": "%"}})
 

@@ -49,6 +49,8 @@ def fit(cfg, fabric, out):
             raise ValueError("a value that is found late")
         if cfg.optim.lr == 8:
             raise KeyError("a defect")
+        for logger in fabric.loggers:
+            logger.log_metrics({"loss": 0.25}, step=1)
         run.finish({"lr": cfg.optim.lr})
 
 main = script("config", fit)
@@ -136,6 +138,12 @@ def test_an_error_is_one_line_and_leaves_nothing(toy, args, message):
     status, _, lines = run(toy, *args)
     assert status == 1 and len(lines) == 1 and lines[0].startswith(message), lines
     assert not (toy / "runs").exists()
+
+
+def test_a_logger_has_written_its_rows_when_a_short_run_ends(toy):
+    assert run(toy, "logger=csv", "run_root=runs_logged")[0] == 0
+    (file,) = (toy / "runs_logged").rglob("metrics.csv")
+    assert "0.25" in file.read_text()
 
 
 def test_a_defect_shows_its_traceback(toy):

@@ -49,6 +49,22 @@ def test_every_recorded_claim_has_a_row_with_its_command(pages):
                         assert site.command(paper, claim, found.scale) in text
 
 
+def test_the_guide_has_all_advice_with_recorded_verdicts_and_every_defect_with_its_test(pages):
+    text = (pages / "guide.html").read_text()
+    for paper in PAPERS:
+        document, own = load_document(ROOT / paper), (pages / f"{paper}.html").read_text()
+        found = site.evidence(ROOT / paper)
+        for row in site.advice(document, found):
+            assert row["says"] in text and row["says"] in own and row["take"] in text
+            for claim, label, result in row["tests"]:
+                recorded = next(e.claims for e in found if e.label == label)
+                assert recorded[claim["id"]]["verdict"] == result["verdict"] != "not_run"
+                assert f"{paper}.html#{site.anchor(claim['id'], label)}" in text
+        for row in site.defects(document):
+            assert row["says"] in text and row["says"] in own
+            assert f'<a href="../../{row["file"]}"><code>{row["name"]}</code></a>' in text
+
+
 def test_links_and_pictures_lead_somewhere(pages):
     for page in pages.glob("*.html"):
         text = page.read_text()
