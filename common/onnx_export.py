@@ -29,8 +29,7 @@ def export_onnx(
 
     image: one example (1, C, H, W). translations: what custom operators become, see torch.onnx.export.
     Checked on random batches of sizes `batches`; ValueError, and no file, above `tolerance`."""
-    for name in ("onnxscript", "onnx_ir"):  # they tell every node that they remove
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet()
     out, model = Path(out).expanduser(), model.cpu().eval()
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.tmp.onnx")
@@ -49,6 +48,12 @@ def export_onnx(
     finally:
         beside.unlink(missing_ok=True)
     return worst
+
+
+def quiet() -> None:
+    """Keeps the exporter from telling every node that it removes."""
+    for name in ("onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @torch.no_grad()

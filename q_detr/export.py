@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from common.hub import publishable
 from common.loop import Loaded
+from common.onnx_export import quiet
 from common.quant.integer_onnx import StoredWeight, along, dequantize, quantize, translations
 from common.quant.lsq import LSQQuantizer
 from common.scripts import script
@@ -118,6 +119,7 @@ def export_onnx(
     """Write an ONNX file with its weights inside and `about` in its metadata. Returns what is quantised in it, in words."""
     import onnx
 
+    quiet()
     deployed = Deployed(model, form=form).eval()
     batch, height, width = (torch.export.Dim(n, min=lo) for n, lo in (("batch", 1), ("height", 64), ("width", 64)))
     shapes = ({0: batch, 2: height, 3: width}, {0: batch, 1: height, 2: width})
