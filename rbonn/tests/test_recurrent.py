@@ -182,6 +182,8 @@ def test_zero_grad_anywhere_does_not_switch_it_off(set_to_none, zero_first):
     applied = train(model, optimizer, 3, set_to_none=set_to_none, zero_first=zero_first)
     assert torch.equal(model[0].previous, applied[-1]) and applied[-1].abs().sum() > 0
     assert recurrence.counters()["active_share"] == 1.0
+    optimizer.zero_grad(set_to_none=set_to_none)  # what the released forward pass would read now is gone
+    assert (model[0].weight.grad is None) is set_to_none and torch.equal(model[0].previous, applied[-1])
 
 
 @pytest.mark.parametrize("recurrent", ["none", *LOOKAHEAD])
