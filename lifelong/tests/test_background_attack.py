@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lifelong.background_attack import background_attack, frozen_statistics, region_weight
+from lifelong.learner import IMAGENET
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 BOUND = torch.tensor([8 / 255 / s for s in STD]).view(1, 3, 1, 1)
@@ -58,6 +59,17 @@ def test_stays_within_eps_and_the_image_box():
         out = attack(net(), x, y, a, region=region)
         assert ((out - x).abs() <= BOUND * (1 + 1e-5)).all() and (out >= LOW).all() and (out <= HIGH).all()
         assert ((out - x).abs() > 0.5 * BOUND).any(), "the step must reach beyond the random start"
+
+
+def test_statistics_of_other_images_step_further_and_leave_the_range():
+    """The released code crafts with the statistics of ImageNet, whatever the images were normalised with."""
+    white, y, nowhere = HIGH.expand(6, 3, 6, 6), torch.zeros(6, dtype=torch.long), torch.zeros(6, 1, 6, 6)
+    mean, std, theirs = (torch.tensor(s).view(1, 3, 1, 1) for s in (MEAN, STD, IMAGENET["std"]))
+    assert (attack(net(), white, y, nowhere) * std + mean).max() <= 1 + 1e-6
+    beyond = (attack(net(), white, y, nowhere, **IMAGENET) * std + mean).amax((0, 2, 3)) - 1
+    ratio = (std / theirs).flatten()
+    torch.testing.assert_close(beyond, 8 / 255 * ratio, rtol=1e-3, atol=1e-6)
+    assert ratio.min() > 1.14 and ratio.max() < 1.23
 
 
 def test_no_weight_or_no_eps_changes_nothing():
