@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -178,6 +179,20 @@ def test_underflowing_probabilities_keep_finite_gradients(official_eps):
     loss.backward()
     assert v.grad is not None
     assert torch.isfinite(loss) and torch.isfinite(v.grad).all() and v.grad.abs().sum() > 0
+
+
+def test_kl_div_of_a_masked_target_has_nan_gradients_and_ours_has_none():
+    """The released term, kl_div(m log p_a, m p_b) over both ordered pairs: its target is 0 off the mask."""
+    v = torch.tensor([[[0.3, -0.2, 1.0]], [[0.1, 0.9, -0.5]]], dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True, True, False]])
+    p, m = v.softmax(-1), mask.double()
+    released = sum(F.kl_div(m * p[a].log(), m * p[b], reduction="sum") for a, b in ((0, 1), (1, 0)))
+    gradient = torch.autograd.grad(released, v)[0]
+    assert released.isfinite() and gradient.isnan().all()
+    log_p = v.log_softmax(-1)
+    ours = kl(log_p[0], log_p[1], m) + kl(log_p[1], log_p[0], m)
+    assert_close(ours, released)
+    assert torch.autograd.grad(ours, v)[0].isfinite().all()
 
 
 def test_misspelt_mode():
