@@ -33,6 +33,15 @@ def test_cls_and_other_prefix_tokens_stay_whatever_their_logits():
     assert torch.equal(index, best)
 
 
+def test_the_released_comparison_skips_pooling_at_one_batch_size_and_ours_at_none():
+    """It compares the number of images, not that of the chosen tokens, with the number of tokens."""
+    for images in (10, 11, 12):
+        u, row = torch.randn(images, 11, 4), torch.randn(images, 3, 11)
+        kept, index = ATP(0.5)(u, row)
+        released = u if len(index) == u.shape[1] else torch.cat([u[:, :1], gather_tokens(u[:, 1:], index)], 1)
+        assert kept.shape[1] == 6 and torch.equal(released, kept) is (images != 11)
+
+
 def test_rate_one_and_the_wrong_mode_drop_nothing():
     u, row = torch.randn(2, 11, 4), torch.randn(2, 3, 11)
     for atp in (ATP(1.0), ATP(0.99, when="train").eval(), ATP(0.5, when="test").train()):
