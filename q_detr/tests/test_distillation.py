@@ -65,6 +65,8 @@ def test_the_entropy_is_that_of_a_gaussian():
     assert gaussian_entropy(torch.tensor(1.0)).item() == pytest.approx(0.5 * math.log(2 * math.pi * math.e))
     s = torch.distributions.Normal(0.0, 3.0)
     assert gaussian_entropy(torch.tensor(9.0)).item() == pytest.approx(s.entropy().item())
+    printed = 0.5 * math.log(2 * math.pi * 9)
+    assert gaussian_entropy(torch.tensor(9.0)).item() - printed == pytest.approx(0.5)
     q = DistributionAlignment(16)(torch.randn(2, 2, 4, 16) * 5)
     found = query_statistics(q)
     assert found["query_variance"] == pytest.approx(1, abs=1e-3) and found["query_mean"] == pytest.approx(0, abs=1e-6)
@@ -114,6 +116,7 @@ def test_a_query_is_kept_if_it_is_near_any_object():
     expected = [j for j in range(4) if any(overlap[i, j] > 0.6 * overlap[i].max() for i in range(2))]
     assert kept(student, gt, tau=0.6) == expected == [0, 2, 3]
     assert kept(student, gt, tau=0.9) == [0, 2]
+    assert not any(all(overlap[i, j] > 0.6 * overlap[i].max() for i in range(2)) for j in range(4))  # as printed
 
 
 def test_tau_is_monotone_strict_and_checked():
