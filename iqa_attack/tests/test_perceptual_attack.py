@@ -80,6 +80,8 @@ def test_fidelity_is_subtracted():
         )
         x = x + 0.5 * g
     torch.testing.assert_close(x, x0 + WEIGHTS / (2 * 0.1), rtol=1e-3, atol=1e-4)
+    faint, plain = objective(torch.ones(2), torch.tensor([0.1, 0.9]), lam, "fidelity")
+    assert faint > plain, "with the plus of Algorithm 1 the more visible of two equal changes of score would win"
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])
