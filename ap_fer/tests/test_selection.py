@@ -31,6 +31,8 @@ def test_keep_counts_are_floors_with_a_guard_against_binary_fractions():
 def test_the_published_token_schedules():
     assert [1 + n for n in token_schedule(196, 160, PUBLISHED)] == [161] * 5 + [145, 130, 117, 105]
     assert [1 + n for n in token_schedule(196, None, PUBLISHED)] == [197] * 5 + [1 + 176, 1 + 158, 1 + 142, 1 + 127]
+    port = ([1.0] * 6 + [0.9] * 6)[:8]  # of the PaddlePaddle port: twelve entries for eight blocks
+    assert [1 + n for n in token_schedule(196, 160, port)] == [161] * 7 + [145, 130]
     with pytest.raises(ValueError, match="keep=197 of 196"):
         token_schedule(196, 197, PUBLISHED)
 
