@@ -2,10 +2,11 @@
 
 import math
 
+from ncl_pp.model import NCLModel
 from ncl_pp.tests.layouts import short_config
 from ncl_pp.train import fit
 
-__all__ = ["ACCUMULATES", "CLIPS", "KEYS", "TEACHER", "config", "fit", "rates"]
+__all__ = ["ACCUMULATES", "CLIPS", "KEYS", "RELOADED", "TEACHER", "config", "fit", "rates", "reloaded"]
 
 
 def config(*overrides):
@@ -24,6 +25,8 @@ def rates(cfg, step, steps):
 ACCUMULATES = ["method=nclpp", "schedule.warmup=0"]
 CLIPS = "not here: the published recipes do not clip"
 TEACHER = "not here: the experts teach each other"
+RELOADED = ["model.head=cosine", "+model.scale=5.0"]
+reloaded = NCLModel
 
 ONE = ["schedule.warmup=0", "schedule.kind=step"]  # an epoch at the full rate
 NCL = ["method=ncl_moco", "moco.queue=32", *ONE]

@@ -16,7 +16,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from common import runs
+from common.data.batches import eval_batches
+from ncl_pp.checkpoint import data_of, load
 from ncl_pp.data import build_data
+from ncl_pp.model import ensemble
 from ncl_pp.tests.layouts import CONFIGS, DIGITS, SHORT, folder_arm, short_config
 from ncl_pp.train import build, fit
 
@@ -103,12 +106,26 @@ def test_accumulation_equals_the_whole_batch_without_batch_statistics(fabric, tm
 
 def test_best_checkpoint_is_the_best_on_the_validation_split(fabric, tmp_path):
     root = images(tmp_path / "data")
-    shutil.copytree(root / "test", root / "val")
+    for c, (name, other) in enumerate(
+        (("red", "green"), ("green", "blue"), ("blue", "red"))
+    ):  # not what the test set says
+        (root / "val" / name).mkdir(parents=True)
+        for i in range(1 + 2 * c):
+            shutil.copy(root / "test" / other / f"{i % 2}.png", root / "val" / name / f"{i}.png")
     fit(short_config(*folder_arm(root), "train.epochs=4", "method=bsce", "optim.lr=0.05"), fabric, tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     scores = [r["val_top1_ensemble"] for r in rows]
     best = runs.load_checkpoint(tmp_path / "run/best.ckpt")
     assert best["epoch"] == 1 + scores.index(max(scores)) and best["best"] == max(scores)
+    trained = load(tmp_path / "run/last.ckpt")
+    data, by_hand = data_of(trained, {}), {}
+    for split in ("validation", "test"):
+        x, y = next(iter(eval_batches(data.split(split), batch_size=9)))
+        by_hand[split] = 100 * (ensemble(trained.model(x)).argmax(1) == y).double().mean().item()
+    assert scores[-1] == pytest.approx(by_hand["validation"]) and by_hand["validation"] != by_hand["test"]
+    assert json.loads((tmp_path / "run/result.json").read_text())["metrics"]["top1_ensemble"] == pytest.approx(
+        by_hand["test"]
+    )
 
 
 def test_two_ranks_equal_one_process_at_equal_global_batch(fabric, tmp_path):
