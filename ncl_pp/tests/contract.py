@@ -13,6 +13,10 @@ def config(*overrides):
     return short_config("train.epochs=2", "data.test_per_class=5", *overrides)
 
 
+def reloaded(experts):
+    return NCLModel(experts).eval()
+
+
 def rates(cfg, step, steps):
     """One epoch of warm-up, then half a cosine to 0 over the rest; constant within an epoch."""
     epoch = step // steps + 1
@@ -25,8 +29,7 @@ def rates(cfg, step, steps):
 ACCUMULATES = ["method=nclpp", "schedule.warmup=0"]
 CLIPS = "not here: the published recipes do not clip"
 TEACHER = "not here: the experts teach each other"
-RELOADED = ["model.head=cosine", "+model.scale=5.0"]
-reloaded = NCLModel
+RELOADED = ["model.head=cosine", "+model.scale=5.0", "schedule.warmup=0"]
 
 ONE = ["schedule.warmup=0", "schedule.kind=step"]  # an epoch at the full rate
 NCL = ["method=ncl_moco", "moco.queue=32", *ONE]

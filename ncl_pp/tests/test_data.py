@@ -11,7 +11,15 @@ from common.data.batches import Plan, eval_batches
 from common.data.longtail import long_tail_counts, save_indices
 from ncl_pp.data import build_data
 from ncl_pp.tests.layouts import write_cifar, write_class_folders, write_image, write_lists, write_mnist
-from ncl_pp.transforms import AffineNoise, CropFlipCutout, Cutout, inference_transform, moco_transform, train_transform
+from ncl_pp.transforms import (
+    AffineNoise,
+    CropFlipCutout,
+    Cutout,
+    inference_transform,
+    moco_transform,
+    test_transform,
+    train_transform,
+)
 
 CPU = torch.device("cpu")
 
@@ -178,6 +186,37 @@ def test_cutout_zeroes_at_most_its_square():
     torch.manual_seed(0)
     areas = [(Cutout(16)(torch.ones(3, 32, 32))[0] == 0).sum().item() for _ in range(200)]
     assert max(areas) == 256 and min(areas) >= 64, "the centre is uniform, so the square may be clipped at the border"
+
+
+def test_training_images_are_normalised_as_test_images_are():
+    image = Image.new("RGB", (32, 32), (200, 100, 50))
+    for recipe in ("plain", "cifar_weak"):
+        seen, tested = train_transform(recipe, size=32)(image), test_transform(recipe, size=32)(image)
+        black = test_transform(recipe, size=32)(Image.new("RGB", (32, 32)))[:, :1, :1]
+        padded = (seen == black).all(0)  # beyond the border
+        assert padded.sum() < 32 * 8
+        torch.testing.assert_close(seen[:, ~padded], tested[:, ~padded])
+
+
+def test_the_released_order_of_the_strong_recipe():
+    """Crop and flip, AutoAugment of CIFAR, a black square, and only then the normalisation."""
+    recipe = train_transform("cifar", size=32)
+    names = [type(t).__name__ for t in recipe.transforms]
+    assert names == [
+        "RandomCrop",
+        "RandomHorizontalFlip",
+        "AutoAugment",
+        "PILToTensor",
+        "ToDtype",
+        "Cutout",
+        "Normalize",
+    ]
+    assert recipe.transforms[2].policy.value == "cifar10"
+    black = test_transform("cifar", size=32)(Image.new("RGB", (32, 32)))
+    torch.manual_seed(0)
+    for _ in range(20):
+        seen = recipe(Image.new("RGB", (32, 32), (255, 255, 255)))
+        assert (seen == black).all(0).sum() >= 64, "a square of black, not of the mean"
 
 
 # -------------------------------------------------------------------------------------------------------- second views

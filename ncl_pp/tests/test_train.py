@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ from PIL import Image
 from common import runs
 from common.data.batches import eval_batches
 from ncl_pp.checkpoint import data_of, load
+from ncl_pp.contrastive import MomentumContrast
 from ncl_pp.data import build_data
 from ncl_pp.model import ensemble
 from ncl_pp.tests.layouts import CONFIGS, DIGITS, SHORT, folder_arm, short_config
-from ncl_pp.train import build, fit
+from ncl_pp.train import build, fit, losses
 
 PAPER = CONFIGS.parent
 ARMS = sorted(p.stem for p in (CONFIGS / "method").glob("*.yaml"))
@@ -76,6 +78,21 @@ def test_the_contrastive_branch_trains_its_heads_and_moves_its_keys(fabric, tmp_
     assert after["contrast.pointer"] == images // 32 * 32 < 256, "one batch of keys enters the queue per step"
     contrast = json.loads((tmp_path / "metrics.jsonl").read_text())["contrast"]
     assert 0.4 < contrast / (0.5 * 3 * math.log(257)) < 1.2, "w_con times the sum over three experts"
+
+
+def test_the_keys_are_made_of_the_last_view_and_averaged_once_per_step(fabric, tmp_path, monkeypatch):
+    cfg = short_config("method=ncl_moco", "train.epochs=1", "schedule.kind=step", "schedule.warmup=0")
+    data = build_data(seed=0, **cfg.data)
+    model, criterion = build(cfg, data)
+    views, labels = list(torch.rand(criterion.copies + 1, 32, 1, 8, 8)), torch.arange(32) % 10
+    first, other = (
+        losses(deepcopy(model).eval(), criterion, [*views[:-1], last], labels) for last in (views[-1], views[0])
+    )
+    assert torch.equal(first["ce"], other["ce"]) and not torch.equal(first["contrast"], other["contrast"])
+    average, done = MomentumContrast.update, []
+    monkeypatch.setattr(MomentumContrast, "update", lambda self, nets: done.append(1) or average(self, nets))
+    fit(cfg, fabric, tmp_path)
+    assert len(done) == sum(data.counts) // 32
 
 
 def test_a_queue_that_does_not_fit_is_refused_before_anything_is_written(fabric, tmp_path):
