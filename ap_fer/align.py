@@ -6,6 +6,7 @@ points.csv: path,x1,y1,...,x5,y5 in pixels of the upright image: left eye, right
 the mouth, as seen in the image. No detector is included; any that gives five points will do (the paper: MTCNN)."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,20 @@ def _read(table: str | Path, numbers: int, what: str) -> dict[str, np.ndarray]:
         found[row[0]] = np.array([number(v, where) for v in row[1:]])
         names[Path(row[0]).name] += 1
     return found | {Path(p).name: row for p, row in found.items() if names[Path(p).name] == 1}
+
+
+def rows_of(table: Mapping[str, np.ndarray], paths: Sequence[Path]) -> dict[str, np.ndarray]:
+    """{str(path): its row} of a table of `read_landmarks` or `read_boxes`: the row whose listed path is the end of the image's;
+    by the file name alone only where no other of the images has it. Images without a row are left out."""
+    names, found = Counter(p.name for p in paths), {}
+    for path in paths:
+        whole = path.absolute()
+        ends = [whole.as_posix(), *("/".join(whole.parts[k:]) for k in range(1, len(whole.parts)))]
+        for end in ends[:-1] if names[path.name] > 1 else ends:
+            if end in table:
+                found[str(path)] = table[end]
+                break
+    return found
 
 
 def align_all(cfg: DictConfig) -> int:

@@ -158,9 +158,9 @@ def _affectnet_release(folder: Path, layout: str, num_classes: int) -> Labelled:
     """images/<n>.jpg (cropped to the face) and annotations/<n>_exp.npy, a text of one number."""
     found, images = Labelled(), _need(folder / "images", layout)
     for path in sorted(images_below(images), key=lambda p: (len(p.stem), p.stem)):
-        file = folder / "annotations" / f"{path.stem}_exp.npy"
+        file = _need(folder / "annotations" / f"{path.stem}_exp.npy", layout)
         try:
-            label = int(np.load(_need(file, layout), allow_pickle=False).item())
+            label = int(np.load(file, allow_pickle=False).item())
         except (ValueError, OSError) as error:
             raise ValueError(f"{file}: not the number of an expression ({error})") from error
         if 0 <= label < num_classes:
@@ -245,7 +245,7 @@ def folder(root: Path, split: str, *, num_classes: int | None = 7, **_: object) 
 def listed(root: Path, split: str, *, num_classes: int = 7, **_: object) -> Labelled:
     """train.csv and val.csv, "path,label" with a class name or our class id; paths relative to the root."""
     layout = "train.csv and val.csv with rows path,label"
-    table, found = root / {"train": "train.csv", "test": "val.csv"}[split], Labelled()
+    table, found, labels = root / {"train": "train.csv", "test": "val.csv"}[split], Labelled(), {}
     for number, row in read_table(_need(table, layout)):
         if [c.lower() for c in row[:2]] == ["path", "label"]:
             continue
@@ -257,6 +257,9 @@ def listed(root: Path, split: str, *, num_classes: int = 7, **_: object) -> Labe
             raise ValueError(
                 f"{where}: label {row[1]!r}; allowed are {', '.join(EXPRESSIONS[:num_classes])} or 0..{num_classes - 1}"
             )
+        if labels.setdefault(row[0], target) != target:
+            both = " and ".join(EXPRESSIONS[c] for c in (labels[row[0]], target))
+            raise ValueError(f"{where}: {row[0]} has the labels {both}")
         found.add(root / row[0], target)
     return found
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
-from ap_fer.align import align, read_boxes, read_landmarks
+from ap_fer.align import align, read_boxes, read_landmarks, rows_of
 from ap_fer.checkpoint import load
 from ap_fer.pooling_vit import Kept
 from ap_fer.token_selection import to_mask
@@ -64,12 +64,12 @@ Places = dict[str, np.ndarray] | None
 
 
 def prepare(about: dict, points: Places = None, boxes: Places = None) -> Callable[[Image.Image], Tensor]:
-    """PIL image -> (3, S, S) normalised as in training; by file name, the face is first aligned by its landmarks `points`, or cut
-    out by its box. ValueError for a face without."""
+    """PIL image -> (3, S, S) normalised as in training; the face is first aligned by its landmarks in `points`, or cut out by its
+    box; both by str(path), see `rows_of`. ValueError for a face without."""
     transform = inference_transform(size=about["size"], normalise=about["normalise"])
 
     def of(image: Image.Image, table: dict[str, np.ndarray], what: str) -> np.ndarray:
-        name = Path(getattr(image, "filename", "")).name
+        name = getattr(image, "filename", "")
         if name not in table:
             raise ValueError(f"no {what} for {name}")
         return table[name]
@@ -97,8 +97,8 @@ def predict(cfg: DictConfig, fabric: Fabric) -> Path:
     model, paths = fabric.setup_module(trained.model), find_images(cfg.images)
     if cfg.landmarks and cfg.boxes:
         raise ValueError("give landmarks= or boxes=: landmarks align the face, they need no box")
-    points = read_landmarks(cfg.landmarks) if cfg.landmarks else None
-    boxes = read_boxes(cfg.boxes) if cfg.boxes else None
+    points = rows_of(read_landmarks(cfg.landmarks), paths) if cfg.landmarks else None
+    boxes = rows_of(read_boxes(cfg.boxes), paths) if cfg.boxes else None
     stream = ImageStream(paths, prepare(about, points, boxes), batch_size=cfg.batch_size, workers=cfg.workers)
     names, drawn = output_names(paths), 0
     mean, std = (torch.tensor(about["normalise"][k]).view(3, 1, 1) for k in ("mean", "std"))
