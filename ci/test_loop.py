@@ -8,6 +8,9 @@ training of that paper, and gives a second, plain formulation of its schedule:
     KEYS = {"loss.hard": 0.5, ...}        for every key of the node `method` another value, one that must change the training;
                                           or (value, overrides) where that needs more overrides; or a reason (a text that begins
                                           with "not ") why it changes no weight
+    FRESH = [overrides]                   optional: under which a training begins with weights of its own draw
+    RELOADED = [overrides]                optional: values of options that the shapes of the weights do not tell
+    reloaded(model) -> module             optional: what is called in evaluation, around what checkpoint.load gives
     ACCUMULATES = [overrides]             under which micro-batches must give the gradient of the whole batch; or a reason
     CLIPS = (overrides, norm)             that clip the gradient to that norm; or a reason
     TEACHER = [overrides]                 of an arm with a teacher; or a reason
@@ -30,6 +33,7 @@ from omegaconf import OmegaConf
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from common import runs
+from common.data.batches import Plan
 from common.metrics.readme import PAPERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,9 +46,9 @@ pytestmark = pytest.mark.parametrize("paper", CHOSEN)
 @contextmanager
 def watched():
     """Records, of everything trained inside: each optimizer step (rates of the groups, gradients of the first one, gradient
-    norm), and after the first step each module that ran without gradients. A hook's config() may train a teacher: call it
-    before."""
-    seen = SimpleNamespace(steps=[], gradients=None, frozen={}, training=[])
+    norm), and after the first step each module that ran without gradients, or that learned in evaluation mode. A hook's
+    config() may train a teacher: call it before."""
+    seen = SimpleNamespace(steps=[], gradients=None, frozen={}, training=[], asleep=[])
 
     def before_step(optimizer, *_):
         grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
@@ -54,11 +58,15 @@ def watched():
         seen.steps.append(SimpleNamespace(rates=[g["lr"] for g in optimizer.param_groups], norm=norm))
 
     def before_forward(module, *_):
-        if torch.is_grad_enabled() or not seen.steps:
+        if not seen.steps:
+            return
+        own = list(module.parameters(recurse=False))
+        if torch.is_grad_enabled():
+            if not module.training and any(p.requires_grad for p in own):
+                seen.asleep.append(type(module).__name__)
             return
         if module.training:
             seen.training.append(type(module).__name__)
-        own = list(module.parameters(recurse=False))
         if own and not any(p.requires_grad for p in own):
             seen.frozen.setdefault(id(module), (module, [p.detach().clone() for p in own]))
 
@@ -143,14 +151,14 @@ def test_gradients_are_clipped(paper, fabric, tmp_path):
     assert max(s.norm for s in seen.steps) >= 0.5 * norm, "clipped to it, not away"
 
 
-def test_whatever_runs_without_gradients_is_in_evaluation_mode(paper, fabric, tmp_path):
-    """Teachers during training, and the network during evaluation."""
+def test_what_learns_is_in_training_mode_and_what_only_runs_in_evaluation_mode(paper, fabric, tmp_path):
+    """What only runs: teachers during training, and the network during evaluation."""
     hook = HOOKS[paper]
     overrides = [] if isinstance(hook.TEACHER, str) else hook.TEACHER
     cfg = hook.config(*overrides)
     with watched() as seen:
         hook.fit(cfg, fabric, tmp_path)
-    assert not seen.training
+    assert not seen.training and not seen.asleep
 
 
 def test_the_teacher_is_frozen_and_unchanged(paper, fabric, tmp_path):
@@ -161,6 +169,56 @@ def test_the_teacher_is_frozen_and_unchanged(paper, fabric, tmp_path):
     assert seen.frozen, "no frozen network was used while training"
     for module, before in seen.frozen.values():
         torch.testing.assert_close([p.detach() for p in module.parameters(recurse=False)], before, rtol=0, atol=0)
+
+
+class _Begun(Exception):
+    """The first step is about to be made, and enough is known."""
+
+
+def begun(hook, seed, fabric, out, monkeypatch):
+    """What a training has when it makes its first step: its weights, the seeds of its batches, and the images of the first one,
+    all batches being those of seed 0."""
+    seen = SimpleNamespace(start=[], seeds=[], images=None)
+    init = Plan.__init__
+
+    def planned(self, *args, **options):
+        init(self, *args, **options)
+        seen.seeds.append(self.seed)
+        self.seed = 0
+
+    def before_step(optimizer, *_):
+        seen.start = [p.detach().clone() for g in optimizer.param_groups for p in g["params"]]
+        raise _Begun
+
+    def before_forward(module, args):
+        if seen.images is None and torch.is_grad_enabled() and module.training:
+            seen.images = next(
+                (t.clone() for t in _leaves(args) if t.is_floating_point() and t.ndim == 4 and not t.is_meta), None
+            )
+
+    cfg = hook.config(f"seed={seed}", *getattr(hook, "FRESH", []))  # may train a teacher
+    handles = [
+        register_optimizer_step_pre_hook(before_step),
+        torch.nn.modules.module.register_module_forward_pre_hook(before_forward),
+    ]
+    try:
+        with monkeypatch.context() as patch, pytest.raises(_Begun):
+            patch.setattr(Plan, "__init__", planned)
+            hook.fit(cfg, fabric, out)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def test_the_seed_decides_the_start_the_batches_and_the_embedded_data(paper, fabric, tmp_path, monkeypatch):
+    a, b = (begun(HOOKS[paper], seed, fabric, tmp_path / str(seed), monkeypatch) for seed in (0, 1))
+    shapes = [[p.shape for p in seen.start] for seen in (a, b)]
+    assert shapes[0] == shapes[1], "FRESH must name a network that is the same for every seed"
+    assert any(not torch.equal(x, y) for x, y in zip(a.start, b.start, strict=True)), "the weights that it begins with"
+    assert all(x != y for x, y in zip(a.seeds, b.seeds, strict=True)), "which images form a batch"
+    if paper != "q_vit":  # whose canvases are drawn from the seed of the batches
+        assert a.images.shape != b.images.shape or not torch.equal(a.images, b.images), "the images themselves"
 
 
 def test_resumed_equals_uninterrupted(paper, fabric, tmp_path, monkeypatch):
@@ -183,6 +241,36 @@ def test_resumed_equals_uninterrupted(paper, fabric, tmp_path, monkeypatch):
     assert {k: v for k, v in whole.items() if "second" not in k} == {
         k: v for k, v in parts.items() if "second" not in k
     }
+
+
+def test_a_checkpoint_gives_back_the_network_that_was_evaluated(paper, fabric, tmp_path):
+    hook = HOOKS[paper]
+    cfg, calls = hook.config("train.epochs=1", *getattr(hook, "RELOADED", [])), {}
+
+    def after_forward(module, args, kwargs, output):
+        if not torch.is_grad_enabled() and not module.training and type(module) not in calls:
+            calls[type(module)] = args, kwargs, list(_leaves(output))
+
+    def before_step(*_):
+        calls.clear()  # a teacher's, or of weights that change once more
+
+    handles = [
+        register_optimizer_step_pre_hook(before_step),
+        torch.nn.modules.module.register_module_forward_hook(after_forward, with_kwargs=True),
+    ]
+    try:
+        hook.fit(cfg, fabric, tmp_path)
+    finally:
+        for handle in handles:
+            handle.remove()
+    model = importlib.import_module(f"{paper}.checkpoint").load(tmp_path / "last.ckpt").model
+    model = getattr(hook, "reloaded", lambda m: m)(model)
+    model = next(m for m in model.modules() if type(m) in calls)  # of several networks, the first
+    args, kwargs, output = calls[type(model)]
+    with torch.no_grad():
+        again = list(_leaves(model(*args, **kwargs)))
+    assert not model.training and len(again) == len(output) > 0
+    torch.testing.assert_close(again, output, rtol=1e-5, atol=1e-6)
 
 
 def test_every_key_of_the_method_changes_the_training(paper, fabric, tmp_path):

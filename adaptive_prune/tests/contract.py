@@ -13,7 +13,7 @@ from adaptive_prune.backbones import build_vit
 from adaptive_prune.settings import composed
 from adaptive_prune.train import fit
 
-__all__ = ["ACCUMULATES", "CLIPS", "KEYS", "TEACHER", "config", "fit", "rates"]
+__all__ = ["ACCUMULATES", "CLIPS", "FRESH", "KEYS", "RELOADED", "TEACHER", "config", "fit", "rates"]
 
 
 def sharp_vit(channels=1, classes=10):
@@ -53,6 +53,13 @@ def rates(cfg, step, steps):
 ACCUMULATES = ["method.thresholds=[0.01,0.015,0.02]"]
 CLIPS = (["train.clip=0.01"], 0.01)
 TEACHER = []
+FRESH = ["method=pretrain", "start.checkpoint=null"]
+RELOADED = [
+    "method.inference=masked",
+    "method.score=mean",
+    "parity.softmax=true",
+    "method.thresholds=[0.01,0.015,0.02]",
+]
 
 CUT = ["method.thresholds=[0.01,0.015,0.02]"]
 TOP = ["method=topk"]

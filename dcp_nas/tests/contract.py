@@ -14,7 +14,7 @@ from dcp_nas.data import build_data
 from dcp_nas.genotypes import find_genotype
 from dcp_nas.tests import layouts
 
-__all__ = ["ACCUMULATES", "CLIPS", "KEYS", "TEACHER", "config", "fit", "observe", "rates"]
+__all__ = ["ACCUMULATES", "CLIPS", "FRESH", "KEYS", "RELOADED", "TEACHER", "config", "fit", "observe", "rates"]
 
 TEACHER_FILE = Path(tempfile.gettempdir()) / "dcp_nas_contract_teacher.ckpt"
 
@@ -65,6 +65,8 @@ def rates(cfg, step, steps):
 ACCUMULATES = []
 CLIPS = (["train.clip=0.05"], 0.05)
 TEACHER = [f"teacher.weights={TEACHER_FILE}"]
+FRESH = ["genotype.draw=null", "genotype.name=DARTS_V2"]  # a random cell is another one for every seed
+RELOADED = ["stage.strict_1bit=true"]
 
 FELT = ["method.lam=10.0"]  # the tangent term as large as g
 BACK = ["method.decoupled.eta=0.1"]  # the backtracking as large as a step

@@ -5,7 +5,7 @@ import math
 from fm_vit.tests.helpers import short
 from fm_vit.train import fit
 
-__all__ = ["ACCUMULATES", "CLIPS", "KEYS", "TEACHER", "config", "fit", "rates"]
+__all__ = ["ACCUMULATES", "CLIPS", "KEYS", "RELOADED", "TEACHER", "config", "fit", "rates"]
 
 
 def config(*overrides):
@@ -26,6 +26,7 @@ def rates(cfg, step, steps):
 ACCUMULATES = ["method=fmvit"]
 CLIPS = (["optim.clip=0.01"], 0.01)
 TEACHER = "not here: no network teaches another"
+RELOADED = ["method.options.cmtb.share=0.2", "method.options.cmtb.mma=own"]
 KEYS = {
     "model": ("shared", ["method=shared", "method.model=fmvit"]), "modalities": "[rgb,ir]",
     "loss.paths": "[single]", "loss.weights.single": 0.5, "loss.weights.cross": 0.5,

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from common import runs
 from q_detr.train import fit
 
-__all__ = ["ACCUMULATES", "CLIPS", "KEYS", "TEACHER", "config", "fit", "rates"]
+__all__ = ["ACCUMULATES", "CLIPS", "FRESH", "KEYS", "RELOADED", "TEACHER", "config", "fit", "rates"]
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SHORT = [
@@ -61,6 +61,13 @@ def rates(cfg, step, steps):
 ACCUMULATES = ["method=teacher", "model.kind=smca"]
 CLIPS = (["train.clip_norm=0.05"], 0.05)
 TEACHER = []
+FRESH = ["method.start=random"]
+RELOADED = [
+    "method.quant.bits=3",
+    "method.quant.attention_bits=4",
+    "method.quant.da=both",
+    "method.quant.quantizer=lsq",
+]
 
 PARTS = "[backbone,encoder,decoder_attention]"
 KEYS = {

@@ -10,7 +10,7 @@ from common import runs
 from rbonn.tests.layouts import config as short
 from rbonn.train import fit
 
-__all__ = ["ACCUMULATES", "CLIPS", "KEYS", "TEACHER", "config", "fit", "rates"]
+__all__ = ["ACCUMULATES", "CLIPS", "KEYS", "RELOADED", "TEACHER", "config", "fit", "rates"]
 
 TEACHER = ["method=drelu_fixed", "teacher.arm=real", "init.arm=activations"]
 
@@ -39,6 +39,7 @@ def rates(cfg, step, steps):
 
 ACCUMULATES = ["method=drelu_fixed"]
 CLIPS = "not here: the published recipes do not clip (detect.py does, see test_detection.py)"
+RELOADED = ["method.const=0.5", "optim.lr=0.05"]
 
 FAST = ["optim.lr=0.05"]  # signs must flip within an epoch for small differences to show
 KEYS = {
