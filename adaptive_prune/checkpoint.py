@@ -106,7 +106,8 @@ def _about_released(classes: int, channels: int, data: Mapping[str, Any]) -> dic
     """What is known of weights that others published: ImageNet's classes and normalisation where they have 1000 classes."""
     names = [str(c) for c in range(classes)]
     if classes == 1000:
-        names = [str(ImageNetInfo("imagenet-1k").index_to_description(c)) for c in range(classes)]
+        known = ImageNetInfo("imagenet-1k")  # reads its files anew each time it is made
+        names = [str(known.index_to_description(c)) for c in range(classes)]
     stats = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
     return {
         "classes": names, "channels": channels, "size": data["size"], "crop": data["crop_pct"], "normalise": stats,
