@@ -2,16 +2,21 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
 
-from common import runs
+from common import runs, scripts
+from common.data.batches import Plan
+from common.data.images import Images
 from dcp_nas import checkpoint, genotypes, search, train
 from dcp_nas.average import mean_of
+from dcp_nas.child_parent import ChildParentSearch
 from dcp_nas.data import build_data
 from dcp_nas.genotypes import PAPER
 from dcp_nas.search_space import GENOTYPES, Genotype
@@ -109,6 +114,34 @@ def test_the_last_cell_within_the_skip_limit_is_kept(fabric, tmp_path, monkeypat
     )
     assert "the cell before that is kept" in capsys.readouterr().out
     assert Genotype.load(tmp_path / "genotype.json") == seen[2] != seen[3]
+
+
+def test_the_seed_decides_every_part_of_a_search(fabric, tmp_path, monkeypatch):
+    """The split into halves, the batches of each, the weights of the networks, alpha: each by itself."""
+    subset, found = Images.subset, []
+
+    def begun(self, *_):
+        tensors = [p.detach().clone() for p in self.nets["parent"].parameters()]
+        found[-1] |= {
+            "weights": torch.cat([t.flatten() for t in tensors]),
+            "alpha": self.arch["parent"].alphas[0].detach(),
+        }
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Images, "subset", lambda self, rows: found[-1]["halves"].append(rows) or subset(self, rows))
+    monkeypatch.setattr(
+        search, "Plan", lambda *a, **k: found[-1]["plans"].append(Plan(*a, **k)) or found[-1]["plans"][-1]
+    )
+    monkeypatch.setattr(ChildParentSearch, "step", begun)
+    for seed in (0, 1):
+        found.append({"halves": [], "plans": []})
+        with pytest.raises(KeyboardInterrupt):
+            search.fit(search_config(f"seed={seed}"), fabric, tmp_path / str(seed))
+    a, b = found
+    assert not torch.equal(a["weights"], b["weights"]) and not torch.equal(a["alpha"], b["alpha"])
+    assert not any(torch.equal(x, y) for x, y in zip(a["halves"], b["halves"], strict=True))
+    batches = [[next(plan.epoch(0))[1] for plan in one["plans"]] for one in found]
+    assert len(batches[0]) == 2 and not any(torch.equal(x, y) for x, y in zip(*batches, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -298,17 +331,28 @@ def run_script(*command, **more):
     )
 
 
-def test_search_and_train_run_from_inside_their_folder(tmp_path):
+def test_search_and_train_run_from_inside_their_folder(tmp_path, monkeypatch, capfd):
     """What the README says, shortened: the search that train.py makes by itself, on its own digits, then the training."""
+    start = subprocess.run
+    few = ["search.rounds=1", "search.steps=2"]
+    monkeypatch.setattr(
+        genotypes.subprocess, "run", lambda c, **more: start([*c, *few] if "search.py" in c else c, **more)
+    )
+    monkeypatch.chdir(PAPER)
+    monkeypatch.setattr(scripts, "_terminate_cleanly", lambda: None)
     short = ["data.train=120", "train.batch_size=32", "train.epochs=1", "model.channels=2", f"run_root={tmp_path}"]
-    done = run_script("train.py", *short)
-    assert done.returncode == 0 and "searching it first" in done.stdout and "epochs 1..1" in done.stdout, done.stderr
+    said = []
+    for more in ([], ["force=true"]):
+        monkeypatch.setattr(sys, "argv", ["train.py", *short, *more])
+        GlobalHydra.instance().clear()
+        runpy.run_path("train.py", run_name="__main__")
+        said.append(capfd.readouterr().out)
+    assert "searching it first" in said[0] and "epochs 1..1" in said[0]
+    assert "searching" not in said[1] and "epochs 1..1" in said[1], "force is for the stage itself"
     found = next(tmp_path.glob("default/search_dcp_ggn_do/for-*/seed0/genotype.json"))
     file = next(tmp_path.glob("default/dcp_ggn_do/*/seed0/last.ckpt"))
     about = runs.load_checkpoint(file)["about"]
     assert Genotype.parse(about["genotype"]) == Genotype.load(found)
-    again = run_script("train.py", *short, "force=true")
-    assert again.returncode == 0 and "searching" not in again.stdout, "force is for the stage itself"
 
 
 def test_a_search_that_train_makes_takes_its_own_configuration(tmp_path, monkeypatch):
