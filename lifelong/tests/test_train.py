@@ -416,3 +416,20 @@ def test_build_draws_the_same_weights_for_a_seed():
     )
     torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert not torch.equal(a["head.weight"], c["head.weight"])
+
+
+def test_the_seed_decides_the_images_of_the_stream_and_the_batches(fabric, tmp_path, monkeypatch):
+    found = []
+
+    def begun(fabric, learner, data, **_):
+        rows = torch.arange(200.0).view(-1, 1, 1, 1)
+        found.append((data[0], next(learner.epoch(rows, torch.zeros(200).long(), 1))[0].flatten()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lifelong.train.train_one_epoch", begun)
+    for seed in (0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            fit(config(f"seed={seed}"), fabric, tmp_path / str(seed))
+    (images, order), (others, another) = found
+    assert images.shape != others.shape or not torch.equal(images, others)
+    assert not torch.equal(order, another)
