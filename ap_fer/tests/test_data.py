@@ -230,6 +230,22 @@ def test_faces_are_imbalanced_in_training_and_balanced_in_two_tests():
         build_data(name="faces", seed=s, size=48, train_images=60, test_images=21, augment="none") for s in (1, 2)
     )
     assert torch.equal(again.test[0][0], built.test[0][0]) and not torch.equal(other.test[0][0], built.test[0][0])
+    (trained,), _ = next(iter(again.make(Plan(len(again.indices), 32, seed=0), torch.device("cpu")).epoch(1)))
+    tested = torch.stack([again.test[i][0] for i in range(42)])
+    for seen in (trained, tested):  # both normalised: undone, they are pictures from black to white
+        pixels = seen * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+        assert -1e-5 < pixels.min() < 0.1 and 0.9 < pixels.max() < 1 + 1e-5
+    assert (
+        len(
+            build_data(
+                name="faces", seed=1, size=48, train_images=60, test_images=7, augment="none", balance=False
+            ).indices
+        )
+        == 60
+    )
+    assert (
+        len(again.indices) == sum(f * n for f, n in zip(repeat_factors(again.counts), again.counts, strict=True)) > 60
+    )
     with pytest.raises(ValueError, match=r"augment=flip or none"):
         build_data(name="faces", seed=1, size=48, augment="raf")
     assert data_module.normalise(torch.full((1, 3, 1, 1), 0.5))[0, 0, 0, 0] == pytest.approx((0.5 - 0.485) / 0.229)
