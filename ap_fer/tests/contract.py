@@ -37,7 +37,7 @@ def rates(cfg, step, steps):
 ACCUMULATES = ["method=app_atp"]
 CLIPS = (["train.clip=0.001"], 0.001)
 TEACHER = "not here: no arm has a teacher"
-RELOADED = ["model.heads=4", "method.app.score=max", "method.app.lowest=true", "method.atp.source=softmax"]
+RELOADED = ["model.heads=4", "model.init_std=0.5", "optim.lr=0.05", "method.app.score=max", "method.atp.source=softmax"]
 
 # Tokens dropped by the last block are read by nobody: pool from the first one on.
 LEARNED = ["train.epochs=2", "optim.lr=0.02", "method.atp.rate=0.3", "method.atp.start=0"]
