@@ -136,7 +136,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(paper, fabric, tmp_p
         with watched() as seen:
             hook.fit(cfg, fabric, tmp_path / str(k))
         found.append(seen)
-    assert len(found[0].steps) == len(found[1].steps), "a step per global batch, whatever its micro-batches"
+    rates = [[step.rates for step in seen.steps] for seen in found]
+    assert rates[0] == rates[1], "a step per global batch, whatever its micro-batches, and a rate per step"
     for a, b in zip(found[0].gradients, found[1].gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(a.abs().max()) + 1e-9)
 
