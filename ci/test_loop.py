@@ -55,7 +55,8 @@ def watched():
         norm = torch.stack([g.detach().norm() for g in grads]).norm().item()
         if not seen.steps:
             seen.gradients = [g.detach().clone() for g in grads]
-        seen.steps.append(SimpleNamespace(rates=[g["lr"] for g in optimizer.param_groups], norm=norm))
+        rates = [g["lr"] for g in optimizer.param_groups]
+        seen.steps.append(SimpleNamespace(rates=rates, norm=norm, chance=torch.initial_seed()))
 
     def before_forward(module, *_):
         if not seen.steps:
@@ -111,6 +112,7 @@ def test_the_optimizer_has_the_scheduled_rate_times_each_groups_multiplier(paper
     assert len({tuple(e) for e in expected}) > 1, "the hook's training must have a schedule that moves"
     for step, (found, wanted) in enumerate(zip(seen.steps, expected, strict=True)):
         assert found.rates == pytest.approx(wanted, rel=1e-6, abs=1e-12), f"step {step}"
+    assert len({s.chance for s in seen.steps}) >= cfg.train.epochs, "dropout and its kin draw anew in every epoch"
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(paper, fabric, tmp_path, monkeypatch):

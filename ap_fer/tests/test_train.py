@@ -9,7 +9,7 @@ import pytest
 import torch
 from hydra.errors import MissingConfigException
 
-from ap_fer import stages
+from ap_fer import stages, train
 from ap_fer.build import build, build_optimizer
 from ap_fer.stages import stem_place, stems_first
 from ap_fer.tests.helpers import CONFIGS, SHORT, config, short_config, write_image
@@ -73,6 +73,15 @@ def test_resumed_equals_uninterrupted_bit_for_bit(method, resumed):
     rows = [json.loads(line)["top1"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
     best = int(found["best_epoch"])
     assert found["top1_best_epoch"] == max(rows) == rows[best - 1] and found["top1"] == rows[-1]
+
+
+def test_the_best_epoch_is_shown_beside_the_last_and_never_in_its_place(fabric, tmp_path, monkeypatch):
+    scripted = iter([10.0, 30.0, 20.0, 20.0])  # after every epoch, and of the whole training
+    monkeypatch.setattr(train, "evaluate", lambda *args, **options: ({"top1": next(scripted)}, None))
+    cfg = short_config("train.epochs=3", "train.eval_every=1", "data.train_images=64", "model.dim=16")
+    fit(cfg, fabric, tmp_path)
+    found = read(tmp_path)["metrics"]
+    assert (found["top1"], found["top1_best_epoch"], found["best_epoch"]) == (20, 30, 2)
 
 
 def folders(root):
