@@ -107,7 +107,7 @@ def test_every_defect_is_shown_by_a_test_that_exists_and_advice_stands_on_record
     document = load_document(ROOT / paper)
     for row in document["defects"]:
         file, _, name = row["test"].partition("::")
-        assert file.startswith(f"{paper}/tests/") and re.search(
+        assert file.startswith((f"{paper}/tests/", "common/tests/")) and re.search(
             rf"^def {re.escape(name)}\(", (ROOT / file).read_text(), flags=re.M
         ), row["test"]
     recorded = {i for e in evidence(ROOT / paper) for i, r in e.claims.items() if r["verdict"] != "not_run"}
