@@ -45,6 +45,10 @@ EXPECTED = (ValueError, OSError, RunError, FloatingPointError, OmegaConfBaseExce
 
 _SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1" and "HYDRA_FULL_ERROR_BY_FRAME" not in os.environ
 
+HYDRA_FLAGS = {
+    "-m", "--multirun", "-r", "--run", "-c", "--cfg", "--resolve", "-p", "--package", "-cn", "--config-name", "-cd", "--config-dir",
+    "-cp", "--config-path", "-i", "--info", "--hydra-help", "--version", "-sc", "--shell-completion", "--experimental-rerun",
+}  # fmt: skip
 # Values that no script of any paper can use, by the names that the papers share. (lowest, highest); None is open.
 LIMITS: dict[str, tuple[float | None, float | None]] = {
     "seed": (0, 2**32 - 1), "*.seed": (0, 2**32 - 1), "threads": (1, None), "*batch_size": (1, None), "*workers": (0, None),
@@ -94,6 +98,9 @@ def script(config: str = "config", body: Callable[..., Any] | None = None) -> An
         if {"-h", "--help"} & set(sys.argv[1:]):
             return print(options(here, config, sys.modules[body.__module__].__doc__ or ""))
         _terminate_cleanly()
+        if unknown := [w for w in sys.argv[1:] if w.startswith("-") and w.partition("=")[0] not in HYDRA_FLAGS]:
+            word = unknown[0].lstrip("-").partition("=")[0]
+            _end(ValueError(f"there is no option {unknown[0]}: options are words like {word}=..., see --help"))
         # Hydra raises its own errors as they are, and they end in one line below; a script that this one starts must not take it
         # for the user's wish.
         os.environ |= {"HYDRA_FULL_ERROR": "1"} | ({} if _SHOW_TRACEBACK else {"HYDRA_FULL_ERROR_BY_FRAME": "1"})

@@ -128,6 +128,8 @@ def run(toy, *args):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--optim.lr", "1"], "error: there is no option --optim.lr: options are words like optim.lr=..., see --help"),
+        (["seed=1", "--seed=2"], "error: there is no option --seed=2: options are words like seed=..., see --help"),
         (["optim.lrr=1"], "error: there is no key optim.lrr; did you mean optim.lr?"),
         (["method=c"], "error: method=c, allowed: a, b"),
         (["optim.lr=7"], "error: a value that is found late"),
