@@ -46,8 +46,9 @@ EXPECTED = (ValueError, OSError, RunError, FloatingPointError, OmegaConfBaseExce
 _SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1" and "HYDRA_FULL_ERROR_BY_FRAME" not in os.environ
 
 HYDRA_FLAGS = {
-    "-m", "--multirun", "-r", "--run", "-c", "--cfg", "--resolve", "-p", "--package", "-cn", "--config-name", "-cd", "--config-dir",
-    "-cp", "--config-path", "-i", "--info", "--hydra-help", "--version", "-sc", "--shell-completion", "--experimental-rerun",
+    "-m", "--multirun", "-r", "--run", "-c", "--cfg", "--resolve", "-p", "--package", "-cn", "--config-name", "-cd",
+    "--config-dir", "-cp", "--config-path", "-i", "--info", "--hydra-help", "--version", "-sc", "--shell-completion",
+    "--experimental-rerun",
 }  # fmt: skip
 # Values that no script of any paper can use, by the names that the papers share. (lowest, highest); None is open.
 LIMITS: dict[str, tuple[float | None, float | None]] = {
