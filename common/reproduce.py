@@ -357,7 +357,8 @@ def record(paper: Path, scale: str, extra: tuple[str, ...] = (), name: str = "")
 
 
 def verify(paper: Path, scale: str, name: str | None = None, extra: tuple[str, ...] = ()) -> bool:
-    """Run one recorded cell again (with the earlier stages it may read) and compare. True: every number is the recorded one."""
+    """Run one recorded cell again, by default the first that is more than counts, with the earlier stages it may read, and compare.
+    True: every number is the recorded one."""
     evidence = read_json(paper / "results" / scale / "provenance.json")
     if evidence is None:
         raise RunError(f"nothing recorded for {paper.name} at scale {scale}: make record-{paper.name} SCALE={scale}")
@@ -365,11 +366,12 @@ def verify(paper: Path, scale: str, name: str | None = None, extra: tuple[str, .
         f"code, configs and claims: {'as recorded' if evidence['code_sha256'] == code_hash(paper) else 'changed since'}"
     )
     recorded = {c["cell"]: c for c in evidence["cells"]}
-    if name is not None and name not in recorded:
+    name = name or next((c for c, found in recorded.items() if "counts" not in found["stage"]), next(iter(recorded)))
+    if name not in recorded:
         raise RunError(f"no recorded cell '{name}'; there are: {', '.join(recorded)}")
     with tempfile.TemporaryDirectory() as scratch:
         again = cells(paper, scale, (*extra, override("run_root", scratch)))
-        cell = next((c for c in again if c.name() == (name or evidence["cells"][0]["cell"])), None)
+        cell = next((c for c in again if c.name() == name), None)
         if cell is None:
             raise RunError(f"the sweeps of {paper.name} at scale {scale} no longer have the cell {name}")
         for c in [*_read_by(cell, again), cell]:
