@@ -357,7 +357,7 @@ def record(paper: Path, scale: str, extra: tuple[str, ...] = (), name: str = "")
 
 
 def verify(paper: Path, scale: str, name: str | None = None, extra: tuple[str, ...] = ()) -> bool:
-    """Run one recorded cell again, by default the first that is more than counts, with the earlier stages it may read, and compare.
+    """Run one recorded cell again, by default the first that is more than counts, with the earlier stages it may read.
     True: every number is the recorded one."""
     evidence = read_json(paper / "results" / scale / "provenance.json")
     if evidence is None:

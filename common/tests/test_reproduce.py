@@ -141,7 +141,9 @@ def test_from_nothing_to_recorded_and_verified_evidence(toy, monkeypatch, capfd)
     assert reproduce.verify(toy, "mini", "student/seed102"), "runs the teacher first, then the student"
     evidence = json.loads((target / "provenance.json").read_text())
     evidence["cells"][0]["metrics"]["top1"] += 0.01
-    evidence["cells"].insert(0, {**evidence["cells"][0], "cell": "counts/seed0", "stage": "00_counts"})  # trains nothing
+    evidence["cells"].insert(
+        0, {**evidence["cells"][0], "cell": "counts/seed0", "stage": "00_counts"}
+    )  # trains nothing
     (target / "provenance.json").write_text(json.dumps(evidence))
     assert not reproduce.verify(toy, "mini"), "a number that differs must be noticed"
     assert "DIFFERENT" in capfd.readouterr().out
