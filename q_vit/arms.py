@@ -63,6 +63,11 @@ def check(cfg: DictConfig) -> None:
     if method["percentile"] is not None and not 50 < method["percentile"] <= 100:
         raise ValueError(f"method.percentile={method['percentile']}, allowed: above 50, at most 100")
     lr_at(0, base_lr=cfg.optim.lr, steps=1, epochs=1, **cfg.schedule)
+    if is_float(method) and method["start"] == "teacher":
+        raise ValueError(
+            "method.bits=32 without rectification is the float network, which starts from random weights and has no teacher: "
+            "use method=fp, or method.irm=true for a student that is not quantised"
+        )
     check_data(**config["data"])
     if cfg.train.eval_every and not (cfg.data.validation or cfg.data.name == "folder"):
         raise ValueError(

@@ -3,7 +3,7 @@ attention distance, and the divergence of attention maps from those of the first
 
 python diagnose.py weights=[runs/default/fp/seed0/last.ckpt,runs/default/both/seed0/last.ckpt] out=diagnose.png
 
-Writes the figure and, beside it, the numbers as JSON."""
+Writes the figure and, beside it, all that it is drawn from as JSON."""
 
 import json
 from pathlib import Path
@@ -24,15 +24,17 @@ from q_vit.model import prefix_tokens
 from q_vit.quantized_vit import QuantAttention, Tapped
 
 COLOURS = ("#777777", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
+BINS = 60
+Row = dict[str, list[Any]]  # what: an entry per block
 
 
 @torch.no_grad()
-def diagnose(
-    model: nn.Module, images: Tensor, reference: list[Tensor] | None
-) -> tuple[dict[str, Any], list[Tensor], list]:
-    """({what: a number per block}, attention maps, (q, k) per block before quantisation) of a ViT.
+def diagnose(model: nn.Module, images: Tensor, reference: list[Tensor] | None) -> tuple[Row, list[Tensor]]:
+    """({what: an entry per block}, attention maps) of a ViT on images (B, C, H, W).
 
-    reference: maps of another network, from which the divergence is taken. ValueError for windows (Swin)."""
+    attention_distance in pixels; q_variance, k_variance before quantisation; q_entropy, k_entropy in bits, [] for real q and k;
+    q_histogram, k_histogram: {low, high, density}; attention_divergence in nats from the maps `reference`, where those have the
+    same shape. ValueError for windows (Swin), which have no common grid."""
     quantised = any(isinstance(m, QuantAttention) for m in model.modules())
     taps = Tapped(model.eval(), "pre_quant" if quantised else "raw")
     qk = taps(images)[1]
@@ -41,79 +43,112 @@ def diagnose(
         raise ValueError("diagnose is for ViT and DeiT: the windows of Swin have no common grid")
     maps, prefix = attention_maps(model, images), prefix_tokens(model)
     size: Any = model.patch_embed
-    found = {
-        "attention_distance": [attention_distance(p, size.grid_size, prefix=prefix) * size.patch_size[0] for p in maps],
-        "q_variance": [q.double().var(correction=0).item() for q, _ in qk],
-        "k_variance": [k.double().var(correction=0).item() for _, k in qk],
+    found: Row = {
+        "attention_distance": [attention_distance(p, size.grid_size, prefix=prefix) * size.patch_size[0] for p in maps]
     }
-    found |= {"q_entropy": code_entropies(model, images, "q"), "k_entropy": code_entropies(model, images, "k")}
+    for which, values in (("q", [q for q, _ in qk]), ("k", [k for _, k in qk])):
+        found[f"{which}_variance"] = [x.double().var(correction=0).item() for x in values]
+        found[f"{which}_entropy"] = code_entropies(model, images, which)  # pyright: ignore[reportArgumentType]
+        found[f"{which}_histogram"] = [histogram(x) for x in values]
     if reference is not None and [p.shape for p in reference] == [p.shape for p in maps]:
         found["attention_divergence"] = [attention_divergence(a, b) for a, b in zip(reference, maps, strict=True)]
-    return found, maps, qk
+    return found, maps
 
 
-def _histogram(axis: Any, values: Tensor, colour: str, name: str) -> None:
-    flat = values.flatten().float().cpu()
-    low, high = np.quantile(flat.numpy(), [0.005, 0.995])
-    axis.hist(flat.clamp(float(low), float(high)).numpy(), 60, histtype="step", density=True, color=colour, label=name)
+def histogram(values: Tensor) -> dict[str, Any]:
+    """{low, high, density: of BINS equal bins between them} of all values but the outermost half percent on each side."""
+    flat = values.flatten().double().cpu().numpy()
+    low, high = np.quantile(flat, [0.005, 0.995])
+    if low == high:  # one value
+        low, high = low - 0.5, high + 0.5
+    density, _ = np.histogram(flat, BINS, range=(low, high), density=True)
+    return {"low": float(low), "high": float(high), "density": [round(float(d), 5) for d in density]}
 
 
-def draw(names: list[str], numbers: list[dict[str, Any]], qk: list[list[tuple[Tensor, Tensor]]], out: Path) -> None:
-    """The figure, a colour per network: queries and keys of (up to four) blocks, and four numbers of every block."""
-    blocks = len(qk[0])
-    shown = sorted({round(i * (blocks - 1) / 3) for i in range(4)})
-    figure, axes = plt.subplots(3, 4, figsize=(13, 8), layout="constrained")
-    for axis in axes[:2, len(shown) :].flat:
-        axis.set_axis_off()
-    for k, (row, pairs) in enumerate(zip(numbers, qk, strict=True)):
-        colour = COLOURS[k % len(COLOURS)]
-        for column, block in enumerate(shown):
-            for line, (which, values) in enumerate(zip(("queries", "keys"), pairs[block], strict=True)):
-                _histogram(axes[line, column], values, colour, names[k])
-                axes[line, column].set_title(f"{which} before quantisation, block {block + 1}", fontsize=9)
-                axes[line, column].set(xlabel="value", ylabel="density")
-        series = {"attention_distance": row["attention_distance"], "variance": row["q_variance"]}
-        if row["q_entropy"]:
-            series["entropy"] = [(a + b) / 2 for a, b in zip(row["q_entropy"], row["k_entropy"], strict=True)]
-        series |= {"divergence": row["attention_divergence"]} if "attention_divergence" in row else {}
-        for axis, what in zip(axes[2], ("entropy", "variance", "attention_distance", "divergence"), strict=True):
-            if what in series:
-                axis.plot(range(1, blocks + 1), series[what], "o-", color=colour, markersize=4)
-    titles = (
-        ("entropy of the codes of q and k", "bits"), ("variance of the queries", "squared units of q"),
-        ("attention distance", "pixels"), (f"divergence of attention from {names[0]}", "nats"),
-    )  # fmt: skip
-    for axis, (title, unit) in zip(axes[2], titles, strict=True):
-        axis.set(xlabel="block", ylabel=unit, xticks=range(1, blocks + 1))
-        axis.set_title(title, fontsize=9)
-    axes[0, 0].legend(frameon=False, fontsize=7)
+# ----------------------------------------------------------------------------------------------------------- the figure
+def draw(table: dict[str, Row], out: Path) -> None:
+    """The figure of {name of a network: its numbers}: a column of histograms per network, a ridge per block, and below them
+    four numbers of every block, a colour per network."""
+    networks, blocks = list(table), len(next(iter(table.values()))["q_variance"])
+    figure = plt.figure(figsize=(max(2.2 * len(networks), 10), 5.4 + 0.25 * blocks), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1 + 0.25 * blocks, 1.35])
+    axes = top.subplots(2, len(networks), sharex="row", sharey=True, squeeze=False)
+    for line, (which, word) in enumerate((("q", "queries"), ("k", "keys"))):
+        for axis, name, colour in zip(axes[line], networks, _colours(table), strict=True):
+            _ridges(axis, table[name][f"{which}_histogram"], table[name][f"{which}_entropy"], colour)
+            axis.set_xlabel(f"value of {word}", fontsize=8)
+        axes[line, 0].set_ylabel(f"{word}: block", fontsize=8)
+    for axis, name, colour in zip(axes[0], networks, _colours(table), strict=True):
+        axis.set_title(name, fontsize=10, color=colour)
+    axes[0, 0].set(yticks=range(blocks), yticklabels=range(1, blocks + 1), ylim=(blocks - 0.8, -1.05))
+    top.suptitle("Before quantisation; at the right the entropy of the codes", fontsize=10)
+    _lines(bottom.subplots(1, 4), table, networks[0])
     figure.savefig(out, dpi=100)
     plt.close(figure)
 
 
-def run(cfg: DictConfig, fabric: Fabric) -> dict[str, dict[str, Any]]:
-    """Writes cfg.out and the JSON beside it; returns {network: {what: a number per block}}."""
+def _colours(table: dict[str, Row]) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(len(table))]
+
+
+def _ridges(axis: Any, histograms: list[dict[str, Any]], entropies: list[float], colour: str) -> None:
+    """The density of every block above its line, scaled to its own highest bin."""
+    for block, h in enumerate(histograms):
+        density = np.asarray(h["density"])
+        edges = np.linspace(h["low"], h["high"], len(density) + 1)
+        axis.stairs(block - 0.85 * density / density.max(), edges, baseline=block, fill=True, color=colour, alpha=0.6)
+        if entropies:
+            place = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "bottom", "fontsize": 7}
+            axis.text(0.99, block - 0.3, f"{entropies[block]:.2f} bit", **place)
+    axis.tick_params(labelsize=7)
+
+
+def _lines(axes: Any, table: dict[str, Row], first: str) -> None:
+    """Entropy, variance, attention distance and divergence by block."""
+    blocks = range(1, len(table[first]["q_variance"]) + 1)
+    for (name, row), colour in zip(table.items(), _colours(table), strict=True):
+        entropy = [(a + b) / 2 for a, b in zip(row["q_entropy"], row["k_entropy"], strict=True)]
+        series = (entropy, row["q_variance"], row["attention_distance"], row.get("attention_divergence"))
+        for axis, values in zip(axes, series, strict=True):
+            if values:
+                axis.plot(blocks, values, "o-", color=colour, markersize=4, label=name)
+    titles = (
+        ("entropy of the codes, mean of q and k", "bit"), ("variance of the queries", "squared units of q"),
+        ("attention distance", "pixels"), (f"divergence of attention from {first}", "nats"),
+    )  # fmt: skip
+    for axis, (title, unit) in zip(axes, titles, strict=True):
+        axis.set_xlabel("block", fontsize=8)
+        axis.set_ylabel(unit, fontsize=8)
+        axis.set_xticks(blocks)
+        axis.set_title(title, fontsize=9)
+        axis.tick_params(labelsize=7)
+    axes[2].legend(frameon=False, fontsize=7)
+
+
+def run(cfg: DictConfig, fabric: Fabric) -> dict[str, Row]:
+    """Writes cfg.out and the JSON beside it; returns {network: {what: an entry per block}}."""
     weights = [cfg.weights] if isinstance(cfg.weights, str) else list(cfg.weights)
-    out, numbers, pairs, names, reference = Path(cfg.out).expanduser(), [], [], [], None
+    out, table, reference = Path(cfg.out).expanduser(), {}, None
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"out={cfg.out}: give a name that ends in .png, .pdf or .svg")
-    for path in weights:
+    if cfg.names is not None and not len(cfg.names) == len(set(cfg.names)) == len(weights):
+        raise ValueError(f"names={list(cfg.names)}: give {len(weights)} different names, one per network")
+    for i, path in enumerate(weights):
         trained = load(path, bits=cfg.bits)
         test, _ = test_images(trained, cfg.data)
         images = torch.stack([test[i][0] for i in range(min(cfg.statistics_images, len(test)))]).to(fabric.device)  # type: ignore[arg-type]
-        found, maps, qk = diagnose(trained.model.to(fabric.device), images, reference)
+        found, maps = diagnose(trained.model.to(fabric.device), images, reference)
         reference = reference or maps
-        name = trained.config.get("arm") or Path(path).stem
-        names.append(name if name not in names else f"{name} {len(names) + 1}")
-        numbers.append(found)
-        pairs.append(qk)
-    if len(depths := {len(qk) for qk in pairs}) > 1:
+        name = cfg.names[i] if cfg.names else trained.config.get("arm") or Path(path).stem
+        table[name if name not in table else f"{name} {i + 1}"] = found
+    if len(depths := {len(row["q_variance"]) for row in table.values()}) > 1:
         raise ValueError(f"networks of {sorted(depths)} blocks cannot be set side by side: give networks of one depth")
+    for name in [n for n, row in table.items() if len(table) > 1 and "attention_divergence" not in row][1:]:
+        print(f"{name}: other tokens or heads than the first network, no divergence of attention")
     out.parent.mkdir(parents=True, exist_ok=True)
-    draw(names, numbers, pairs, out)
-    table = dict(zip(names, numbers, strict=True))
-    out.with_suffix(".json").write_text(json.dumps(table, indent=1) + "\n")
-    print(f"{len(names)} networks, {cfg.statistics_images} images: {out}, {out.with_suffix('.json')}")
+    draw(table, out)
+    out.with_suffix(".json").write_text(json.dumps(table) + "\n")
+    print(f"{len(table)} networks, {cfg.statistics_images} images: {out}, {out.with_suffix('.json')}")
     return table
 
 

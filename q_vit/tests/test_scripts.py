@@ -16,7 +16,9 @@ from common.quant.lsq import LSQQuantizer
 from common.quant.packed_weights import payload
 from q_vit.bench import bench
 from q_vit.checkpoint import load
-from q_vit.data import build_data
+from q_vit.data import build_data, test_transform
+from q_vit.diagnose import diagnose as diagnosis
+from q_vit.diagnose import histogram
 from q_vit.diagnose import run as diagnose
 from q_vit.evaluate import evaluate
 from q_vit.export import export
@@ -24,8 +26,8 @@ from q_vit.metrics import attention_distance, attention_divergence, imitation
 from q_vit.model import build_float, build_student
 from q_vit.packing import pack, quantised_weights, unpack
 from q_vit.predict import class_names, classify
-from q_vit.quantized_vit import Tapped
-from q_vit.tests.conftest import class_folders, config, result
+from q_vit.quantized_vit import Tapped, quantize_vit
+from q_vit.tests.conftest import class_folders, config, folder_arm, result
 from q_vit.train import fit
 
 MINI = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2, "mlp_ratio": 2.0}
@@ -188,6 +190,28 @@ def test_own_class_folders_from_training_to_names(fabric, tmp_path):
         evaluate(config(f"weights={weights}", f"data.root={only_test}", name="evaluate"), fabric)
 
 
+def test_a_network_for_384_pixels_names_images_of_any_size(fabric, tmp_path):
+    """Float and 8 bit, from training to a table; bits=32 is the float network bit for bit."""
+    root, own = class_folders(tmp_path / "data"), ["model.img_size=384", "model.patch_size=96", "data.size=384"]
+    fit(folder_arm(root, "method=fp", *own), fabric, tmp_path / "fp")
+    teacher = f"teacher.weights={tmp_path / 'fp/last.ckpt'}"
+    fit(folder_arm(root, "method=both", "method.bits=8", teacher, *own), fabric, tmp_path / "both")
+    for i, size in enumerate(((500, 300), (60, 90))):
+        Image.linear_gradient("L").resize(size).convert("RGB").save(tmp_path / f"{i}.png")
+    for name in ("fp", "both"):
+        model, _, about = load(tmp_path / name / "last.ckpt")
+        weights, out = tmp_path / name / "last.ckpt", tmp_path / f"{name}.csv"
+        images = f"images=[{tmp_path / '0.png'},{tmp_path / '1.png'}]"
+        found = rows(classify(config(f"weights={weights}", images, f"out={out}", "top=3", name="predict"), fabric))
+        look = {k: about[k] for k in ("channels", "size", "crop_pct", "normalise")}
+        x = torch.stack([test_transform(**look)(Image.open(tmp_path / f"{i}.png")) for i in range(2)])
+        assert x.shape == (2, 3, 384, 384) and {r["label"] for r in found} == {"blue", "green", "red"}
+        expected = model(x).softmax(-1).sort(descending=True).values.flatten().tolist()
+        assert [float(r["probability"]) for r in found] == pytest.approx(expected, abs=1e-5)
+        if name == "fp":
+            torch.testing.assert_close(quantize_vit(model, bits=32, irm=False)(x), model(x), rtol=0, atol=0)
+
+
 def test_attention_distance_and_divergence_in_closed_form():
     own = torch.eye(4).expand(1, 1, 4, 4)
     even = torch.full((1, 1, 4, 4), 0.25)
@@ -223,6 +247,47 @@ def test_imitation_is_the_mean_over_images_blocks_heads_queries_and_keys(preset)
     assert found["attention_kl"] == pytest.approx(kl.item(), rel=1e-4) and kl > 1e-6
     plain = build_float("vit", num_classes=10, in_channels=1, **MINI | {"depth": 2})  # a token less: no maps to compare
     assert imitation(model, plain, x[:2], prefix=(2, 1)).keys() == {"similarity_distance"}
+
+
+def test_diagnosis_of_a_block_without_queries_is_known():
+    """Its attention is even: distance, divergence from attention to oneself, variance and the densest bin in closed form."""
+    torch.manual_seed(0)
+    x = torch.rand(3, 1, 16, 16)
+    model = build_float("vit", num_classes=10, in_channels=1, **MINI | {"depth": 2}).eval()
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.weight[:24] = 0
+        model.blocks[1].attn.qkv.bias[:24] = 0
+    found, maps = diagnosis(model, x, [torch.eye(17).expand(3, 2, 17, 17)] * 2)
+    places = [(i, j) for i in range(4) for j in range(4)]
+    mean = sum(math.dist(a, b) for a in places for b in places) / 256
+    assert (
+        found["attention_distance"][1] == pytest.approx(4 * mean, rel=1e-6)
+        and mean != found["attention_distance"][0] / 4
+    )
+    assert found["attention_divergence"][1] == pytest.approx(math.log(17), rel=1e-6) and len(maps) == 2
+    assert found["q_variance"][1] == 0 < found["k_variance"][1] and found["q_entropy"] == found["k_entropy"] == []
+    flat = histogram(torch.linspace(-1, 3, 10_001))
+    assert (flat["low"], flat["high"]) == pytest.approx((-0.98, 2.98), abs=1e-3)
+    assert flat["density"] == pytest.approx([1 / 3.96] * 60, rel=0.02)
+
+
+def test_entropies_of_a_diagnosis_are_those_of_every_block_and_its_heads():
+    """One code for queries; for keys, under a step of nearly nothing, the entropy of their signs, head by head."""
+    torch.manual_seed(0)
+    x = torch.rand(8, 1, 16, 16)
+    teacher = build_float("vit", num_classes=10, in_channels=1, **MINI | {"depth": 2})
+    model = build_student(teacher, x, irm=False, bits=2).eval()
+    attention = model.blocks[1].attn
+    with torch.no_grad():
+        attention.q_quantizer.step.fill_(1e6)
+        attention.k_quantizer.step.fill_(1e-5)
+        attention.qkv.bias[24:36] += 0.2  # keys of the first head
+    found, _ = diagnosis(model, x, None)
+    keys = Tapped(model, "pre_quant")(x)[1][1][1].sign().transpose(0, 1).flatten(1)
+    shares = torch.stack([(keys == sign).double().mean(1) for sign in (-1, 0, 1)])
+    heads = torch.special.entr(shares).sum(0) / math.log(2)
+    assert found["q_entropy"][1] == 0 < found["q_entropy"][0] and heads[0] < 0.8 * heads[1]
+    assert found["k_entropy"][1] == pytest.approx(heads.mean().item(), abs=1e-6) and "attention_divergence" not in found
 
 
 def test_diagnose_sets_networks_side_by_side(fabric, root, checkpoint, tmp_path):
