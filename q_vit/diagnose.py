@@ -71,7 +71,7 @@ def draw(table: dict[str, Row], out: Path) -> None:
     four numbers of every block, a colour per network."""
     networks, blocks = list(table), len(next(iter(table.values()))["q_variance"])
     figure = plt.figure(figsize=(max(2.2 * len(networks), 10), 5.4 + 0.25 * blocks), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1 + 0.25 * blocks, 1.35])
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1 + 0.25 * blocks, 1.5])
     axes = top.subplots(2, len(networks), sharex="row", sharey=True, squeeze=False)
     for line, (which, word) in enumerate((("q", "queries"), ("k", "keys"))):
         for axis, name, colour in zip(axes[line], networks, _colours(table), strict=True):
@@ -113,16 +113,16 @@ def _lines(axes: Any, table: dict[str, Row], first: str) -> None:
             if values:
                 axis.plot(blocks, values, "o-", color=colour, markersize=4, label=name)
     titles = (
-        ("entropy of the codes, mean of q and k", "bit"), ("variance of the queries", "squared units of q"),
-        ("attention distance", "pixels"), (f"divergence of attention from {first}", "nats"),
+        ("entropy of the codes (mean of q, k)", "bit"), ("variance of the queries", "squared units of q"),
+        ("attention distance", "pixels"), ("divergence of the attention maps", f"nats, from {first}"),
     )  # fmt: skip
     for axis, (title, unit) in zip(axes, titles, strict=True):
         axis.set_xlabel("block", fontsize=8)
         axis.set_ylabel(unit, fontsize=8)
         axis.set_xticks(blocks)
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title, fontsize=8.5)
         axis.tick_params(labelsize=7)
-    axes[2].legend(frameon=False, fontsize=7)
+    axes[0].figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
 
 
 def run(cfg: DictConfig, fabric: Fabric) -> dict[str, Row]:
