@@ -122,7 +122,9 @@ def _lines(axes: Any, table: dict[str, Row], first: str) -> None:
         axis.set_xticks(blocks)
         axis.set_title(title, fontsize=8.5)
         axis.tick_params(labelsize=7)
-    axes[0].figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    axes[0].figure.legend(
+        *axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8
+    )
 
 
 def run(cfg: DictConfig, fabric: Fabric) -> dict[str, Row]:

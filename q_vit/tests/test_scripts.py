@@ -291,17 +291,18 @@ def test_entropies_of_a_diagnosis_are_those_of_every_block_and_its_heads():
 
 
 def test_diagnose_sets_networks_side_by_side(fabric, root, checkpoint, tmp_path):
+    """Every network is compared with the first."""
     teacher = root / "mini/fp/seed0/last.ckpt"
-    found = diagnose(
-        config(
-            f"weights=[{teacher},{checkpoint}]", f"out={tmp_path / 'd.png'}", "statistics_images=8", name="diagnose"
-        ),
-        fabric,
-    )
-    assert list(found) == ["fp", "test"] and json.loads((tmp_path / "d.json").read_text()) == found
+    own = [f"weights=[{teacher},{checkpoint},{teacher}]", f"out={tmp_path / 'd.png'}", "statistics_images=8"]
+    found = diagnose(config(*own, name="diagnose"), fabric)
+    assert list(found) == ["fp", "test", "fp 3"] and json.loads((tmp_path / "d.json").read_text()) == found
     assert found["fp"]["q_entropy"] == [] and 0 < found["test"]["q_entropy"][0] <= 4
-    assert found["fp"]["attention_distance"][0] > 0 and found["test"]["attention_divergence"][0] > 0
+    assert found["test"]["attention_divergence"][0] > 1e-6 and "attention_divergence" not in found["fp"]
+    assert found["fp 3"]["attention_divergence"] == pytest.approx([0], abs=1e-9)
     assert (tmp_path / "d.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="give 3 different names"):
+        diagnose(config(*own, "names=[a,b]", name="diagnose"), fabric)
+    assert list(diagnose(config(*own, "names=[a,2 bit,c]", name="diagnose"), fabric)) == ["a", "2 bit", "c"]
     deep = tmp_path / "deep"
     fit(config("method=fp", "arm=deep", "model.depth=2", "train.epochs=1"), fabric, deep)
     both = f"weights=[{teacher},{deep / 'last.ckpt'}]"
