@@ -71,7 +71,8 @@ def draw(table: dict[str, Row], out: Path) -> None:
     four numbers of every block, a colour per network."""
     networks, blocks = list(table), len(next(iter(table.values()))["q_variance"])
     figure = plt.figure(figsize=(max(2.2 * len(networks), 10), 5.4 + 0.25 * blocks), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1 + 0.25 * blocks, 1.5])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1 + 0.25 * blocks, 1.5])
+    top, bottom = parts
     axes = top.subplots(2, len(networks), sharex="row", sharey=True, squeeze=False)
     for line, (which, word) in enumerate((("q", "queries"), ("k", "keys"))):
         for axis, name, colour in zip(axes[line], networks, _colours(table), strict=True):

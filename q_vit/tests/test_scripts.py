@@ -18,7 +18,7 @@ from q_vit.bench import bench
 from q_vit.checkpoint import load
 from q_vit.data import build_data, test_transform
 from q_vit.diagnose import diagnose as diagnosis
-from q_vit.diagnose import histogram
+from q_vit.diagnose import draw, histogram
 from q_vit.diagnose import run as diagnose
 from q_vit.evaluate import evaluate
 from q_vit.export import export
@@ -309,6 +309,30 @@ def test_diagnose_sets_networks_side_by_side(fabric, root, checkpoint, tmp_path)
     with pytest.raises(ValueError, match=r"networks of \[1, 2\] blocks"):
         diagnose(config(both, f"out={tmp_path / 'e.png'}", name="diagnose"), fabric)
     assert not (tmp_path / "e.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("figure", "scale", "arms"),
+    [
+        ("fashion_mnist", "real_fashion_mnist", {"2-bit baseline": "baseline", "IRM": "irm", "DGD": "dgd", "Q-ViT": "both"}),
+        ("stressed", "mini", {"2-bit baseline under stress": "stressed_baseline", "IRM under stress": "stressed_irm"}),
+    ],
+)  # fmt: skip
+def test_the_figures_of_attention_show_the_recorded_networks(figure, scale, arms, tmp_path):
+    """Drawn from their numbers alone, which are those of the record on fewer images."""
+    results = Path(__file__).parents[1] / "results"
+    table = json.loads((results / f"attention/{figure}.json").read_text())
+    cells = {(r["arm"], r["seed"]): r for r in csv.DictReader((results / scale / "cells.csv").open())}
+    assert list(table)[1:] == list(arms)
+    for name, arm in arms.items():
+        row, cell = table[name], cells[arm, "100"]
+        entropy = [(q + k) / 2 for q, k in zip(row["q_entropy"], row["k_entropy"], strict=True)]
+        assert sum(entropy) / len(entropy) == pytest.approx(float(cell["qk_entropy"]), abs=0.03), name
+        kl = row["attention_divergence"]
+        assert sum(kl) / len(kl) == pytest.approx(float(cell["attention_kl"]), rel=0.1), name
+        assert row["q_variance"][0] == pytest.approx(float(cell["q_variance_0"]), rel=0.1), name
+    draw(table, tmp_path / "again.png")
+    assert Image.open(tmp_path / "again.png").size == Image.open(results / f"attention/{figure}.png").size
 
 
 def test_bench_writes_its_rows_and_they_make_the_table(tmp_path):
