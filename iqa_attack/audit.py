@@ -210,7 +210,7 @@ def run_audit(cfg: DictConfig, fabric: Fabric) -> dict[str, float]:
                 print(
                     f"{seconds:.1f} s for the first image, about {seconds * (len(todo) - 1) / 60:.1f} min for the rest"
                 )
-        found = finish(cfg, state["rows"], scored, out)
+        found = finish(cfg, state["rows"], scored, out, state["left_out"])
         run.finish(found)
     for line in state["left_out"]:
         print(f"left out: {line}", file=sys.stderr)
@@ -239,7 +239,9 @@ def audit_one(cfg: DictConfig, scored: Scored, x0: Tensor, name: str, out: Path)
     )  # fmt: skip
 
 
-def finish(cfg: DictConfig, rows: list[dict[str, Any]], scored: Scored, out: Path) -> dict[str, float]:
+def finish(
+    cfg: DictConfig, rows: list[dict[str, Any]], scored: Scored, out: Path, left_out: list[str]
+) -> dict[str, float]:
     """The table, the page and what to say at the end. ValueError where no image could be audited."""
     if not rows:
         raise ValueError(f"no image of {cfg.images} could be audited")
@@ -248,7 +250,13 @@ def finish(cfg: DictConfig, rows: list[dict[str, Any]], scored: Scored, out: Pat
             table.write(row)
     found = summary(rows)
     write_page(
-        out / "index.html", rows, found, model=str(cfg.model), fidelity=cfg.fidelity, calibration=scored.calibration
+        out / "index.html",
+        rows,
+        found,
+        model=str(cfg.model),
+        fidelity=cfg.fidelity,
+        calibration=scored.calibration,
+        left_out=left_out,
     )
     interval = "" if len(rows) < 2 else f" [{found['r_low']:.2f}, {found['r_high']:.2f}]"
     noise = f"{found['r_random']:.2f} under noise at the same distance"

@@ -95,8 +95,12 @@ def calibrate(
 def check_calibration(name: str, calibration: Calibration, floor: float) -> None:
     """ValueError for a calibration whose rank correlation is below `floor`."""
     if not calibration.srcc >= floor:
-        wrong = calibration.srcc < 0
-        hint = "its sign is wrong: higher_is_better must be the other value" if wrong else "it is not competent"
+        wrong = calibration.srcc < -FLOOR
+        hint = (
+            "its sign is wrong: higher_is_better must be the other value"
+            if wrong
+            else "it does not rank these distortions"
+        )
         raise ValueError(
             f"{name}: SRCC {calibration.srcc:.3f} on {calibration.images} images of known quality, needed: {floor:g}; {hint}. "
             "On a scale like this R would mean nothing"

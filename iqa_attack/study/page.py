@@ -15,7 +15,7 @@ td:first-child, th:first-child { text-align: left; } figure { display: inline-bl
 figure img { width: 100%; image-rendering: pixelated; } figcaption { text-align: center; color: #444; }"""
 COLUMNS = {
     "image": "image", "before": "before", "after": "after", "random": "noise", "r": "R", "r_random": "R of noise",
-    "max_change": "largest change", "visibility": "visibility", "gradient": "gradient",
+    "max_change": "largest change, of 255", "visibility": "visibility, JND", "gradient": "gradient",
 }  # fmt: skip
 
 
@@ -27,9 +27,10 @@ def write_page(
     model: str,
     fidelity: str,
     calibration: Calibration,
+    left_out: Sequence[str] = (),
 ) -> None:
     """Writes the page beside the folder images/. summary: R and its interval of the attack and of the control; calibration: how
-    the raw scores were brought to 0..10."""
+    the raw scores were brought to 0..10; left_out: lines about images that are not in the table."""
 
     def interval(key: str) -> str:
         if summary["images"] < 2:
@@ -41,10 +42,12 @@ def write_page(
     blind = any(row["gradient"] != "exact" for row in rows)
     note = "<p><b>The model has no gradient: it was attacked with random squares. A large R here is not robustness.</b></p>"
     doubt = (
-        f"<p><b>It ranks images of known quality with an SRCC of {calibration.srcc:.2f}, below {COMPETENT}: how stable a model "
+        f"<p><b>The model ranks images of known quality with an SRCC of {calibration.srcc:.2f}, below {COMPETENT}: how stable a model "
         "is that knows little of quality says little.</b></p>"
     )
     pictures = "".join(_pictures(row) for row in rows)
+    lines = "".join(f"<li>{escape(line)}</li>" for line in left_out)
+    missing = f"<p>Left out, {len(left_out)}:</p><ul>{lines}</ul>" if left_out else ""
     title = escape(model)
     path.write_text(f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>
@@ -56,7 +59,7 @@ The score moved by {summary["change_after"]:.2f} of 10 under the attack, by {sum
 {note if blind else ""}{doubt if calibration.srcc < COMPETENT else ""}
 <p>Scores are mapped to 0..10: {escape(str(calibration))}.
 Visibility is in just-noticeable differences (a formula, no people).</p>
-<table><tr>{head}</tr>{body}</table>{pictures}</html>
+<table><tr>{head}</tr>{body}</table>{missing}{pictures}</html>
 """)
 
 

@@ -73,6 +73,7 @@ def test_the_page_of_a_callable(folder, fabric, tmp_path, capsys):
     interval = re.search(r"R under the attack \(chebyshev\): <b>([\d.]+) \[(-?[\d.]+), ([\d.]+)\]</b>", page)
     assert interval and float(interval[2]) < float(interval[1]) < float(interval[3])
     assert "random squares" not in page and "below 0.8" in page, "the sharpness of an image is not its quality"
+    assert "Left out, 1:" in page and "broken.png: cannot decode" in page
     assert f"(raw {float(rows[0]['raw_after']):.4g})" in page
 
 

@@ -43,10 +43,11 @@ def test_a_wrong_sign_and_a_blind_model_are_refused(few):
         calibrate(Oracle(few, -1), "turned", data=few, b3=0.0, b4=1.0)
     with pytest.raises(ValueError, match="flat gives constant scores"):
         calibrate(CallableMetric(lambda x: x.sum((1, 2, 3)) * 0, higher_is_better=True), "flat", data=few)
-    with pytest.raises(ValueError, match="not competent"):
-        check_calibration("weak", Calibration(0, 1, 0.1, 20, "given"), 0.3)
-    with pytest.raises(ValueError, match="not competent"):
-        check_calibration("nan", Calibration(0, 1, float("nan"), 20, "given"), 0.3)
+    for srcc in (0.1, -0.1, float("nan")):  # a weak model is not called turned: the other sign would be refused as well
+        with pytest.raises(ValueError, match="does not rank these distortions"):
+            check_calibration("weak", Calibration(0, 1, srcc, 20, "given"), 0.3)
+    with pytest.raises(ValueError, match="its sign is wrong"):
+        check_calibration("turned", Calibration(0, 1, -0.9, 20, "given"), 0.95)
 
 
 def test_a_turned_model_would_have_read_as_stable():
