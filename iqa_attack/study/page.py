@@ -42,8 +42,8 @@ def write_page(
     blind = any(row["gradient"] != "exact" for row in rows)
     note = "<p><b>The model has no gradient: it was attacked with random squares. A large R here is not robustness.</b></p>"
     doubt = (
-        f"<p><b>The model ranks images of known quality with an SRCC of {calibration.srcc:.2f}, below {COMPETENT}: how stable a model "
-        "is that knows little of quality says little.</b></p>"
+        f"<p><b>The model ranks images of known quality with an SRCC of {calibration.srcc:.2f}, below {COMPETENT}: how stable a "
+        "model is that knows little of quality says little.</b></p>"
     )
     pictures = "".join(_pictures(row) for row in rows)
     lines = "".join(f"<li>{escape(line)}</li>" for line in left_out)
