@@ -90,13 +90,15 @@ def draw_transfer(folder: Path) -> Path:
     drawn = None
     for ax, (fr, label) in zip(axes, MEASURES.items(), strict=True):
         columns = [found[f"{n}_{fr}_perceptual"] for n in attacked]
-        r = np.array([[m[f"r_{n}"] for m in columns] for n in attacked])
+        evaluated = [n for n in names if f"r_{n}" in columns[0]]
+        r = np.array([[m[f"r_{n}"] for m in columns] for n in evaluated])
         drawn = ax.imshow(r, cmap="viridis", vmin=0, vmax=5, aspect="auto")
         for (i, j), value in np.ndenumerate(r):
-            weight, colour = "bold" if i == j else "normal", "white" if value < 3 else "black"
+            weight = "bold" if evaluated[i] == attacked[j] else "normal"
+            colour = "white" if value < 3 else "black"
             ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, weight=weight)
         ax.set_xticks(range(len(attacked)), [NAMES[n] for n in attacked])
-        rows = [f"{NAMES[n]} ({np.mean([m[f'srcc_clean_{n}'] for m in columns]):.2f})" for n in attacked]
+        rows = [f"{NAMES[n]} ({np.mean([m[f'srcc_clean_{n}'] for m in columns]):.2f})" for n in evaluated]
         ax.set_yticks(range(len(attacked)), rows)
         ax.set_xlabel(f"counterexamples of, under {label}")
     axes[0].set_ylabel("evaluated (clean SRCC)")

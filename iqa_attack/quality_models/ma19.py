@@ -15,14 +15,15 @@ BINS = sum(n * n for n in LEVELS)
 
 
 class GDN(nn.Module):
-    """y_i = x_i / sqrt(beta_i + sum_j gamma_ji x_j^2), over channels. gamma starts at the identity, beta at 1e-4.
+    """y_i = x_i / sqrt(beta_i + sum_j gamma_ji x_j^2), over channels. gamma starts at a multiple of the identity; with 1 and
+    1e-4, as in the released code, every output starts near the sign of its input.
 
     `project()` keeps both positive; call it after every optimiser step."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, *, gamma: float = 1.0, beta: float = 1e-4):
         super().__init__()
-        self.gamma = nn.Parameter(torch.eye(channels))
-        self.beta = nn.Parameter(torch.full((channels,), 1e-4))
+        self.gamma = nn.Parameter(gamma * torch.eye(channels))
+        self.beta = nn.Parameter(torch.full((channels,), beta))
 
     def forward(self, x: Tensor) -> Tensor:
         pool = F.conv2d(x**2, self.gamma.T[:, :, None, None], self.beta)
@@ -53,18 +54,21 @@ def spatial_pyramid(x: Tensor) -> Tensor:
 class Ma19(nn.Module):
     """forward: images (B, 3, H, W) in 0..1 -> quality (B,), larger = better. `distribution` also gives the variance.
 
-    pooling "gap": global average pooling in place of the pyramid (the paper's ablation of claim C5)."""
+    pooling "gap": global average pooling in place of the pyramid (the paper's ablation). gamma, beta: where the normalisations
+    start."""
 
     minimum = 24
 
-    def __init__(self, *, width: int = 48, pooling: str = "spp"):
+    def __init__(self, *, width: int = 48, pooling: str = "spp", gamma: float = 1.0, beta: float = 1e-4):
         super().__init__()
         if pooling not in ("spp", "gap"):
             raise ValueError(f"pooling={pooling!r}, allowed: spp, gap")
+        if gamma <= 0 or beta <= 0:
+            raise ValueError(f"gamma={gamma}, beta={beta}, allowed: > 0")
         self.width, self.pooling = width, pooling
         channels = [3, width, width, width, width]
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(channels))
-        self.norms = nn.ModuleList(GDN(width) for _ in self.convs)
+        self.norms = nn.ModuleList(GDN(width, gamma=gamma, beta=beta) for _ in self.convs)
         self.fc1 = nn.Linear(width * (BINS if pooling == "spp" else 1), 128)
         self.fc2 = nn.Linear(128, 2)
         for conv in self.convs:

@@ -84,6 +84,14 @@ def test_ma19_variants_and_batches():
     assert Ma19(width=6, pooling="gap").fc1.in_features == 6
     with pytest.raises(ValueError, match="pooling='max', allowed: spp, gap"):
         Ma19(pooling="max")
+    with pytest.raises(ValueError, match=r"beta=0\.0, allowed: > 0"):
+        Ma19(beta=0.0)
+    soft = Ma19(width=6, gamma=0.1, beta=1.0)
+    again = Ma19(**soft.options())
+    again.load_state_dict(soft.state_dict())
+    torch.testing.assert_close(again(x), soft(x), rtol=0, atol=0)
+    channel = soft.norms[0](torch.full((1, 6, 1, 1), 0.5))
+    torch.testing.assert_close(channel, torch.full((1, 6, 1, 1), 0.5 / (1 + 0.1 * 0.25) ** 0.5))
     with pytest.raises(ValueError, match="Ma19 needs images of at least 24"):
         model(torch.rand(1, 3, 20, 40))
 
