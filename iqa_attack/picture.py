@@ -4,6 +4,7 @@
 python picture.py                               pictures/idea.png: a photograph, under noise, and attacked
 python picture.py what=transfer                 results/<scale>/transfer.png: R of every model on every model's counterexamples
 python picture.py what=photographs data.root=   pictures/photographs.png: of every model the counterexample of median change
+python picture.py what=sensitivity              pictures/sensitivity.png: where models are sensitive, from runs of sensitivity.py
 """
 
 import csv
@@ -99,7 +100,7 @@ def draw_transfer(folder: Path) -> Path:
             ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, weight=weight)
         ax.set_xticks(range(len(attacked)), [NAMES[n] for n in attacked])
         rows = [f"{NAMES[n]} ({np.mean([m[f'srcc_clean_{n}'] for m in columns]):.2f})" for n in evaluated]
-        ax.set_yticks(range(len(attacked)), rows)
+        ax.set_yticks(range(len(evaluated)), rows)
         ax.set_xlabel(f"counterexamples of, under {label}")
     axes[0].set_ylabel("evaluated (clean SRCC)")
     figure.colorbar(drawn, ax=axes, label="R, larger = more stable")  # type: ignore[arg-type]
@@ -165,8 +166,12 @@ def main(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
         print(
             draw_photographs(Path(cfg.run_root), cfg.scale, cfg.seed, cfg.data.root, HERE / "pictures/photographs.png")
         )
+    elif cfg.what == "sensitivity":
+        drawn = Image.open(next((Path(cfg.run_root) / cfg.scale).glob(f"sensitivity_*/seed{cfg.seed}/sensitivity.png")))
+        half = drawn.convert("RGB").crop((0, 0, drawn.width, drawn.height // 2))
+        half.quantize(64).save(HERE / "pictures/sensitivity.png", optimize=True)
     else:
-        raise ValueError(f"what={cfg.what}, allowed: idea, transfer, photographs")
+        raise ValueError(f"what={cfg.what}, allowed: idea, transfer, photographs, sensitivity")
 
 
 if __name__ == "__main__":
