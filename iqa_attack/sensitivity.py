@@ -133,6 +133,9 @@ def of_attacks(cfg: DictConfig, attacks: dict[str, Attacks], names: Sequence[str
 
 def read(cfg: DictConfig) -> tuple[Models, QualitySet]:
     """The models of a training and the images that are attacked. ValueError or FileNotFoundError for what is not there."""
+    for key in ("attacked", "fidelity"):
+        if isinstance(cfg[key], str):
+            raise ValueError(f"{key}={cfg[key]}: a list is needed, {key}=[{cfg[key]}]")
     if cfg.attacked and (len(cfg.attacked) < 2 or not cfg.fidelity):
         raise ValueError(
             f"attacked={list(cfg.attacked)}, fidelity={list(cfg.fidelity)}: two models and a measure are needed"
