@@ -40,11 +40,13 @@ from iqa_attack.perceptual_attack import (
 )
 from iqa_attack.photographs.images import check_images, read_image, write_png
 from iqa_attack.quality_metrics import stability, stability_interval
-from iqa_attack.quality_models.calibration import Scored, calibrate
+from iqa_attack.quality_models.calibration import Scored, calibrate, check_calibration
 from iqa_attack.quality_models.models import CallableMetric, load_any
 from iqa_attack.random_control import draw_seeds, random_at_distance
 from iqa_attack.study.page import write_page
 from iqa_attack.study.pictures import amplified_png
+
+PIXELS = 2**21  # in one pass: candidates of a large photograph are attacked one after the other
 
 
 def has_gradient(score: Callable[[Tensor], Tensor], x0: Tensor) -> bool:
@@ -86,11 +88,13 @@ def audit(
 def audit_scored(
     scored: Scored, images: Tensor, *, names: Sequence[str], fidelity: str = "chebyshev", vgg16: str | None = None,
     strengths: Sequence[float] | None = None, steps: int = 40, black_box: bool | None = None, observer=None,
-    out: str | Path | None = None, seed: int = 0, **options,
+    out: str | Path | None = None, seed: int = 0, chunk: int | None = None, **options,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """`audit` of a calibrated model. fidelity: chebyshev (projected), ssim, ms_ssim, lpips, dists (the last two with vgg16, a
     file). strengths: gray levels or values of lambda, null: the short grid. black_box: null takes random squares where the
-    gradient vanishes; False raises VanishingGradient there. out: folder for images. options: of `perceptual_attack`."""
+    gradient vanishes; False raises VanishingGradient there. out: folder for images. chunk: candidates in one pass, null: about
+    two million pixels. options: of `perceptual_attack`."""
+    chunk = chunk or max(1, PIXELS // images[0, 0].numel())
     distance = build_fr(kind=fidelity, **({"weights_path": vgg16} if vgg16 else {})).to(images.device)
     x0, chebyshev = quantise(images), fidelity == "chebyshev"
     check_images(x0, max(scored.minimum, distance.minimum), "the audit")  # type: ignore[type-var]
@@ -101,10 +105,11 @@ def audit_scored(
     levels = grid("sign", kind=fidelity, projected=chebyshev or black_box, lambda_on="fidelity")
     made = attacked(
         scored, distance, x0, strengths or levels, projected=chebyshev, steps=steps, seeds=draw_seeds(seed, names, 0),
-        black_box=black_box, seed=seed, **options,
+        black_box=black_box, seed=seed, chunk=chunk, **options,
     )  # fmt: skip
     table = torch.zeros(len(made), len(x0), dtype=torch.float64)
-    x = judge(scored, observer or SimulatedObserver(), x0, made, table, names).counterexamples(x0)
+    watching = observer or SimulatedObserver()
+    x = judge(scored, watching, x0, made, table, names, chunk=chunk).counterexamples(x0)
     about = describe(x, x0, distance)
     target = torch.tensor(about["distance"]).to(x0)
     noise = random_at_distance(distance, x0, target, draw_seeds(seed, names, 1), chebyshev=chebyshev)
@@ -112,7 +117,7 @@ def audit_scored(
         for i, name in enumerate(names):
             for what, image in (("original", x0[i]), ("attacked", x[i]), ("difference", amplified_png(x[i], x0[i]))):
                 write_png(Path(out) / "images" / f"{name}_{what}.png", image)
-    raw = {when: scores(scored.model, v) for when, v in (("before", x0), ("after", x), ("random", noise))}
+    raw = {when: scores(scored.model, v, chunk) for when, v in (("before", x0), ("after", x), ("random", noise))}
     found = rows_of(scored, names, raw, {k: about[k] for k in ("distance", "visibility", "max_change")})
     return [{**row, "gradient": "none: random squares" if black_box else "exact"} for row in found]
 
@@ -163,7 +168,9 @@ def load_model(cfg: DictConfig, fabric: Fabric) -> Scored:
         models = load(cfg.weights).model
         if cfg.model not in models:  # type: ignore[operator]
             raise ValueError(f"model={cfg.model}, {cfg.weights} holds {', '.join(models)}")  # type: ignore[arg-type]
-        return models[cfg.model].to(fabric.device)  # type: ignore[index]
+        found = models[cfg.model].to(fabric.device)  # type: ignore[index]
+        check_calibration(cfg.model, found.calibration, cfg.calibration_floor)
+        return found
     model = load_any(str(cfg.model), higher_is_better=cfg.higher_is_better).to(fabric.device)
     found = calibrate(model, str(cfg.model), b3=cfg.b3, b4=cfg.b4, floor=cfg.calibration_floor, device=fabric.device)
     return Scored(model, found).eval()
@@ -186,6 +193,12 @@ def run_audit(cfg: DictConfig, fabric: Fabric) -> dict[str, float]:
             start = time.perf_counter()
             try:
                 x0 = read_image(path)[None].to(fabric.device)
+                if i == 0:
+                    ahead = seconds_ahead(cfg, scored, x0)
+                    print(
+                        f"about {ahead:.0f} s for an image of {x0.shape[3]} x {x0.shape[2]} pixels, {len(todo)} images",
+                        flush=True,
+                    )
                 state["rows"] += [{**r, "path": str(path)} for r in audit_one(cfg, scored, x0, names[path], out)]
             except ValueError as error:
                 state["left_out"].append(f"{path}: {error}")
@@ -207,6 +220,15 @@ def run_audit(cfg: DictConfig, fabric: Fabric) -> dict[str, float]:
     return found
 
 
+def seconds_ahead(cfg: DictConfig, scored: Scored, x0: Tensor) -> float:
+    """How long an image of this size will take: a pass forward and backward on the clock, times steps and strengths."""
+    blind, start = bool(cfg.black_box) or not has_gradient(scored.model, x0), time.perf_counter()
+    scores(scored, x0) if blind else has_gradient(scored.model, x0)
+    passed, projected = time.perf_counter() - start, blind or cfg.fidelity == "chebyshev"
+    levels = cfg.strengths or grid("sign", kind=cfg.fidelity, projected=projected, lambda_on="fidelity")
+    return passed * cfg.steps * len(levels)
+
+
 def audit_one(cfg: DictConfig, scored: Scored, x0: Tensor, name: str, out: Path) -> list[dict[str, Any]]:
     """The row of one image."""
     if min(x0.shape[2:]) < scored.minimum:
@@ -226,7 +248,7 @@ def finish(cfg: DictConfig, rows: list[dict[str, Any]], scored: Scored, out: Pat
             table.write(row)
     found = summary(rows)
     write_page(
-        out / "index.html", rows, found, model=str(cfg.model), fidelity=cfg.fidelity, about=str(scored.calibration)
+        out / "index.html", rows, found, model=str(cfg.model), fidelity=cfg.fidelity, calibration=scored.calibration
     )
     interval = "" if len(rows) < 2 else f" [{found['r_low']:.2f}, {found['r_high']:.2f}]"
     noise = f"{found['r_random']:.2f} under noise at the same distance"

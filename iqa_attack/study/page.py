@@ -4,6 +4,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+
+from iqa_attack.quality_metrics import COMPETENT
+from iqa_attack.quality_models.calibration import Calibration
 
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 80em; padding: 0 1em; }
 table { border-collapse: collapse; } td, th { padding: .2em .8em; text-align: right; border-bottom: 1px solid #ddd; }
@@ -22,9 +26,10 @@ def write_page(
     *,
     model: str,
     fidelity: str,
-    about: str,
+    calibration: Calibration,
 ) -> None:
-    """Writes the page beside the folder images/. summary: R and its interval of the attack and of the control."""
+    """Writes the page beside the folder images/. summary: R and its interval of the attack and of the control; calibration: how
+    the raw scores were brought to 0..10."""
 
     def interval(key: str) -> str:
         if summary["images"] < 2:
@@ -35,6 +40,10 @@ def write_page(
     body = "".join(f"<tr>{''.join(f'<td>{_cell(row[k])}</td>' for k in COLUMNS)}</tr>" for row in rows)
     blind = any(row["gradient"] != "exact" for row in rows)
     note = "<p><b>The model has no gradient: it was attacked with random squares. A large R here is not robustness.</b></p>"
+    doubt = (
+        f"<p><b>It ranks images of known quality with an SRCC of {calibration.srcc:.2f}, below {COMPETENT}: how stable a model "
+        "is that knows little of quality says little.</b></p>"
+    )
     pictures = "".join(_pictures(row) for row in rows)
     title = escape(model)
     path.write_text(f"""<!doctype html>
@@ -44,8 +53,9 @@ def write_page(
 <b>{interval("r_random")}</b> (mean over {int(summary["images"])} images, 95 % interval).
 R is the mean of ln(largest possible change / change): smaller = less stable.
 The score moved by {summary["change_after"]:.2f} of 10 under the attack, by {summary["change_random"]:.2f} under noise.</p>
-{note if blind else ""}
-<p>Scores are mapped to 0..10: {escape(about)}. Visibility is in just-noticeable differences (a formula, no people).</p>
+{note if blind else ""}{doubt if calibration.srcc < COMPETENT else ""}
+<p>Scores are mapped to 0..10: {escape(str(calibration))}.
+Visibility is in just-noticeable differences (a formula, no people).</p>
 <table><tr>{head}</tr>{body}</table>{pictures}</html>
 """)
 
@@ -55,10 +65,14 @@ def _cell(value: Any) -> str:
 
 
 def _pictures(row: Mapping[str, Any]) -> str:
-    name = escape(str(row["image"]), quote=True)
-    captions = {"original": f"original: {row['before']:.2f}", "attacked": f"attacked: {row['after']:.2f}"}
+    name = str(row["image"])
+    captions = {
+        "original": f"original: {row['before']:.2f} (raw {row['raw_before']:.4g})",
+        "attacked": f"attacked: {row['after']:.2f} (raw {row['raw_after']:.4g})",
+    }
     captions["difference"] = "difference, amplified"
     parts = (
-        f'<figure><img src="images/{name}_{k}.png"><figcaption>{v}</figcaption></figure>' for k, v in captions.items()
+        f'<figure><img src="images/{quote(name)}_{k}.png" alt="{k}"><figcaption>{v}</figcaption></figure>'
+        for k, v in captions.items()
     )
-    return f"<h2>{name}</h2>{''.join(parts)}"
+    return f"<h2>{escape(name)}</h2>{''.join(parts)}"

@@ -75,3 +75,22 @@ def amplified_png(x: Tensor, x0: Tensor) -> Tensor:
     """The difference so amplified that its largest value reaches the end of the range."""
     largest = float((x - x0).abs().max())
     return amplified(x, x0, 0.5 / largest) if largest > 0 else torch.full_like(x, 0.5)
+
+
+def sensitivity_maps(x: Tensor, maps: dict[str, Tensor], path: str | Path) -> None:
+    """Of every image (n, 3, H, W) the sizes of the gradients (n, H, W) of every model, each up to its 99th percentile, as PNG."""
+    figure, axes = plt.subplots(
+        len(x), 1 + len(maps), figsize=(2.3 * (1 + len(maps)), 2.4 * len(x)), layout="constrained", squeeze=False
+    )
+    for i, row in enumerate(axes):
+        row[0].imshow(x[i].permute(1, 2, 0).numpy(), interpolation="nearest")
+        for ax, (name, found) in zip(row[1:], maps.items(), strict=True):
+            top = max(float(found[i].flatten().double().quantile(0.99)), 1e-30)
+            ax.imshow((found[i] / top).clamp(0, 1).numpy(), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+            if i == 0:
+                ax.set_title(name, fontsize=9)
+        for ax in row:
+            ax.set_axis_off()
+    axes[0, 0].set_title("image", fontsize=9)
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+    plt.close(figure)

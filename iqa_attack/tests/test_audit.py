@@ -4,6 +4,7 @@ import csv
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from iqa_attack import audit
 from iqa_attack.photographs.images import read_image, write_png
+from iqa_attack.quality_models.calibration import Calibration, Scored
 from iqa_attack.quality_models.models import CallableMetric, OnnxMetric
 from iqa_attack.tests.conftest import config
 
@@ -24,8 +26,8 @@ def sharpness(x):
 
 @pytest.fixture
 def folder(tmp_path, images):
-    for i in range(2):
-        write_png(tmp_path / "in" / f"{i}.png", images[i])
+    for i, name in enumerate(("0", "1 #b")):
+        write_png(tmp_path / "in" / f"{name}.png", images[i])
     return tmp_path / "in"
 
 
@@ -50,13 +52,14 @@ def test_the_page_of_a_callable(folder, fabric, tmp_path, capsys):
         audit.run_audit(options(folder), fabric)
     said, out = capsys.readouterr(), folder.parent / "out"
     assert stopped.value.code == 1 and "broken.png" in said.err and "1 of 3 images were left out" in said.err
+    assert "s for an image of 96 x 96 pixels, 3 images" in said.out
     assert re.search(r"[\d.]+ s for the first image, about [\d.]+ min for the rest", said.out)
     rows, page = list(csv.DictReader((out / "audit.csv").open())), (out / "index.html").read_text()
-    assert [r["image"] for r in rows] == ["0", "1"] and all(r["gradient"] == "exact" for r in rows)
+    assert [r["image"] for r in rows] == ["0", "1 #b"] and all(r["gradient"] == "exact" for r in rows)
     for row in rows:
         for what in ("original", "attacked", "difference"):
             assert (
-                f'src="images/{row["image"]}_{what}.png"' in page
+                f'src="images/{quote(row["image"])}_{what}.png"' in page
                 and (out / f"images/{row['image']}_{what}.png").is_file()
             )
         original, attacked = (
@@ -69,7 +72,8 @@ def test_the_page_of_a_callable(folder, fabric, tmp_path, capsys):
         assert float((attacked - original).abs().max() * 255) == pytest.approx(float(row["max_change"]), abs=1e-3)
     interval = re.search(r"R under the attack \(chebyshev\): <b>([\d.]+) \[(-?[\d.]+), ([\d.]+)\]</b>", page)
     assert interval and float(interval[2]) < float(interval[1]) < float(interval[3])
-    assert "random squares" not in page
+    assert "random squares" not in page and "below 0.8" in page, "the sharpness of an image is not its quality"
+    assert f"(raw {float(rows[0]['raw_after']):.4g})" in page
 
 
 def test_an_interrupted_audit_goes_on_where_it_stopped(folder, fabric, monkeypatch):
@@ -85,7 +89,7 @@ def test_an_interrupted_audit_goes_on_where_it_stopped(folder, fabric, monkeypat
     monkeypatch.setattr(audit, "audit_one", killed)
     with pytest.raises(KeyboardInterrupt):
         audit.run_audit(options(folder), fabric)
-    assert audit.run_audit(options(folder), fabric) == whole and seen == ["0", "1", "1"], (
+    assert audit.run_audit(options(folder), fabric) == whole and seen == ["0", "1 #b", "1 #b"], (
         "the first is not attacked again"
     )
     assert audit.run_audit(options(folder), fabric) == whole and len(seen) == 3, "finished: nothing is done"
@@ -137,3 +141,30 @@ def test_an_onnx_file_for_one_image_is_given_one_at_a_time(images):
         96,
     )
     torch.testing.assert_close(metric(images), images.mean((1, 2, 3)))
+
+
+def test_a_checkpoint_below_the_floor_is_refused(folder, trained_root, fabric):
+    weights = f"weights={trained_root / 'default/all/seed0/last.ckpt'}"
+    cfg = config(
+        "audit", weights, "model=brisque", f"images={folder}", f"out={folder.parent / 'no'}", "calibration_floor=1"
+    )
+    with pytest.raises(ValueError, match=r"brisque: SRCC 0\.\d+ on .*, needed: 1"):
+        audit.run_audit(cfg, fabric)
+    assert not (folder.parent / "no").exists()
+
+
+def test_large_photographs_are_attacked_a_few_candidates_at_a_time(brisque, images, monkeypatch):
+    sizes = []
+
+    def watching(x):
+        sizes.append(len(x))
+        return brisque(x)
+
+    metric = CallableMetric(watching, higher_is_better=True)
+    scored = Scored(metric, Calibration(40.0, 20.0, 1.0, 0, "given"))
+    whole = audit.audit_scored(scored, images[:1], names=["a"], steps=3)[0]
+    assert max(sizes) == 8, "all candidates at once"
+    sizes.clear()
+    monkeypatch.setattr(audit, "PIXELS", 2 * 96 * 96 + 1)
+    few = audit.audit_scored(scored, images[:1], names=["a"], steps=3)[0]
+    assert max(sizes) == 2 and few["after"] == pytest.approx(whole["after"], abs=0.2)

@@ -27,7 +27,10 @@ def cells(scale):
                 arm = f"{c.get('nr', 'brisque')}_{c.get('fr', 'chebyshev')}_{c.get('attack', 'perceptual')}"
                 arm += f"/preset-{c['preset']}" if "preset" in c else ""
             else:
-                arm = {"counts": "counts", "tables": f"table_{c.get('made_by')}", "train": c.get("method")}[script]
+                arm = {
+                    "counts": "counts", "tables": f"table_{c.get('made_by')}", "train": c.get("method"),
+                    "sensitivity": f"sensitivity_{c.get('train_arm')}",
+                }[script]  # fmt: skip
             yield file.stem, arm, int(c["seed"])
 
 

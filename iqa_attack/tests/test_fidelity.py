@@ -6,7 +6,7 @@ import torch
 import torchmetrics.functional.image as tm
 from skimage.metrics import structural_similarity
 
-from iqa_attack.fidelities.deep_fidelity import DISTS, LPIPS, vgg16_trunk
+from iqa_attack.fidelities.deep_fidelity import CHANNELS, DISTS, LPIPS, vgg16_trunk
 from iqa_attack.fidelities.distances import build_fr
 from iqa_attack.fidelities.fidelity import MSSSIM, SSIM, Chebyshev, grey, ssim, ssim_maps
 
@@ -114,16 +114,21 @@ def test_dists_equals_torchmetrics_with_the_same_trunk(vgg_file, monkeypatch):
 def test_every_stage_of_dists_carries_gradient(vgg_file):
     """In the released attack only the raw pixels did."""
     x, y = pair((32, 32), n=1)
-    distance = DISTS(weights_path=vgg_file)
-    alone = DISTS(weights_path=vgg_file)
-    alone.alpha[3:], alone.beta[3:] = 0, 0
-    g = [
-        torch.autograd.grad(d(leaf, y).sum(), leaf)[0]
-        for d in (distance, alone)
-        for leaf in [x.clone().requires_grad_()]
-    ]
-    assert not torch.allclose(g[0], g[1], rtol=1e-2)
+    distance, sizes = DISTS(weights_path=vgg_file), (3, *CHANNELS)
     assert float(distance.alpha.sum() + distance.beta.sum()) == pytest.approx(1, abs=1e-5)
+
+    def gradient(only=None):
+        alone = DISTS(weights_path=vgg_file)
+        for weights in (alone.alpha, alone.beta):
+            parts = weights.split(sizes)
+            for part in [p for i, p in enumerate(parts) if only is not None and i != only]:
+                part.zero_()
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(alone(leaf, y).sum(), leaf)[0]
+
+    stages = [gradient(i) for i in range(len(sizes))]
+    assert all(float(g.abs().max()) > 0 for g in stages)
+    torch.testing.assert_close(sum(stages), gradient(), rtol=1e-3, atol=1e-3 * float(gradient().abs().max()))
 
 
 @pytest.mark.parametrize("name", ["chebyshev", "ssim", "lpips", "dists"])

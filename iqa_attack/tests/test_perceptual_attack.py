@@ -161,9 +161,11 @@ def test_step_rules():
     assert float((l2[0] / g[0].flatten()).std()) == pytest.approx(0, abs=1e-6)
     rms = Step("l2", 0.01, "rms")(g).flatten(1)
     assert (rms.norm(dim=1) / n**0.5).tolist() == pytest.approx([0.01, 0.01])
-    restart = Step("adam_restart", 0.005)
-    for _ in range(3):
-        torch.testing.assert_close(restart(g), 0.005 * g.sign(), rtol=0.02, atol=1e-4)
+    restart, kept = Step("adam_restart", 0.005), Step("adam", 0.005)
+    for k in range(4):  # gradients that turn around: an Adam that is kept steps along their mean, a new one along each
+        turned = (-1) ** k * (k + 1) * g
+        torch.testing.assert_close(restart(turned), 0.005 * turned.sign(), rtol=0.02, atol=1e-4)
+        assert float(kept(turned).abs().mean()) < 0.003 or k == 0
     adam = Step("adam", 0.005)
     torch.testing.assert_close(adam(g), 0.005 * g.sign(), rtol=0.02, atol=1e-4)
     x = torch.nn.Parameter(torch.zeros_like(g[:1]))  # torch's Adam on the same (unit) gradients
@@ -341,6 +343,7 @@ def test_audit_of_any_callable(tmp_path, brisque, images):
     for row in rows:
         assert abs(row["after"] - row["before"]) > abs(row["random"] - row["before"]) and row["r"] < row["r_random"]
         assert row["visibility"] <= 0.78 and row["max_change"] >= 1
+        assert row["random"] != row["before"] and row["r_random"] < 10, "the control is noise, not the image itself"
         assert row["gradient"] == "exact" and row["raw_before"] != row["before"]
 
 

@@ -19,10 +19,12 @@ from hydra.errors import MissingConfigException
 from PIL import Image
 
 from common import runs
+from common.data.batches import stream
 from iqa_attack import attack, evaluate, train
 from iqa_attack.jnd import CsvObserver
 from iqa_attack.photographs.images import read_image
 from iqa_attack.photographs.photos import ANNOTATORS
+from iqa_attack.procedures import attack_of
 from iqa_attack.quality_models.models import build_network
 from iqa_attack.settings import options_of
 from iqa_attack.study import session
@@ -86,6 +88,21 @@ def test_resumed_training_equals_uninterrupted_bit_for_bit(stop, fabric, tmp_pat
         assert parts[name]["calibration"] == model["calibration"]
     assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
     assert result(tmp_path / "whole")["metrics"] == result(tmp_path / "parts")["metrics"]
+
+
+def test_a_resting_trunk_does_not_move(fabric, tmp_path):
+    """UNIQUE's trunk rests for one epoch of two; what is new learns from the first."""
+    found = []
+    for epochs in (1, 2):
+        cfg = train_config("method=unique", "networks.unique.frozen_epochs=1", f"networks.unique.epochs={epochs}")
+        torch.manual_seed(stream(cfg.seed, *b"unique"))
+        start = build_network("unique", backbone="small").state_dict()
+        train.fit(cfg, fabric, tmp_path / str(epochs))
+        state = runs.load_checkpoint(tmp_path / str(epochs) / "last.ckpt")["model"]["unique"]["state"]
+        found.append({k: torch.equal(v, start[k]) for k, v in state.items() if k.endswith("weight")})
+    trunk = [k for k in found[0] if k.startswith("backbone.")]
+    assert trunk and all(found[0][k] for k in trunk) and not any(found[1][k] for k in trunk)
+    assert not found[0]["fc.weight"]
 
 
 def test_two_ranks_equal_one_process(fabric, tmp_path):
@@ -273,6 +290,18 @@ def test_a_control_has_the_distances_of_its_attack(attacked, trained_root, fabri
         read_cells(config("tables", f"run_root={trained_root}"))
     with pytest.raises(FileNotFoundError, match="the control takes its distances, run"):
         attack.fit(attack_config(f"run_root={trained_root}", "nr=cornia", "attack=random"), fabric, tmp_path / "x")
+
+
+def test_a_control_finds_the_attack_with_the_same_overrides(tmp_path):
+    attacks, own = tmp_path / "default/brisque_chebyshev_perceptual", tmp_path / "default/brisque_chebyshev_random"
+    for name in ("seed0", "recipe.steps-5/seed0"):
+        (attacks / name).mkdir(parents=True)
+        (attacks / name / "last.ckpt").touch()
+    cfg = config("attack", "arm=brisque_chebyshev_random", "fr_name=chebyshev", f"run_root={tmp_path}", "attack=random")
+    assert attack_of(cfg, own / "recipe.steps-5+random.draws-2/seed0") == attacks / "recipe.steps-5/seed0"
+    assert attack_of(cfg, own / "seed0") == attacks / "seed0"
+    with pytest.raises(FileNotFoundError, match="with the same overrides first"):
+        attack_of(cfg, own / "recipe.steps-6/seed0")
 
 
 def test_an_interrupted_attack_equals_an_uninterrupted_one(trained_root, fabric, tmp_path, monkeypatch):
