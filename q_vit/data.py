@@ -143,7 +143,7 @@ def train_transform(
 
 def check_data(
     *, name: str, root: str | None = None, workers: int = 0, download: bool = False, train_images: int = 1280,
-    test_images: int = 1500, validation: int = 0, size: int = 224, crop_pct: float = 0.875,
+    test_images: int = 1500, validation: int = 0, subset: int | None = None, size: int = 224, crop_pct: float = 0.875,
     augment: str = "deit", repeats: int = 1,
 ) -> None:  # fmt: skip
     """ValueError for a wrong value of the node `data`, before any file is read. Keywords as `build_data`."""
@@ -157,6 +157,8 @@ def check_data(
         raise ValueError(
             f"data.validation={validation}, train_images={train_images}, test_images={test_images}: >= 0, >= 1, >= 1"
         )
+    if subset is not None and (subset < 1 or name == "cued_digits"):
+        raise ValueError(f"data.subset={subset}: >= 1 or null, of a set that is read; canvases have data.train_images")
     if name == "cued_digits":
         if root or download:
             raise ValueError(
@@ -168,7 +170,7 @@ def check_data(
 
 def build_data(
     *, name: str, root: str | None = None, workers: int = 0, download: bool = False, train_images: int = 1280,
-    test_images: int = 1500, validation: int = 0, size: int = 224, crop_pct: float = 0.875,
+    test_images: int = 1500, validation: int = 0, subset: int | None = None, size: int = 224, crop_pct: float = 0.875,
     augment: str = "deit", repeats: int = 1,
 ) -> Data:  # fmt: skip
     """A data set by name.
@@ -176,7 +178,8 @@ def build_data(
     cued_digits: embedded; train_images new canvases per epoch, test_images fixed ones made of other digits.
     mnist, fashion_mnist, cifar10, cifar100: `root` in torchvision's layout. folder: root/train/<class>/, and root/val/<class>/
     to test on, or root/test/<class>/ to test and root/val/<class>/ to validate on.
-    validation: training images set aside to choose best.ckpt by. size: pixels; augment, crop_pct: see `train_transform`, `look`.
+    validation: training images set aside to choose best.ckpt by. subset: train on so many of the others, drawn once and for
+    all; None: on all. size: pixels; augment, crop_pct: see `train_transform`, `look`.
     repeats: 3 = repeated augmentation, an epoch then holds a third of the images three times each, augmented differently, in
     the same batches. Raises ValueError for an unknown name or value, FileNotFoundError for missing files."""
     check_data(**locals())
@@ -209,22 +212,23 @@ def build_data(
         train = torchvision_set(name, root, train=True, download=download)
         test, names, source = test_set(name, root, seen)
         held_out, source = None, set_identity(train, name)
-    indices = list(range(len(train)))
-    if validation:
-        indices, held_out = _set_aside(train, validation, seen, held_out)
+    indices, held_out = _split(train, validation, subset, seen, held_out)
     augmented = Augmented(train, train_transform(augment, **seen), indices)
     return Data(len(indices), augmented, test, held_out, names, seen, source, workers, repeats)
 
 
-def _set_aside(train: Any, n: int, seen: Mapping[str, Any], own: Any) -> tuple[list[int], Subset]:
-    """(indices that remain, the n images set aside, drawn once and for all)."""
-    if own is not None:
+def _split(train: Any, n: int, subset: int | None, seen: Mapping[str, Any], own: Any) -> tuple[list[int], Any]:
+    """(indices to train on, validation set): n images set aside and `subset` of the others, drawn once and for all."""
+    if n and own is not None:
         raise ValueError(f"data.validation={n}: this folder has a validation split of its own (val/); leave it at 0")
-    if n >= len(train):
-        raise ValueError(f"data.validation={n}, but there are only {len(train)} training images")
+    if n + (subset or 1) > len(train):
+        raise ValueError(f"data.validation={n}, data.subset={subset}, but there are only {len(train)} training images")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(stream(0))).tolist()
+    kept = sorted(order[n:] if subset is None else order[n : n + subset])
+    if not n:
+        return kept, own
     plain = Augmented(train, test_transform(**seen), range(len(train)))
-    return sorted(order[n:]), Subset(plain, sorted(order[:n]))
+    return kept, Subset(plain, sorted(order[:n]))
 
 
 def _test_split(root: str | Path | None) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from common.quant.lsq import LSQQuantizer
+from q_vit.distribution_guided_distillation import dgd_loss
 from q_vit.information_rectification import code_entropy
 from q_vit.quantized_vit import QuantAttention, QuantWindowAttention, Tapped
 
@@ -100,3 +101,27 @@ def query_key_statistics(model: nn.Module, images: Tensor) -> dict[str, float]:
         "qk_clipped": sum(clipped) / len(clipped),
         "q_variance_0": found[0][1].double().var(correction=0).item(),
     }
+
+
+@torch.no_grad()
+def imitation(
+    student: nn.Module, teacher: nn.Module, images: Tensor, *, prefix: tuple[int, int] = (0, 0)
+) -> dict[str, float]:
+    """How near the attention of a quantised student is to its teacher's, whether or not it was trained for it.
+
+    similarity_distance: ||G^T - G|| (0..sqrt 2), the term that DGD sums, mean over images, blocks, heads, q and k; and
+    attention_kl: KL(teacher || student) of the attention maps in nats, mean over blocks, for ViTs of equal tokens.
+    images: (B, C, H, W), taken 64 at a time; prefix: tokens that are no patches, (student's, teacher's)."""
+    windows = any(isinstance(m, QuantWindowAttention) for m in student.modules())  # their maps have a bias and a mask
+    ours, theirs = Tapped(student.eval(), "pre_quant"), Tapped(teacher.eval(), "raw")
+    distance, divergence = 0.0, 0.0
+    for part in images.split(64):
+        share = len(part) / len(images)
+        distance += share * dgd_loss(ours(part)[1], theirs(part)[1], reduction="mean", prefix=prefix).item()
+        if not windows and prefix[0] == prefix[1]:
+            pairs = list(zip(attention_maps(teacher, part), attention_maps(student, part), strict=True))
+            divergence += share * sum(attention_divergence(a, b) for a, b in pairs) / len(pairs)
+    ours.remove()
+    theirs.remove()
+    found = {"similarity_distance": distance}
+    return found if windows or prefix[0] != prefix[1] else found | {"attention_kl": divergence}

@@ -26,7 +26,7 @@ from q_vit.arms import build, check, digest, is_float, make_optimizer, notices
 from q_vit.checkpoint import about_of, state
 from q_vit.data import Data, build_data
 from q_vit.distribution_guided_distillation import dgd_loss, hard_distillation
-from q_vit.metrics import accuracy, query_key_statistics
+from q_vit.metrics import accuracy, imitation, query_key_statistics
 from q_vit.model import prefix_tokens
 from q_vit.quantized_vit import Tapped, keep_steps_positive
 from q_vit.schedule import lr_at
@@ -167,7 +167,10 @@ def train(
         save(0)
     logits, labels = predict(fabric, core, data.test, **options)
     images = torch.stack([data.test[i][0] for i in range(min(cfg.evaluate.statistics_images, len(labels)))])
-    metrics = accuracy(logits, labels) | query_key_statistics(core, images.to(fabric.device))
+    images = images.to(fabric.device)
+    metrics = accuracy(logits, labels) | query_key_statistics(core, images)
+    if teacher is not None:
+        metrics |= imitation(core, teacher.model, images, prefix=prefix)
     run.finish(metrics | {f"loss_{k}": v for k, v in row.items() if k != "lr"})
     fabric.print("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
 

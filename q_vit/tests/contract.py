@@ -50,5 +50,5 @@ KEYS = {
     "dgd.teacher_normalise": True,
     "quant.preset": "deployable", "quant.edge_bits": 4, "quant.parts": "mlp", "quant.gelu_clip": 0.01,
     "quant.irm_form": "paper", "quant.irm_stats": ("head", PAPER_FORM), "quant.symmetric": True, "quant.init": "per_group",
-    "quant.weight_init": "per_group", "quant.zp_init": "zero", "quant.grad_scale": "none",
+    "quant.weight_init": "official", "quant.zp_init": "zero", "quant.grad_scale": "none",
 }  # fmt: skip
