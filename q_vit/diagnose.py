@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from omegaconf import DictConfig
@@ -51,31 +52,41 @@ def diagnose(
     return found, maps, qk
 
 
-def draw(names: list[str], numbers: list[dict[str, Any]], first: list[tuple[Tensor, Tensor]], out: Path) -> None:
-    """The figure: queries and keys of the first block, and three numbers per block, a colour per network."""
-    figure, axes = plt.subplots(1, 5, figsize=(16, 3.1), layout="constrained")
-    for k, (name, row, (q, key)) in enumerate(zip(names, numbers, first, strict=True)):
+def _histogram(axis: Any, values: Tensor, colour: str, name: str) -> None:
+    flat = values.flatten().float().cpu()
+    low, high = np.quantile(flat.numpy(), [0.005, 0.995])
+    axis.hist(flat.clamp(float(low), float(high)).numpy(), 60, histtype="step", density=True, color=colour, label=name)
+
+
+def draw(names: list[str], numbers: list[dict[str, Any]], qk: list[list[tuple[Tensor, Tensor]]], out: Path) -> None:
+    """The figure, a colour per network: queries and keys of (up to four) blocks, and four numbers of every block."""
+    blocks = len(qk[0])
+    shown = sorted({round(i * (blocks - 1) / 3) for i in range(4)})
+    figure, axes = plt.subplots(3, 4, figsize=(13, 8), layout="constrained")
+    for axis in axes[:2, len(shown) :].flat:
+        axis.set_axis_off()
+    for k, (row, pairs) in enumerate(zip(numbers, qk, strict=True)):
         colour = COLOURS[k % len(COLOURS)]
-        for axis, values in ((axes[0], q), (axes[1], key)):
-            flat = values.flatten().float().cpu()
-            low, high = flat.quantile(torch.tensor([0.005, 0.995])).tolist()
-            axis.hist(flat.clamp(low, high).numpy(), 60, histtype="step", density=True, color=colour, label=name)
-        blocks = range(len(row["attention_distance"]))
+        for column, block in enumerate(shown):
+            for line, (which, values) in enumerate(zip(("queries", "keys"), pairs[block], strict=True)):
+                _histogram(axes[line, column], values, colour, names[k])
+                axes[line, column].set_title(f"{which} before quantisation, block {block + 1}", fontsize=9)
+                axes[line, column].set(xlabel="value", ylabel="density")
+        series = {"attention_distance": row["attention_distance"], "variance": row["q_variance"]}
         if row["q_entropy"]:
-            mean = [(a + b) / 2 for a, b in zip(row["q_entropy"], row["k_entropy"], strict=True)]
-            axes[2].plot(blocks, mean, "o-", color=colour)
-        axes[3].plot(blocks, row["attention_distance"], "o-", color=colour)
-        if "attention_divergence" in row:
-            axes[4].plot(blocks, row["attention_divergence"], "o-", color=colour)
+            series["entropy"] = [(a + b) / 2 for a, b in zip(row["q_entropy"], row["k_entropy"], strict=True)]
+        series |= {"divergence": row["attention_divergence"]} if "attention_divergence" in row else {}
+        for axis, what in zip(axes[2], ("entropy", "variance", "attention_distance", "divergence"), strict=True):
+            if what in series:
+                axis.plot(range(1, blocks + 1), series[what], "o-", color=colour, markersize=4)
     titles = (
-        ("queries of the first block", "value", "density"), ("keys of the first block", "value", "density"),
-        ("entropy of the codes of q and k", "block", "bits"), ("attention distance", "block", "pixels"),
-        (f"divergence of attention from {names[0]}", "block", "nats"),
+        ("entropy of the codes of q and k", "bits"), ("variance of the queries", "squared units of q"),
+        ("attention distance", "pixels"), (f"divergence of attention from {names[0]}", "nats"),
     )  # fmt: skip
-    for axis, (title, x, y) in zip(axes, titles, strict=True):
-        axis.set(xlabel=x, ylabel=y)
+    for axis, (title, unit) in zip(axes[2], titles, strict=True):
+        axis.set(xlabel="block", ylabel=unit, xticks=range(1, blocks + 1))
         axis.set_title(title, fontsize=9)
-    axes[0].legend(frameon=False, fontsize=7)
+    axes[0, 0].legend(frameon=False, fontsize=7)
     figure.savefig(out, dpi=100)
     plt.close(figure)
 
@@ -83,7 +94,7 @@ def draw(names: list[str], numbers: list[dict[str, Any]], first: list[tuple[Tens
 def run(cfg: DictConfig, fabric: Fabric) -> dict[str, dict[str, Any]]:
     """Writes cfg.out and the JSON beside it; returns {network: {what: a number per block}}."""
     weights = [cfg.weights] if isinstance(cfg.weights, str) else list(cfg.weights)
-    out, numbers, first, names, reference = Path(cfg.out).expanduser(), [], [], [], None
+    out, numbers, pairs, names, reference = Path(cfg.out).expanduser(), [], [], [], None
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"out={cfg.out}: give a name that ends in .png, .pdf or .svg")
     for path in weights:
@@ -95,9 +106,11 @@ def run(cfg: DictConfig, fabric: Fabric) -> dict[str, dict[str, Any]]:
         name = trained.config.get("arm") or Path(path).stem
         names.append(name if name not in names else f"{name} {len(names) + 1}")
         numbers.append(found)
-        first.append(qk[0])
+        pairs.append(qk)
+    if len(depths := {len(qk) for qk in pairs}) > 1:
+        raise ValueError(f"networks of {sorted(depths)} blocks cannot be set side by side: give networks of one depth")
     out.parent.mkdir(parents=True, exist_ok=True)
-    draw(names, numbers, first, out)
+    draw(names, numbers, pairs, out)
     table = dict(zip(names, numbers, strict=True))
     out.with_suffix(".json").write_text(json.dumps(table, indent=1) + "\n")
     print(f"{len(names)} networks, {cfg.statistics_images} images: {out}, {out.with_suffix('.json')}")

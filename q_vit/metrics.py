@@ -23,10 +23,12 @@ def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
 @torch.no_grad()
 def attention_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
     """softmax(q k^T / sqrt(D)) of every block (B, H, N, N), with the quantised q and k where a network has them."""
-    quantised = any(isinstance(m, QuantAttention | QuantWindowAttention) for m in model.modules())
-    taps = Tapped(model.eval(), "post_quant" if quantised else "raw")
+    attentions: list[Any] = [m for m in model.modules() if isinstance(m, QuantAttention | QuantWindowAttention)]
+    taps = Tapped(model.eval(), "pre_quant" if attentions else "raw")
     qk = taps(images)[1]
     taps.remove()
+    if attentions:  # a network that is evaluated on codes does not call its quantisers
+        qk = [(m.q_quantizer(q), m.k_quantizer(k)) for m, (q, k) in zip(attentions, qk, strict=True)]
     return [(q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) for q, k in qk]
 
 

@@ -17,10 +17,11 @@ from q_vit.data import build_data
 from q_vit.diagnose import run as diagnose
 from q_vit.evaluate import evaluate
 from q_vit.export import export
-from q_vit.metrics import attention_distance, attention_divergence
+from q_vit.metrics import attention_distance, attention_divergence, imitation
 from q_vit.model import build_float, build_student
 from q_vit.packing import pack, quantised_weights, unpack
 from q_vit.predict import class_names, classify
+from q_vit.quantized_vit import Tapped
 from q_vit.tests.conftest import class_folders, config, result
 from q_vit.train import fit
 
@@ -192,6 +193,28 @@ def test_attention_distance_and_divergence_in_closed_form():
     )
 
 
+@pytest.mark.parametrize("preset", ["official", "deployable"])
+def test_imitation_is_the_mean_over_images_blocks_heads_queries_and_keys(preset):
+    torch.manual_seed(1)
+    x = build_data(name="cued_digits", train_images=70, test_images=4).first(70, 0)  # two parts of unequal size
+    teacher = build_float("vit_distilled", num_classes=10, in_channels=1, **MINI | {"depth": 2}).eval()
+    model = build_student(teacher, x, irm=True, bits=2, preset=preset).eval()
+    found = imitation(model, teacher, x, prefix=(2, 2))
+    ours, theirs = Tapped(model, "pre_quant")(x)[1], Tapped(teacher, "raw")(x)[1]
+    gram = lambda t: (g := t @ t.mT) / torch.linalg.matrix_norm(g, keepdim=True)  # noqa: E731
+    pairs = [(a, b) for mine, other in zip(ours, theirs, strict=True) for a, b in zip(mine, other, strict=True)]
+    distances = torch.stack([torch.linalg.matrix_norm(gram(b) - gram(a)) for a, b in pairs])
+    assert found["similarity_distance"] == pytest.approx(distances.mean().item(), abs=1e-5) and distances.mean() > 0.01
+    coded = [
+        (block.attn.q_quantizer(q), block.attn.k_quantizer(k)) for block, (q, k) in zip(model.blocks, ours, strict=True)
+    ]
+    maps = [[(q @ k.mT / math.sqrt(12)).softmax(-1).double() for q, k in qk] for qk in (theirs, coded)]
+    kl = torch.stack([(p * (p / s).log()).sum(-1).mean() for p, s in zip(*maps, strict=True)]).mean()
+    assert found["attention_kl"] == pytest.approx(kl.item(), rel=1e-4) and kl > 1e-6
+    plain = build_float("vit", num_classes=10, in_channels=1, **MINI | {"depth": 2})  # a token less: no maps to compare
+    assert imitation(model, plain, x[:2], prefix=(2, 1)).keys() == {"similarity_distance"}
+
+
 def test_diagnose_sets_networks_side_by_side(fabric, root, checkpoint, tmp_path):
     teacher = root / "mini/fp/seed0/last.ckpt"
     found = diagnose(
@@ -204,6 +227,12 @@ def test_diagnose_sets_networks_side_by_side(fabric, root, checkpoint, tmp_path)
     assert found["fp"]["q_entropy"] == [] and 0 < found["test"]["q_entropy"][0] <= 4
     assert found["fp"]["attention_distance"][0] > 0 and found["test"]["attention_divergence"][0] > 0
     assert (tmp_path / "d.png").stat().st_size > 5000
+    deep = tmp_path / "deep"
+    fit(config("method=fp", "arm=deep", "model.depth=2", "train.epochs=1"), fabric, deep)
+    both = f"weights=[{teacher},{deep / 'last.ckpt'}]"
+    with pytest.raises(ValueError, match=r"networks of \[1, 2\] blocks"):
+        diagnose(config(both, f"out={tmp_path / 'e.png'}", name="diagnose"), fabric)
+    assert not (tmp_path / "e.png").exists()
 
 
 def test_bench_writes_its_rows(tmp_path):

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from common import runs
 from q_vit import arms, checkpoint, teacher, train
 from q_vit.data import build_data
+from q_vit.metrics import imitation
 from q_vit.model import build_float
 from q_vit.tests.conftest import CONFIGS, SHORT, class_folders, config, folder_arm, result
 from q_vit.train import fit
@@ -34,7 +35,7 @@ def test_every_arm_trains_and_reports(method, fabric, arm, tmp_path):
     fit(cfg, fabric, tmp_path)
     found = result(tmp_path)
     assert found["status"] == "finished" and 0 <= found["metrics"]["top1"] <= 100
-    assert ("qk_entropy" in found["metrics"]) == (method != "fp")
+    assert all((name in found["metrics"]) == (method != "fp") for name in ("qk_entropy", "attention_kl"))
     rows = (
         [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] if method != "ptq" else []
     )
@@ -193,6 +194,17 @@ def test_the_weight_and_the_tap_of_dgd_reach_the_loss(fabric, root, arm):
     assert once["kd"].item() == pytest.approx(0.5 * torch.nn.functional.cross_entropy(own, hard).item(), rel=1e-5)
 
 
+def test_a_run_tells_how_near_its_attention_is_to_the_stressed_teacher(fabric, root, arm, tmp_path):
+    """Of the network as trained, on test images, against the teacher that taught it, stress included."""
+    cfg = arm("method=stressed_irm", "train.epochs=1")
+    fit(cfg, fabric, tmp_path)
+    data = build_data(**cfg.data)
+    _, taught, _ = arms.build(cfg, data, root / "mini/fp/seed0/last.ckpt")
+    images = torch.stack([image for image, _ in data.test])
+    own = imitation(checkpoint.load(tmp_path / "last.ckpt").model, taught, images, prefix=(2, 2))
+    assert {k: result(tmp_path)["metrics"][k] for k in own} == pytest.approx(own, rel=1e-5) and len(own) == 2
+
+
 def test_percentile_calibration_sets_the_steps(root, arm):
     data = build_data(**arm().data)
     a, b = (
@@ -267,6 +279,20 @@ def test_validation_images_are_no_training_images(tmp_path):
     (root / "test").mkdir()  # ImageNet's own: images without labels
     (root / "test/0001.JPEG").write_bytes(b"")
     assert "/val/" in build_data(name="folder", root=str(root), size=16, augment="none").test.samples[0][0]
+
+
+def test_a_subset_is_drawn_once_and_leaves_the_images_set_aside(tmp_path):
+    own = {"name": "folder", "root": str(class_folders(tmp_path, n=6)), "size": 16, "augment": "none"}
+    whole = build_data(**own, validation=5)
+    part, again, bare = (build_data(**own, validation=v, subset=4) for v in (5, 5, 0))
+    assert part.images == len(part.first(99, 0)) == bare.images == 4 and part.train.indices == again.train.indices
+    assert set(part.train.indices) < set(whole.train.indices) and part.validation.indices == whole.validation.indices
+    assert bare.validation is None and len(build_data(**own).train) == 18
+    for n, error in ((0, "subset=0"), (14, "subset=14, but there are only 18")):
+        with pytest.raises(ValueError, match=error):
+            build_data(**own, validation=5, subset=n)
+    with pytest.raises(ValueError, match=r"subset=4: .*data\.train_images"):
+        build_data(name="cued_digits", subset=4)
 
 
 def test_a_run_on_other_images_is_neither_skipped_nor_resumed(fabric, tmp_path):
