@@ -142,6 +142,15 @@ def test_other_teachers_have_directories_of_their_own_and_are_found_again(fabric
     assert own.train.batch_size == 8 and own.train.epochs == 12
 
 
+def test_every_student_of_the_evidence_has_the_teacher_of_its_seed():
+    sweeps = [p for s in ("mini", "full", "real_fashion_mnist") for p in (CONFIGS / "reproduce" / s).glob("[23]*.yaml")]
+    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
+        for file in sweeps:
+            cfg = compose("config", overrides=[f"+reproduce/{file.parent.name}={file.stem}", "method=irm", "seed=103"])
+            assert cfg.teacher.seed == 103 and cfg.after == ["10_train_teacher"], file
+    assert len(sweeps) > 15
+
+
 def test_what_is_wrong_with_the_teacher_is_said_of_the_teacher(fabric, tmp_path):
     cfg = config(f"run_root={tmp_path}", "+teacher.settings.train.batch_size=10000")
     with pytest.raises(ValueError, match=r"^the teacher: .*9600 images.*teacher\.settings\.<key>"):
