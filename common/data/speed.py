@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_transform
+from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -43,7 +43,7 @@ def speed(
 def report(folder: Path, *, size: int, batch: int, workers: Iterable[int], seconds: float, plain: bool) -> list[str]:
     """A line per number of workers. FileNotFoundError or ValueError for a folder without classes or with too few images."""
     dataset = image_folder(folder)
-    augmented = {"auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "bicubic"}
+    augmented: dict[str, Any] = {"auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "bicubic"}
     transform: Any = create_transform(size, is_training=not plain, **({} if plain else augmented))
     lines = [
         f"{folder}: {len(dataset)} images, {size} x {size}, batches of {batch}, {'plain' if plain else 'augmented'}"
