@@ -71,15 +71,16 @@ def from_bytes(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-def check_images(x: Tensor, minimum: int, who: str) -> None:
-    """Raises ValueError unless x is (B, 3, H, W), floating, at least `minimum` on each side and not constant."""
+def check_images(x: Tensor, minimum: int, who: str, *, flat: bool = False) -> None:
+    """Raises ValueError unless x is (B, 3, H, W), floating, at least `minimum` on each side and not constant; flat: for a
+    network, which is defined for constant images as well (a crop of a compressed sky is one)."""
     if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
         raise ValueError(f"{who} takes RGB images (B, 3, H, W) in 0..1, got {tuple(x.shape)} of {x.dtype}")
     if min(x.shape[2:]) < minimum:
         raise ValueError(
             f"{who} needs images of at least {minimum} x {minimum} pixels, got {x.shape[2]} x {x.shape[3]}"
         )
-    if torch.compiler.is_exporting():  # a graph cannot branch on pixels
+    if flat or torch.compiler.is_exporting():  # a graph cannot branch on pixels
         return
     flat = (x.detach().flatten(1).amax(1) == x.detach().flatten(1).amin(1)).nonzero()
     if len(flat):

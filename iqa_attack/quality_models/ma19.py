@@ -76,7 +76,7 @@ class Ma19(nn.Module):
 
     def distribution(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(mean (B,), variance (B,)) of the quality."""
-        check_images(x, self.minimum, "Ma19")
+        check_images(x, self.minimum, "Ma19", flat=True)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = norm(conv(x))
             if i < len(self.convs) - 1:

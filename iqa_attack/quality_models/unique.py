@@ -57,7 +57,7 @@ class Unique(nn.Module):
 
     def distribution(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(quality (B,), its standard deviation (B,))."""
-        check_images(x, self.minimum, "UNIQUE")
+        check_images(x, self.minimum, "UNIQUE", flat=True)
         out = self.fc(bilinear_pool(self.features(x)))
         return out[:, 0], F.softplus(out[:, 1])
 

@@ -96,6 +96,15 @@ def test_ma19_variants_and_batches():
         model(torch.rand(1, 3, 20, 40))
 
 
+@pytest.mark.parametrize("network", [Ma19(width=4), Unique(backbone="small")], ids=["ma19", "unique"])
+def test_a_constant_crop_does_not_end_a_training(network):
+    x = torch.rand(3, 3, 32, 32, generator=generator())
+    x[1] = 0.4
+    first, second = network.distribution(x)
+    (first.sum() + second.sum()).backward()
+    assert bool(first.isfinite().all()) and all(bool(p.grad.isfinite().all()) for p in network.parameters())
+
+
 def test_annotators_marginalise_over_which_image_is_better():
     votes = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
     model = Annotators(2)
