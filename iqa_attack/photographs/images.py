@@ -82,10 +82,10 @@ def check_images(x: Tensor, minimum: int, who: str, *, flat: bool = False) -> No
         )
     if flat or torch.compiler.is_exporting():  # a graph cannot branch on pixels
         return
-    flat = (x.detach().flatten(1).amax(1) == x.detach().flatten(1).amin(1)).nonzero()
-    if len(flat):
+    constant = (x.detach().flatten(1).amax(1) == x.detach().flatten(1).amin(1)).nonzero()
+    if len(constant):
         raise ValueError(
-            f"image {int(flat[0])} of the batch is constant: {who} is not defined for it (0/0 in its statistics)"
+            f"image {int(constant[0])} of the batch is constant: {who} is not defined for it (0/0 in its statistics)"
         )
 
 
