@@ -40,7 +40,15 @@ SHORT = ["data.train_images=64", "data.test_images=16", "train.batch_size=32", "
 
 
 def config(*overrides):
-    return composed(*SHORT, "arm=test", "optim.lr=1e-3", "optim.min_lr=1e-4", f"start.checkpoint={start()}", *overrides)
+    return composed(
+        *SHORT,
+        "arm=test",
+        "optim.lr=1e-3",
+        "optim.min_lr=1e-4",
+        "train.ema=0.9",
+        f"start.checkpoint={start()}",
+        *overrides,
+    )
 
 
 def rates(cfg, step, steps):

@@ -65,6 +65,12 @@ def test_pictures_are_set_aside_as_test_pictures_are_prepared(tmp_path):
     torch.testing.assert_close(image, prepare(**LOOK | found.look)(open_image(sorted(held)[0])))
     images, _ = next(found.batches(Plan(4, 4, seed=0), 1, torch.device("cpu")))
     assert images.shape == (4, 3, 32, 32)
+    found = data(tmp_path, validation=3, subset=4, augment={"color_jitter": 0.0})
+    images, _ = next(found.batches(Plan(4, 4, seed=0), 1, torch.device("cpu")))
+    trained, aside = (
+        {round(x[0].mean().item(), 3) for x in part} for part in (images, (x for x, _ in found.validation))
+    )
+    assert len(trained) == 4 and len(aside) == 3 and not trained & aside, "each picture has a red of its own"
 
 
 def test_hidden_folders_and_files_are_no_classes_and_no_pictures(tmp_path):

@@ -262,3 +262,8 @@ def test_token_kl_is_the_mean_over_alive_tokens():
     plain = [logit_kl(s[b, i][None], t[b, i][None]) for b, i in ((0, 0), (0, 2), (1, 2))]
     torch.testing.assert_close(token_kl(s, t, alive), torch.stack(plain).mean())
     assert token_kl(s, t, torch.zeros(2, 3)) == 0
+    s.requires_grad_()
+    alive.requires_grad_()
+    assert torch.autograd.grad(token_kl(s, t, alive), alive, allow_unused=True) == (None,), (
+        "no gate learns to hide a token"
+    )

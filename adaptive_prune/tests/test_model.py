@@ -113,6 +113,8 @@ def test_the_released_batch_rule_does_depend_on_it():
     assert not torch.allclose(alone, logits, atol=1e-3)
     model.inference = "packed"
     torch.testing.assert_close(alone, model(x), rtol=1e-5, atol=1e-5)  # at batch 1 both are the paper's rule
+    own = model(x, details=True)[1].kept[:, 0].mean()
+    assert own % 1 > 0 and info.kept[0, 0] == own.floor(), "the mean of the batch, rounded down"
 
 
 @pytest.mark.parametrize("rule", ["topk", "evit", "tome"])
@@ -211,6 +213,21 @@ def test_cumulative_masks_are_forward_equal_with_another_gradient():
     assert not torch.allclose(found[0][1], found[1][1])
 
 
+def test_a_threshold_pays_for_the_later_stages_too(monkeypatch):
+    """With scores that nothing moves: the cost is that of the product of all gates so far, and so is its gradient."""
+    scores = torch.rand(5, 37, generator=torch.Generator().manual_seed(0)) * 0.05
+    monkeypatch.setattr("adaptive_prune.model.token_score", lambda *_, **__: scores)
+    model = prune(vit(), locations=(4, 7, 10), budget=0.5, thresholds=(0.01, 0.02, 0.03), temperature=100.0).train()
+    (found,) = torch.autograd.grad(model(images(), details=True)[1].macs.sum(), model.theta)
+    theta, alive, kept = model.theta.detach().clone().requires_grad_(), 1.0, []
+    for threshold in theta:
+        soft = torch.sigmoid(100 * (scores[:, 1:] - threshold))
+        alive = alive * ((scores[:, 1:] > threshold).float() + soft - soft.detach())
+        kept.append(alive.sum(1))
+    (expected,) = torch.autograd.grad(model.cost.staged(kept, model.locations).sum(), theta)
+    torch.testing.assert_close(found, expected)
+
+
 def test_the_budget_alone_moves_thresholds_to_the_target():
     model = prune(vit(6), locations=(2, 3, 4), budget=0.5, temperature=200.0).train()
     for p in model.vit.parameters():
@@ -231,6 +248,8 @@ def test_activation_masks_leave_dropped_tokens_as_keys_of_value_zero():
     model.mask = "activation"
     found, seen = model(images(), details=True)
     assert not torch.allclose(found, attention, atol=1e-3) and info.kept.min() < 36
+    (grad,) = torch.autograd.grad(found.square().sum(), model.theta, retain_graph=True)
+    assert grad.abs().sum() > 0, "the thresholds learn what their zeros do to the logits"
     x, s = model.embed(images()), -1
     for i, block in enumerate(model.vit.blocks):
         s += i in model.locations

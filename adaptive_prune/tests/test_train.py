@@ -10,6 +10,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from adaptive_prune import checkpoint, stages, train
 from adaptive_prune.data import build_data, mixed
@@ -223,6 +224,20 @@ def test_mixed_labels_are_smoothed_once(fabric):
     assert same is images and labels is soft
 
 
+def test_every_step_mixes_anew_and_smooths(fabric, tmp_path, monkeypatch):
+    inner, soft = train.mixed, []
+
+    def mixing(*args):
+        images, labels = inner(*args)
+        soft.append(labels)
+        return images, labels
+
+    monkeypatch.setattr(train, "mixed", mixing)
+    fit(config("train.mixup={mixup_alpha: 0.8}", "train.label_smoothing=0.2"), fabric, tmp_path)
+    assert len(soft) == 4 and all(labels.min() == pytest.approx(0.02) for labels in soft)
+    assert len({round(labels.amax(1).min().item(), 5) for labels in soft}) == 4, "one share for all steps"
+
+
 def test_the_score_teaches_the_network(fabric):
     """A score detached from the graph would leave queries and keys without the gradient of the budget."""
     cfg = config(CUT, "method.temperature=200")
@@ -262,8 +277,29 @@ def test_thresholds_are_not_decayed(fabric, tmp_path):
     fit(config("method.thresholds=[0.9,0.91,0.92]", *more), fabric, tmp_path)
     state = runs.load_checkpoint(tmp_path / "last.ckpt")["model"]
     torch.testing.assert_close(state["theta"], torch.tensor([0.9, 0.91, 0.92]), rtol=0, atol=2e-3)
+    start = torch.load(contract.start(), weights_only=True)["pos_embed"]
+    assert (state["vit.pos_embed"] * start).sum() > 0.95 * start.square().sum(), "nor are positions"
     name = "blocks.0.mlp.fc1.weight"
     assert state[f"vit.{name}"].norm() < 0.9 * torch.load(contract.start(), weights_only=True)[name].norm()
+
+
+def test_averaged_weights_are_the_moving_average_of_every_step(fabric, tmp_path):
+    steps = []  # of the head, the one weight of this shape
+
+    def after_step(optimizer, *_):
+        steps.extend(p.detach().clone() for g in optimizer.param_groups for p in g["params"] if p.shape == (10, 32))
+
+    handle = register_optimizer_step_post_hook(after_step)
+    try:
+        fit(config("train.ema=0.25", "train.epochs=1"), fabric, tmp_path)
+    finally:
+        handle.remove()
+    expected = torch.load(contract.start(), weights_only=True)["head.weight"]
+    for weight in steps:
+        expected = 0.25 * expected + 0.75 * weight
+    averaged, last = (checkpoint.load(tmp_path / "last.ckpt", ema=e).model.vit.head.weight for e in (True, False))
+    assert len(steps) == 2 and torch.equal(last, steps[-1])
+    torch.testing.assert_close(averaged, expected)
 
 
 # ------------------------------------------------------------------------------------------------------ the best checkpoint
@@ -359,6 +395,27 @@ def test_every_parameter_that_could_learn_has_a_gradient(method, family, fabric)
     assert ("aux" in terms) == (family == "lvvit" and method == "pretrain")
     token = family == "lvvit" and cfg.method.losses.token > 0 and cfg.method.rule == "threshold"
     assert ("token" in terms) == token
+
+
+def test_the_losses_of_the_tokens_are_their_formulas_times_their_weights(fabric):
+    fresh = ["start.checkpoint=null", "start.arm=null", "start.random=true", "method.thresholds=[0.015,0.016,0.017]"]
+    cfg = config(*LV, *fresh, "method.losses.token=0.3", "method.losses.aux=0.2", "train.label_smoothing=0.1")
+    data = build_data(seed=0, **cfg.data)
+    model, teacher = build(cfg, data, None, None)
+    with torch.no_grad():
+        model.vit.aux_head.weight.normal_()  # another student than the teacher
+    model = fabric.setup_module(model.train())
+    images, y = next(data.batches(Plan(64, 8, seed=0), 1, fabric.device))
+    terms = loss_terms(fabric, cfg, model, teacher, images, y)
+    _, info = model(images, details=True)
+    with torch.no_grad():
+        theirs = teacher.aux_head(teacher.forward_features(images)[:, 1:]).softmax(-1)
+    ours, alive = info.tokens.softmax(-1), info.alive.bool()
+    assert 0 < alive.sum() < alive.numel()
+    kl = (theirs * (theirs / ours).log()).sum(-1)
+    torch.testing.assert_close(terms["token"], 0.3 * kl[alive].mean(), rtol=1e-4, atol=1e-6)
+    log = info.tokens.mean(1).log_softmax(-1)
+    torch.testing.assert_close(terms["aux"], 0.2 * (-0.9 * log.gather(1, y[:, None]).mean() - 0.1 * log.mean()))
 
 
 def test_two_ranks_equal_one_process_at_equal_global_batch(fabric, tmp_path):
