@@ -243,6 +243,24 @@ def test_preflight_and_missing_data_leave_nothing_behind(fabric, tmp_path, capsy
 
 
 # ----------------------------------------------------------------------------------------------------------- the pieces
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("heads", 2), ("mlp_ratio", 2.0), ("init_std", 0.3), ("keep", 9), ("rate", 0.3), ("start", 0), ("depth", 3), ("dim", 16),
+     ("widths", "[8,8,8]"), ("kernels", "[3,3,3]"), ("strides", "[2,2,1]"), ("stem", "patches"),
+     ("patch", "4, model.stem=patches")],
+)  # fmt: skip
+def test_every_key_of_the_model_changes_the_network(key, value):
+    def read_out(*overrides):
+        model = build(short_config(*overrides), 7).eval()
+        with torch.no_grad():
+            return model.vit(model.extractor(images))[0]
+
+    images = torch.rand(4, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    first, *more = f"model.{key}={value}".split(", ")
+    usual, other = read_out(*more), read_out(first, *more)
+    assert usual.shape != other.shape or not torch.equal(usual, other)
+
+
 def test_weight_decay_leaves_out_tokens_only_on_request():
     cfg = short_config("optim.name=sgd")
     model = build(cfg, 7)
