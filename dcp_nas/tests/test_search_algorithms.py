@@ -135,6 +135,26 @@ def test_reconstruction_pulls_the_latent_weights_to_their_binary_form():
     assert errors[1.0] < 0.7 * errors[0.0]
 
 
+def test_the_childs_weights_follow_the_parents_output_and_mu_times_the_reconstruction():
+    s = search(steps=1, mu=0.3, recon_reduction="sum")
+    s.w["clip"] = 1e9
+    run_phase(s, 0, steps=1)
+    s.begin(1)
+    child, (images, labels) = s.nets["child"], batch(3)
+    log_p = child(images, tuple(a.detach() for a in s.arch["child"].alphas)).log_softmax(1)
+    layers = [m for m in child.modules() if isinstance(m, BetaConv2d)]
+    error = sum(((m.weight - m.beta.abs() * m.weight.detach().sign()) ** 2).sum() for m in layers)
+    loss = -(s.target(images) * log_p).sum(1).mean() + 0.3 * error
+    parameters = list(child.parameters())
+    expected = torch.autograd.grad(loss, parameters, allow_unused=True)
+    found = []
+    s.optimizers["child"].register_step_pre_hook(lambda *_: found.extend(p.grad for p in parameters))
+    s.step(1, (images, labels), batch(4))
+    assert [f is None for f in found] == [e is None for e in expected] and layers
+    pairs = [(f, e) for f, e in zip(found, expected, strict=True) if e is not None]
+    torch.testing.assert_close([f for f, _ in pairs], [e for _, e in pairs], rtol=1e-4, atol=1e-6)
+
+
 def test_without_a_child_it_is_darts_and_frozen_alpha_stays():
     s = search(child=False, alpha_start=1)
     assert s.phases() == ["parent 1", "parent 2"]
@@ -315,6 +335,16 @@ def test_gradients_of_the_weights_are_clipped(monkeypatch):
         )
         row = s.step(phase, batch(0), batch(1))
         assert norms[0] == pytest.approx(1e-3, rel=1e-2) and float(row["gradient norm"]) > 1e-2
+
+
+def test_the_rate_of_the_weights_falls_by_half_a_cosine_from_round_to_round():
+    s, taken = search(rounds=4, steps=1, alpha_start=4), {"parent": [], "child": []}
+    for name, optimizer in s.optimizers.items():
+        optimizer.register_step_pre_hook(lambda o, *_, n=name: taken[n].append(o.param_groups[0]["lr"]))
+    for phase in range(len(s.phases())):
+        run_phase(s, phase, steps=1)
+    half = 0.04 * 0.5**0.5 / 2  # cos(pi / 4) = sqrt(1 / 2)
+    assert taken["parent"] == taken["child"] == pytest.approx([0.05, 0.03 + half, 0.03, 0.03 - half])
 
 
 def test_norms_have_the_epsilon_of_their_place():

@@ -210,6 +210,34 @@ def test_step_two_begins_with_the_weights_of_step_one(fabric, step1):
     assert {k.rpartition(".")[2] for k in new.keys() - old.keys()} == {"m"}
 
 
+def test_the_teacher_is_the_network_that_was_trained(fabric, step1):
+    cfg = config("stage=step2", f"init.weights={step1}", f"teacher.weights={step1}")
+    teacher = checkpoint.build_teacher(cfg.teacher, checkpoint.stage_path(cfg, cfg.teacher), classes=10, channels=1)
+    torch.testing.assert_close(dict(teacher.state_dict()), dict(runs.load_checkpoint(step1)["model"]), rtol=0, atol=0)
+
+
+def test_the_terms_of_a_batch_have_their_formulas_and_weights(step1):
+    """The teacher's distribution in place of the smoothed labels; the second classifier always learns the plain labels."""
+    cfg = config("stage=step2", f"init.weights={step1}", "train.label_smoothing=0.2", "stage.reconstruction=3.0")
+    network = train.build(cfg, build_data(seed=0, **cfg.data), genotypes.find_genotype(cfg))
+    g = torch.Generator().manual_seed(0)
+    logits, auxiliary, soft = (torch.randn(6, 10, generator=g) for _ in range(3))
+    labels = torch.arange(6)
+    ours, second = logits.log_softmax(1), auxiliary.log_softmax(1)[range(6), labels]
+    smoothed = 0.8 * ours[range(6), labels] + 0.2 * ours.mean(1)
+    plain, taught = (
+        train.losses(lambda x: (logits, auxiliary), network, teacher, torch.zeros(6), labels, cfg)
+        for teacher in (None, lambda x: soft)
+    )
+    weight = cfg.train.auxiliary_weight
+    assert 0 < weight < 1
+    torch.testing.assert_close(plain["loss"], -(smoothed + weight * second).mean())
+    torch.testing.assert_close(taught["loss"], -((soft.softmax(1) * ours).sum(1) + weight * second).mean())
+    layers = [m for m in network.modules() if type(m).__name__ == "MConv2d"]
+    error = sum(((m.weight - 0.02 * m.m.abs() * m.weight.sign()) ** 2).sum() for m in layers)
+    torch.testing.assert_close(plain["reconstruction"], 3 * error)
+
+
 def test_teacher_reconstruction_and_parity_change_what_is_trained(fabric, tmp_path, step1):
     base = ["stage=step2", f"init.weights={step1}", "train.epochs=1"]
     variants = {
@@ -334,7 +362,7 @@ def run_script(*command, **more):
 def test_search_and_train_run_from_inside_their_folder(tmp_path, monkeypatch, capfd):
     """What the README says, shortened: the search that train.py makes by itself, on its own digits, then the training."""
     start = subprocess.run
-    few = ["search.rounds=1", "search.steps=2"]
+    few = ["search.rounds=1", "search.steps=2", "model.channels=2"]
     monkeypatch.setattr(
         genotypes.subprocess, "run", lambda c, **more: start([*c, *few] if "search.py" in c else c, **more)
     )
