@@ -252,6 +252,20 @@ def test_to_the_end_one_operation_is_left_and_the_genotype_takes_the_best_edges(
     assert genotype.normal[0][1] == (0 if best[0] >= best[1] else 1)
 
 
+def test_cp_nas_clips_the_gradients_of_both_networks():
+    s, norms = cp_nas(), []
+    s.w["clip"] = 1e-3
+    for name, optimizer in s.optimizers.items():
+        grads = [p for p in s.nets[name].parameters()]
+        optimizer.register_step_pre_hook(
+            lambda *_, g=grads: norms.append(torch.cat([p.grad.flatten() for p in g if p.grad is not None]).norm())
+        )
+    s.begin(0)
+    row = s.step(0, batch(0), batch(1))
+    assert min(row["parent gradient norm"], row["child gradient norm"]) > 1e-2
+    assert [n.item() for n in norms] == pytest.approx([1e-3, 1e-3], rel=1e-2)
+
+
 def test_cp_nas_resumes_in_the_middle_of_a_stage():
     def go(s, steps):
         for k in steps:
