@@ -256,7 +256,7 @@ def test_cp_nas_clips_the_gradients_of_both_networks():
     s, norms = cp_nas(), []
     s.w["clip"] = 1e-3
     for name, optimizer in s.optimizers.items():
-        grads = [p for p in s.nets[name].parameters()]
+        grads = list(s.nets[name].parameters())
         optimizer.register_step_pre_hook(
             lambda *_, g=grads: norms.append(torch.cat([p.grad.flatten() for p in g if p.grad is not None]).norm())
         )
