@@ -19,7 +19,7 @@ from dcp_nas.operations import (
     make_operation,
     reconstruction_error,
 )
-from dcp_nas.search_space import GENOTYPES, OPERATIONS, random_genotype
+from dcp_nas.search_space import GENOTYPES, OPERATIONS, Genotype, random_genotype
 from dcp_nas.supernet import Supernet, inherit
 
 BINARY = Bits("beta", "binary")
@@ -222,6 +222,13 @@ def test_auxiliary_head_and_drop_path_act_in_training_only():
     assert torch.equal(net(x), net(x))
 
 
+def test_drop_path_leaves_skip_connections_alone():
+    skips = (("skip_connect", 0), ("skip_connect", 1))
+    net = Network(Genotype(skips, skips), num_classes=3, channels=4, cells=2, reductions=[], bits=BINARY, drop_path=0.9)
+    x = torch.randn(8, 3, 16, 16)
+    assert torch.equal(net(x), net(x)) and net.training
+
+
 def test_batched_equals_single():
     torch.manual_seed(0)
     net = Network(GENOTYPES["TANGENT_2"], num_classes=3, channels=4, cells=3, bits=BINARY).double().eval()
@@ -264,14 +271,18 @@ def test_cells_concatenate_their_nodes_and_reduction_halves_the_map():
 
 def test_a_supernet_leaves_no_trace_and_the_child_inherits():
     parent, child = supernet(), supernet(Bits("beta", "binary", affine=False))
+    with torch.no_grad():  # as after a round: no weight as it was drawn
+        for p in parent.parameters():
+            p.mul_(2)
     before = {k: v.clone() for k, v in parent.state_dict().items()}
     parent(torch.randn(4, 1, 8, 8), parent.new_alphas(torch.Generator()))
     assert all(torch.equal(v, before[k]) for k, v in parent.state_dict().items())
     inherit(child, parent)
     for name, value in parent.state_dict().items():
         assert torch.equal(child.state_dict()[name], value)
-    beta = next(m for m in child.modules() if isinstance(m, BetaConv2d))
-    torch.testing.assert_close(beta.beta, beta.weight.abs().mean((1, 2, 3), keepdim=True))
+    for m in child.modules():
+        if isinstance(m, BetaConv2d):
+            torch.testing.assert_close(m.beta, m.weight.abs().mean((1, 2, 3), keepdim=True))
     with pytest.raises(ValueError, match="Parent and Child differ"):
         inherit(child, nn.Sequential(nn.Linear(2, 2)))
 

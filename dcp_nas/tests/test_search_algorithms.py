@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from dcp_nas.analysis.snapshots import examine, moved
 from dcp_nas.child_parent import ChildParentSearch
 from dcp_nas.cp_nas import CPNAS, feature_loss, score
-from dcp_nas.operations import BetaConv2d, Bits
+from dcp_nas.operations import BetaConv2d, Bits, DilConv, FactorizedReduce, Preprocess
 from dcp_nas.search_space import edge_nodes
 from dcp_nas.supernet import Supernet
 from dcp_nas.tangent_propagation import flatten
@@ -374,3 +374,7 @@ def test_norms_have_the_epsilon_of_their_place():
             assert {m.eps for m in inside if m not in [r.norm_in for r in small]} == {1e-3}
             assert all(r.norm_in.eps == 1e-5 for r in small)
             assert all(m.track_running_stats is False for m in inside)
+    for bits in (Bits(), Bits("m", "binary")):  # a network that is trained
+        assert Preprocess(2, 2, bits)[0].eps == FactorizedReduce(2, 2, bits).norm_in.eps == 1e-5
+        kept = [m.eps for m in DilConv(2, 3, 1, 2, 2, bits).modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert kept and set(kept) == {1e-3}

@@ -116,6 +116,23 @@ def test_the_last_cell_within_the_skip_limit_is_kept(fabric, tmp_path, monkeypat
     assert Genotype.load(tmp_path / "genotype.json") == seen[2] != seen[3]
 
 
+def test_a_search_draws_the_weights_batches_and_alphas_from_their_own_halves(fabric, tmp_path, monkeypatch):
+    cfg = search_config("method=parent", "search.steps=1")
+    seen, step = ([], []), ChildParentSearch.step
+
+    def watched(self, phase, *halves):
+        for images, (x, _) in zip(seen, halves, strict=True):
+            images.extend(x)
+        return step(self, phase, *halves)
+
+    monkeypatch.setattr(ChildParentSearch, "step", watched)
+    search.fit(cfg, fabric, tmp_path)
+    parts = search.split_for_search(build_data(seed=cfg.seed, **cfg.data), cfg.search.shares, seed=cfg.seed)
+    own = [list(next(iter(p.batches(Plan(len(p), len(p), seed=0), fabric.device).epoch(1)))[0][0]) for p in parts]
+    for images, pool in zip(seen, own, strict=True):
+        assert images and all(any(torch.equal(x, y) for y in pool) for x in images)
+
+
 def test_the_seed_decides_every_part_of_a_search(fabric, tmp_path, monkeypatch):
     """The split into halves, the batches of each, the weights of the networks, alpha: each by itself."""
     subset, found = Images.subset, []
@@ -253,6 +270,20 @@ def test_teacher_reconstruction_and_parity_change_what_is_trained(fabric, tmp_pa
     m = next(k for k in states["plain"] if k.endswith(".m"))
     for name in ("teacher", "none", "official"):
         assert not torch.equal(states[name][m], states["plain"][m]), name
+
+
+def test_drop_path_grows_from_epoch_to_epoch(fabric, tmp_path, monkeypatch):
+    seen = []
+    epoch = lambda fabric, model, network, *_, **more: seen.append(network.drop_path) or {"loss": 1.0}  # noqa: E731
+    monkeypatch.setattr(train, "train_one_epoch", epoch)
+    train.fit(config("train.epochs=4", "model.drop_path=0.2"), fabric, tmp_path)
+    assert seen == pytest.approx([0.0, 0.05, 0.1, 0.15])
+
+
+def test_top5_counts_the_five_best_classes():
+    logits = torch.arange(7.0).flip(0).repeat(4, 1)  # class 0 is the first choice, class 6 the last
+    found = train.classification_metrics(logits, torch.tensor([0, 4, 5, 6]))
+    assert (found["top1"], found["top5"]) == (25.0, 50.0)
 
 
 def test_loss_falls_and_resumed_equals_uninterrupted_bit_for_bit(resumed):
