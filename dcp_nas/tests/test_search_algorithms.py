@@ -25,9 +25,9 @@ def nets():
 
 def search(child=True, **options):
     parent, binary = nets()
-    options = {"rounds": 2, "steps": 2, "chunks": 2, **options}
+    options = {"rounds": 2, "steps": 2, "chunks": 2, "alpha": ALPHA, **options}
     return ChildParentSearch(
-        parent, binary if child else None, generator=torch.Generator().manual_seed(0), w=W, alpha=ALPHA, **options
+        parent, binary if child else None, generator=torch.Generator().manual_seed(0), w=W, **options
     )
 
 
@@ -110,15 +110,18 @@ def test_parent_ascends_the_likelihood_and_child_learns_the_parents_output():
 
 
 def test_the_alpha_step_is_adam_along_the_gradient_of_the_loss():
-    s = search(child=False)
+    rule = ALPHA | {"weight_decay": 0.3}
+    s = search(child=False, alpha=rule)
     s.begin(0)
     images, labels = batch(5)
+    for a in s.arch["parent"].alphas:  # so large that the decay of some turns their step around
+        a.data.normal_(generator=torch.Generator().manual_seed(0))
     before = [a.detach().clone() for a in s.arch["parent"].alphas]
     loss = F.cross_entropy(s.nets["parent"](images, s.arch["parent"].alphas), labels)
     gradients = torch.autograd.grad(loss, s.arch["parent"].alphas)
     s.parent_alpha_step((images, labels))
     copies = [b.clone().requires_grad_() for b in before]
-    adam = torch.optim.Adam(copies, **ALPHA)
+    adam = torch.optim.Adam(copies, **rule)
     for c, g in zip(copies, gradients, strict=True):
         c.grad = g
     adam.step()

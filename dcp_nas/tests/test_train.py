@@ -133,6 +133,15 @@ def test_a_search_draws_the_weights_batches_and_alphas_from_their_own_halves(fab
         assert images and all(any(torch.equal(x, y) for y in pool) for x in images)
 
 
+def test_without_a_child_a_round_has_the_steps_of_both_networks(fabric):
+    built = {
+        name: search.build(search_config(f"method={name}"), classes=3, channels=1, steps=5, device=fabric.device)
+        for name in ("parent", "dcp_ggn")
+    }
+    total = {name: sum(map(a.steps, range(len(a.phases())))) for name, a in built.items()}
+    assert total["parent"] == total["dcp_ggn"] == 10
+
+
 def test_the_seed_decides_every_part_of_a_search(fabric, tmp_path, monkeypatch):
     """The split into halves, the batches of each, the weights of the networks, alpha: each by itself."""
     subset, found = Images.subset, []
