@@ -45,6 +45,18 @@ def test_training_images_of_folders_are_cropped_at_random_and_test_images_are_no
     assert torch.equal(image, data.test[0][0]) and label == 0
 
 
+def test_images_of_folders_are_normalised_alike_for_training_and_test(tmp_path):
+    colour, mean, std = (200, 100, 50), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.new("RGB", (40, 40), colour).save(tmp_path / split / "a/0.png")
+    data = build_data(name="folder", seed=0, root=str(tmp_path), size=32)
+    (trained,), _ = next(data.batches(Plan(1, 1, seed=0), torch.device("cpu")).epoch(1))
+    for image in (trained[0], data.test[0][0]):
+        found = [channel.unique().tolist() for channel in image]
+        assert found == [pytest.approx([(v / 255 - m) / s]) for v, m, s in zip(colour, mean, std, strict=True)]
+
+
 def test_digits_depend_on_the_seed_by_their_noise_only():
     a, b = (build_data(name="digits", seed=s) for s in (0, 1))
     assert len(a) == 1000 and len(a.test) == 797 and torch.equal(a.tensors[1], b.tensors[1])

@@ -177,6 +177,8 @@ def test_fashion_mnist_trains_evaluates_and_predicts_by_name(fabric, tmp_path):
     assert recorded["data"]["images"] == 96 and "train_ce" in recorded["metrics"]
     found = evaluate(composed("evaluate", f"weights={tmp_path / 'run/last.ckpt'}"), fabric)
     assert found["top1"] == pytest.approx(recorded["metrics"]["top1"])
+    seen, _ = build_data(seed=0, **cfg.data).test[0]
+    torch.testing.assert_close(seen[0], (torch.from_numpy(images[0]) / 255 - 0.2860) / 0.3530)
     image = Image.fromarray(images[0])
     image.save(tmp_path / "a.png")
     table = rows(fabric, tmp_path / "run/last.ckpt", tmp_path / "a.png", tmp_path)

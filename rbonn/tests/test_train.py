@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from common import runs
+from rbonn import train
 from rbonn.data import build_data
 from rbonn.tests.layouts import CONFIGS, SHORT, config, folder_config, interrupted
 from rbonn.train import build, fit
@@ -78,6 +79,19 @@ def test_the_teacher_is_its_checkpoint_frozen_in_evaluation_mode_and_gives_the_l
         json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[0])["loss"] for n in ("labels", "teacher")
     ]
     assert rows[0] != rows[1]
+
+
+def test_estimators_of_irnet_are_those_of_the_epochs_before(fabric, tmp_path, stage1, monkeypatch):
+    """t from 0.1 towards 10 by equal factors: at the beginning of the first of 4 epochs it is 0.1."""
+    seen = []
+
+    def epoch(fabric, model, *_, **more):
+        seen.append(next(m.t for m in model.modules() if hasattr(m, "t")))
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(train, "train_one_epoch", epoch)
+    fit(config("method=irnet", f"init.weights={stage1}", "train.epochs=4"), fabric, tmp_path)
+    assert seen == pytest.approx([0.1, 0.1 * 10**0.5, 1.0, 10**0.5])
 
 
 def test_loss_falls_and_equal_seeds_give_equal_numbers(fabric, tmp_path):
