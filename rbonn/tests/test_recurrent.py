@@ -308,6 +308,10 @@ def test_flip_rate_counts_signs_changed_by_the_step():
     optimizer.step()
     assert recurrence.counters() == {"flip_rate": 0.25}
     assert recurrence.counters() == {}
+    for _ in range(2):  # there and back again: as many of each step
+        model[0].weight.grad.copy_(torch.where(torch.arange(360).view(10, 4, 3, 3) < 90, 20 * model[0].weight, 0))
+        optimizer.step()
+    assert recurrence.counters() == {"flip_rate": 0.25}
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
