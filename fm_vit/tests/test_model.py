@@ -263,6 +263,13 @@ def test_between_trunk_blocks_a_block_changes_class_tokens_only():
     assert not torch.equal(seen["paths"][0], seen["paths"][1])
 
 
+def test_without_cross_modal_blocks_every_branch_is_its_vision_transformer():
+    net, x = model(after=[]), images()
+    for m, logits in net(x).items():
+        branch = net.branches[m]
+        torch.testing.assert_close(logits, branch.head(branch.trunk(x[m])))
+
+
 def test_paths_share_what_a_branch_sees_of_a_modality(monkeypatch):
     calls = {"mma": 0, "mfa": 0}
     net = model()

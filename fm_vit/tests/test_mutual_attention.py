@@ -112,6 +112,8 @@ def test_masked_patches_get_no_weight_and_no_gradient_in_half_precision_either()
 def test_fusion_attention_is_attention_of_the_class_token_over_all_patches():
     torch.manual_seed(0)
     fusion = FusionAttention(12, 3)
+    for p in [*fusion.norm_class.parameters(), *fusion.norm_patches.parameters()]:  # as new they are alike
+        torch.nn.init.normal_(p)
     z = tokens()
     c, patches = z["rgb"][:, 0], [x[:, 1:] for x in z.values()]
     source = torch.cat([fusion.norm_class(c)[:, None], *(fusion.norm_patches(p) for p in patches)], 1)

@@ -73,6 +73,11 @@ def test_score_files_hold_what_the_report_was_made_of(checkpoint, fabric, tmp_pa
     test, dev = (rows_of(tmp_path / f"scores_{s}_frame.csv") for s in ("test", "validation"))
     assert len(test) == 48 and len(dev) == 32
     scores, live = np.array([float(r["rgb_ir"]) for r in test]), np.array([r["live"] == "1" for r in test])
+    trained = load(checkpoint)
+    packed = data_of(trained, {}).splits["test"].samples.tensors[0][:5].float() / 255 * 2 - 1
+    with torch.no_grad():  # every branch sees its own sensor
+        expected = trained.model.score(trained.model({"rgb": packed[:, :3], "ir": packed[:, 6:]}))
+    assert scores[:5] == pytest.approx(expected.numpy(), abs=1e-5)
     at = rows["rgb_ir"]["threshold"]
     assert 100 * (scores[~live] >= at).mean() == pytest.approx(rows["rgb_ir"]["apcer"])
     assert at == pytest.approx(
@@ -128,6 +133,12 @@ def test_a_network_is_evaluated_on_own_folders_by_video(checkpoint, fabric, tmp_
     own = ["+data.name=folder", f"data.root={tmp_path / 'own'}", "+data.video='(.*)'", "level=video", "bootstrap=0"]
     rows = measured(fabric, checkpoint, tmp_path / "out", *own)
     assert len(rows) == 7 and len(rows_of(tmp_path / "out/scores_test_video.csv")) == 9
+    own[2] = "+data.video='(.*person[0-9])'"  # one video of each kind
+    rows = measured(fabric, checkpoint, tmp_path / "joined", *own)
+    frames, videos = (rows_of(tmp_path / f"joined/scores_validation_{level}.csv") for level in ("frame", "video"))
+    assert (len(frames), len(videos)) == (9, 3)
+    for tag, row in rows.items():  # the threshold is one of the scores of whole videos
+        assert min(abs(row["threshold"] - float(v[tag])) for v in videos) < 1e-6
 
 
 @pytest.mark.parametrize("names", ["[rgb]", "null"])

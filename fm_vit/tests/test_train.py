@@ -14,6 +14,7 @@ from common.metrics.claims import load_claims
 from fm_vit import train
 from fm_vit.checkpoint import build, load
 from fm_vit.losses import PATHS, training_paths
+from fm_vit.model import FMViT
 from fm_vit.pad_metrics import Scored
 from fm_vit.schedule import lr_factor
 from fm_vit.tests.helpers import CONFIGS, COPY, PAPER, SHORT, config, short, write_own, write_triplets, write_videos
@@ -92,6 +93,16 @@ def test_loss_falls_and_infrared_separates(fabric, tmp_path):
     )
     rows = [json.loads(line)["loss_single"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1] < 0.5 * rows[0] and result(tmp_path)["metrics"]["auc_ir"] > 80
+
+
+def test_trunks_are_slow_and_positions_class_tokens_and_vectors_are_not_decayed():
+    branch = FMViT(["rgb"], vit=TINY).branches["rgb"]
+    groups = train.parameter_groups(branch, {"lr": 1.0, "backbone_lr": 0.1, "weight_decay": 0.5})
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    trunk, qkv = branch.trunk, branch.trunk.blocks[0].attn.qkv
+    assert {found[id(p)] for p in (trunk.pos_embed, trunk.cls_token, trunk.norm.weight, qkv.bias)} == {(0.1, 0.0)}
+    assert {found[id(p)] for p in (qkv.weight, trunk.patch_embed.proj.weight)} == {(0.1, 0.5)}
+    assert (found[id(branch.head.weight)], found[id(branch.head.bias)]) == ((1.0, 0.5), (1.0, 0.0))
 
 
 def test_two_ranks_equal_one_process_and_the_script_runs_from_inside_its_folder(fabric, tmp_path):
