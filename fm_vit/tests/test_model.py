@@ -172,6 +172,7 @@ def test_modality_dropout_spares_the_first_modality_and_evaluation():
     x = images()
     rgb = net.train()({"rgb": x["rgb"]})["fused"]
     torch.testing.assert_close(net(x)["fused"], rgb)
+    assert not torch.allclose(net({"rgb": x["rgb"] + 1})["fused"], rgb), "the first modality is never dropped"
     assert not torch.allclose(net.eval()(x)["fused"], rgb)
     mismatch = ConcatFusion(NAMES, vit=VIT, train_fill="black")
     assert not torch.allclose(mismatch.train()({"rgb": x["rgb"]})["fused"], mismatch.eval()({"rgb": x["rgb"]})["fused"])
@@ -218,6 +219,21 @@ def test_cmfl():
         path_losses(net, out[:1], ["single"], labels)
     with pytest.raises(TypeError, match="cmfl"):  # of another model it would say nothing
         path_losses(model(), model()(images(), [NAMES]), ["cross"], labels, cmfl=0.5)
+
+
+def test_gradients_of_cmfl_flow_through_both_probabilities():
+    def by_hand(z, other):
+        p, q = 1 / (1 + math.exp(-z)), 1 / (1 + math.exp(-other))
+        return -((1 - q * 2 * p * q / (p + q)) ** 3) * math.log(p)
+
+    z, other = torch.tensor([[0.0, 0.4]], requires_grad=True), torch.tensor([[0.0, 1.1]], requires_grad=True)
+    cross_modal_focal(z, other, torch.tensor([1])).backward()
+    h = 1e-5
+    slopes = (
+        (by_hand(0.4 + h, 1.1) - by_hand(0.4 - h, 1.1)) / (2 * h),
+        (by_hand(0.4, 1.1 + h) - by_hand(0.4, 1.1 - h)) / (2 * h),
+    )
+    assert (z.grad[0, 1].item(), other.grad[0, 1].item()) == pytest.approx(slopes, rel=1e-3)
 
 
 def test_losses_are_sums_over_heads_and_means_over_images():

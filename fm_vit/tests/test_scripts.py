@@ -85,6 +85,16 @@ def test_score_files_hold_what_the_report_was_made_of(checkpoint, fabric, tmp_pa
     )  # one of its points
 
 
+def test_kept_is_the_share_of_patches_that_all_sensors_together_read(checkpoint, fabric):
+    trained = load(checkpoint)
+    data = data_of(trained, {})
+    _, kept = evaluate.predict(fabric, fabric.setup_module(trained.model), data, "test", batch_size=16)
+    packed, names = data.splits["test"].samples.tensors[0].float() / 255 * 2 - 1, ["rgb", "depth", "ir"]
+    with torch.no_grad():
+        _, masks = trained.model(dict(zip(names, packed.split(3, 1), strict=True)), [names], with_masks=True)
+    assert kept == {f"kept_{m}": pytest.approx(masks[0][-1][m].float().mean().item()) for m in names}
+
+
 @pytest.mark.filterwarnings("ignore:a false positive rate")
 def test_thresholds_and_intervals_of_evaluate(checkpoint, fabric, tmp_path, monkeypatch, capsys):
     """Test scores below all of validation: no live face passes a threshold of validation. Intervals resample subjects."""
