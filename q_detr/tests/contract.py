@@ -61,7 +61,7 @@ def rates(cfg, step, steps):
 ACCUMULATES = ["method=teacher", "model.kind=smca"]
 CLIPS = (["train.clip_norm=0.05"], 0.05)
 TEACHER = []
-FRESH = ["method.start=random"]
+FRESH = ["method=teacher"]  # a student's steps are calibrated on images, which another seed has others of
 RELOADED = [
     "method.quant.bits=3",
     "method.quant.attention_bits=4",
