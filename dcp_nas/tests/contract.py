@@ -49,7 +49,7 @@ def write_teacher(cfg):
 
 def observe(cfg, fabric, out):
     """alpha and the weights after a short search with the method of `cfg`."""
-    own = layouts.search_config("search.rounds=2")
+    own = layouts.search_config()
     own.method = cfg.method
     with mock.patch.multiple(
         search, draw_cells=mock.DEFAULT, draw_search=mock.DEFAULT
