@@ -143,6 +143,28 @@ def test_the_student_starts_from_the_teachers_weights_and_the_teacher_is_frozen(
     assert own and all(g["weight_decay"] == (0.0 if id(g["params"][0]) in own else 1e-4) for g in groups)
 
 
+def test_the_students_seed_is_not_its_teachers(fabric, monkeypatch):
+    asked, weights = [], trained("teacher", "seed=5", "train.epochs=1")
+    monkeypatch.setattr(train, "find", lambda cfg, fabric, arm, seed, **_: asked.append((arm, seed)) or weights)
+    train.build(short_config("seed=3", "teacher.seed=2"), fabric, 3, [torch.rand(3, 32, 32)], SCENES)
+    assert asked == [("teacher", 2)]
+
+
+def test_steps_are_calibrated_on_the_whole_first_batch(fabric, tmp_path, monkeypatch):
+    """However it is divided over devices and micro-batches."""
+    seen = []
+
+    def build(cfg, fabric, classes, first_batch, identity):
+        seen.extend(first_batch)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "build", build)
+    weights = trained("teacher", "seed=5", "train.epochs=1")
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(short_config(f"teacher.weights={weights}", "train.accumulation=4"), fabric, tmp_path)
+    assert [image.shape for image in seen] == [(3, 32, 32)] * 8
+
+
 def batch_of(seed=0, **changes):
     """(student, teacher, images, targets) of the tiny network."""
     options = {**OmegaConf.to_container(short_config().model), **changes}
