@@ -83,12 +83,13 @@ def states(count, seed=0):
 
 @pytest.mark.parametrize("distance", ["l1_sum", "l1_mean", "cosine"])
 @pytest.mark.parametrize("weights", ["adaptive", "mean"])
-def test_online_fusion_equals_the_plain_formula(weights, distance):
+@pytest.mark.parametrize("constant", [0.85, 5.0])
+def test_online_fusion_equals_the_plain_formula(weights, distance, constant):
     base, *tasks = states(6)
-    fused = fuse(base, iter(tasks), 0.7, weights, distance=distance)
+    fused = fuse(base, iter(tasks), 0.7, weights, distance=distance, constant=constant)
     for name, b in base.items():  # every tensor has weights of its own
         d = torch.stack([update_distance(b, t[name], distance=distance) for t in tasks])
-        w = fusion_weights(d) if weights == "adaptive" else torch.full((5,), 0.2)
+        w = (d**2 + constant) / (d**2 + constant).sum() if weights == "adaptive" else torch.full((5,), 0.2)
         plain = 0.7 * sum(wk * t[name] for wk, t in zip(w, tasks, strict=True)) + 0.3 * b
         torch.testing.assert_close(fused[name], plain)
 

@@ -119,6 +119,15 @@ def test_reservoir_is_uniform_and_keeps_rows_together():
     assert (hits - expected).abs().max() < 5 * (expected * (1 - 8 / 40)) ** 0.5
 
 
+def test_the_second_image_takes_the_only_place_half_the_time():
+    taken = 0
+    for seed in range(200):
+        reservoir = Reservoir(1)
+        reservoir.add(torch.arange(2), generator=torch.Generator().manual_seed(seed))
+        taken += int(reservoir.items[0][0])
+    assert 65 < taken < 135  # five deviations
+
+
 def test_reservoir_samples_without_replacement():
     g = torch.Generator().manual_seed(0)
     reservoir = Reservoir(10)

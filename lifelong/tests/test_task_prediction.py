@@ -26,6 +26,7 @@ def test_chunks_vote_by_the_mean_and_the_short_last_one_counts():
     assert vote(scores, 3).tolist() == [0, 0, 0, 1, 1]  # the majority says 1, the mean 0
     assert vote(scores, 2).tolist() == [1, 1, 0, 0, 1]
     assert vote(scores, 50).tolist() == [0] * 5
+    assert vote(torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.5, 0.0]]), 3).tolist() == [1] * 3  # the largest score says 0
 
 
 def test_a_wrong_vote_makes_the_whole_chunk_wrong():
