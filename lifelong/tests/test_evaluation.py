@@ -44,6 +44,16 @@ def test_a_length_of_one_is_the_argmax_over_groups(learner):
     assert within_group(torch.tensor([[0.0, 2.0, 1.0]]), slice(1, 3)).tolist() == [1]
 
 
+def test_task_il_is_the_best_class_of_the_images_own_task(learner):
+    sets = [blobs(task, seed=7) for task in TASKS]
+    expected = []
+    for task, (images, labels) in zip(TASKS, sets, strict=True):
+        with torch.no_grad():
+            logits = learner.model.eval()(images)
+        expected.append(100 * (logits[:, task].argmax(1) + task[0] == labels).double().mean().item())
+    assert evaluate(learner, sets, p=5, adapt=False)["task_il"] == pytest.approx(expected)
+
+
 def test_the_gap_is_positive_where_the_attention_finds_the_foreground():
     masks = torch.zeros(4, 8, 8, dtype=torch.bool)
     masks[:, 2:5, 2:6] = True

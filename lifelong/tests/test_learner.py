@@ -279,6 +279,21 @@ def test_refused_options(kind, options, error):
         make(kind, options=options)
 
 
+def test_the_attack_is_measured_by_the_statistics_that_are_asked_for():
+    weights = {}
+    for stats in ("data", "imagenet"):
+        torch.manual_seed(0)
+        model = build_model(name="mlp", num_classes=8, channels=3, size=4, hidden=16)
+        prepare = Prepare(mean=[0.2] * 3, std=[2.0] * 3, size=4)
+        common = {"total_tasks": 3, "replay": "memory", "budget": 24, "batch_size": 16, "epochs": 1, "seed": 0}
+        learner = build_learner("meta", model, prepare, OPTIONS, optim={"lr": 0.5}, attack_stats=stats, **common)
+        for task in TASKS[:2]:
+            images, labels = blobs(task)
+            learner.observe_task((images.expand(-1, 3, -1, -1), labels))
+        weights[stats] = learner.model.head.weight
+    assert not torch.equal(weights["data"], weights["imagenet"])
+
+
 def test_refused_common_options():
     for bad in ({"replay": "some"}, {"batch_size": 1}, {"epochs": 0}, {"attack_stats": "cifar"}):
         with pytest.raises(ValueError, match="allowed"):

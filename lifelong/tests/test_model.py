@@ -66,6 +66,13 @@ def test_the_gate_multiplies_the_features():
     pooled = (gated.clamp(min=1e-6) ** 3).mean((2, 3)) ** (1 / 3)
     torch.testing.assert_close(model(x), pooled @ model.head.weight.T)
     assert gated.shape[-1] == 4, "two poolings, none after the last group"
+    mlp = build_model(num_classes=7, **SMALL[1]).eval()  # whose gate lies on the image itself
+    x = torch.rand(2, mlp.conv.in_channels, 16, 16)
+    torch.testing.assert_close(mlp(x), mlp.head(mlp.body((mlp.attention(mlp.conv(x)) * x).flatten(1))))
+    resnet = build_model(num_classes=7, **SMALL[2]).eval()
+    x = torch.rand(2, 3, 16, 16)
+    first = resnet.conv(x)
+    torch.testing.assert_close(resnet(x), resnet.head(resnet.backbone(resnet.attention(first) * first)))
 
 
 @pytest.mark.parametrize("options", SMALL[:3:2], ids=lambda o: o["name"])
