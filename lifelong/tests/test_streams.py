@@ -45,6 +45,17 @@ def test_the_order_follows_its_own_seed():
     assert a.class_names == b.class_names != c.class_names
 
 
+def test_test_images_are_shuffled_within_their_task_by_the_seed():
+    stream = build_stream(**DIGITS, tasks=4)
+    first, again, other = (stream.test_sets(seed, 2) for seed in (0, 0, 1))
+    for k in range(2):
+        (x, y), (same, _), (_, mixed) = first[k], again[k], other[k]
+        assert torch.equal(x, same) and not torch.equal(y, mixed)
+        assert torch.equal(y.sort()[0], mixed.sort()[0]) and torch.equal(
+            y.sort()[0], stream.task("test", k)[1].sort()[0]
+        )
+
+
 def test_order_files(tmp_path):
     names, file = ["cat", "dog", "eel"], tmp_path / "order.txt"
     file.write_text("# two of three\neel\ncat\n")

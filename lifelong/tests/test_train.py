@@ -170,9 +170,9 @@ def composed(verb, *overrides):
 
 @pytest.fixture(scope="module")
 def trained(fabric, tmp_path_factory):
-    """The run directory of a short ARI on four tasks."""
+    """The run directory of a short ARI on four tasks, of another seed than the default."""
     out = tmp_path_factory.mktemp("trained")
-    fit(config(), fabric, out)
+    fit(config("seed=1"), fabric, out)
     return out
 
 
@@ -281,6 +281,7 @@ def test_a_broken_file_is_listed_and_the_others_are_named(trained, fabric, tmp_p
 def test_predict_normalises_as_training_did(fabric, tmp_path):
     fit(config("prepare.mean=[0.3]", "prepare.std=[0.2]", "data.tasks=1"), fabric, tmp_path)
     learner, saved = load_learner(tmp_path / "last.ckpt")
+    assert saved["about"]["normalise"] == {"mean": [0.3], "std": [0.2]}, "what an exported file will say"
     image = (test_stream(saved, {}).task("test", 0)[0][:1] * 255).byte()
     Image.fromarray(image[0, 0].numpy()).save(tmp_path / "digit.png")
     cfg = composed(
