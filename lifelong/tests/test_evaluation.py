@@ -44,6 +44,17 @@ def test_a_length_of_one_is_the_argmax_over_groups(learner):
     assert within_group(torch.tensor([[0.0, 2.0, 1.0]]), slice(1, 3)).tolist() == [1]
 
 
+def test_the_classes_of_a_continuum_are_those_of_the_voted_task(learner, monkeypatch):
+    monkeypatch.setattr(learner, "scores", lambda x: x.flatten(1)[:, :8])
+    raw = torch.cat([blobs(task, seed=7)[0] for task in TASKS])  # which no chunk of the protocol holds
+    found = learner.predict_sets([raw], p=len(raw), adapt=False)[0]
+    pixels = raw.flatten(1)
+    means = [pixels[:, task].amax(1).mean().item() for task in TASKS]
+    task = TASKS[means.index(max(means))]
+    assert found["continuum"].tolist() == (pixels[:, task].argmax(1) + task[0]).tolist()
+    assert set(found["class_il"].tolist()) == set(range(8)), "single images say otherwise"
+
+
 def test_task_il_is_the_best_class_of_the_images_own_task(learner):
     sets = [blobs(task, seed=7) for task in TASKS]
     expected = []
