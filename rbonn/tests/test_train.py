@@ -257,6 +257,8 @@ def test_a_stage_is_found_by_its_data_and_model_also_in_a_directory_of_overrides
 
     here = [f"run_root={tmp_path}", "method=xnor", "init.arm=activations"]
     stage("default/activations/seed0")
+    with pytest.raises(FileNotFoundError, match="activations/seed1/last.ckpt"):  # every seed has a stage of its own
+        fit(config(*here, "seed=1"), fabric, tmp_path / "run")
     with pytest.raises(ValueError, match=r"data.sigma: 0.25 -> 0.1.*method=activations"):
         fit(config(*here, "data.sigma=0.1"), fabric, tmp_path / "run")
     stage("default/activations/data.sigma-0.1/seed0", "data.sigma=0.1")
