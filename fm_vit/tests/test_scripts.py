@@ -254,6 +254,10 @@ def test_a_reloaded_network_keeps_every_option(fabric, tmp_path):
     model = load(tmp_path / "last.ckpt").model
     block = model.branches["rgb"].cmtb[0]
     assert (block.share, block.mode, model.after) == (0.1, "own", [1]) and not model.training
+    options = ["method.options.fill=black", "method.options.dropout=0.5"]
+    fit(short("train.epochs=0", "method=concat", *options), fabric, tmp_path / "concat")
+    model = load(tmp_path / "concat/last.ckpt").model
+    assert (model.fill, model.dropout) == ("black", 0.5)
 
 
 def test_aggregate_gives_mean_and_deviation_over_sub_protocols(fabric, tmp_path):
