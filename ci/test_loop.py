@@ -238,6 +238,8 @@ def test_resumed_equals_uninterrupted(paper, fabric, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         hook.fit(cfg, fabric, tmp_path / "parts")
     monkeypatch.setattr(runs.Run, "save_checkpoint", save)
+    ends = zip(weights(tmp_path / "parts"), weights(tmp_path / "whole"), strict=True)
+    assert any(not torch.equal(a, b) for a, b in ends), "the first checkpoint must not be the last one"
     hook.fit(cfg, fabric, tmp_path / "parts")
     torch.testing.assert_close(weights(tmp_path / "parts"), weights(tmp_path / "whole"), rtol=0, atol=0, equal_nan=True)
     whole, parts = (json.loads((tmp_path / n / "result.json").read_text())["metrics"] for n in ("whole", "parts"))
