@@ -132,8 +132,18 @@ def build_backbone(
     return backbone
 
 
+def _no_autocast(x: Tensor) -> torch.autocast:
+    kind = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"  # the meta device has none
+    return torch.autocast(kind, enabled=False)
+
+
 class LinearHead(nn.Linear):
-    """Linear classifier with bias: features (..., d) -> logits (..., C)."""
+    """Linear classifier with bias: features (..., d) -> logits (..., C), in the precision of the weight also under autocast: the
+    divergence between two experts is a small difference of logits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with _no_autocast(x):
+            return super().forward(x.to(self.weight.dtype))
 
 
 class CosineHead(nn.Module):
@@ -153,8 +163,7 @@ class CosineHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"  # the meta device has none
-        with torch.autocast(kind, enabled=False):  # squared norms overflow and underflow in half precision
+        with _no_autocast(x):  # squared norms overflow and underflow in half precision
             x = x.to(self.weight.dtype)
             return self.scale * F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1)) + self.bias
 

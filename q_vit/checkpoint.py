@@ -70,4 +70,5 @@ def _names(classes: int) -> list[str]:
     """ImageNet's names for a thousand classes, else numbers."""
     if classes != 1000:
         return [str(c) for c in range(classes)]
-    return [ImageNetInfo().index_to_description(c) for c in range(1000)]
+    known = ImageNetInfo()  # reads its files each time it is made
+    return [known.index_to_description(c) for c in range(1000)]

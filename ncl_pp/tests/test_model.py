@@ -4,7 +4,16 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from ncl_pp.model import CifarResNet, ConvNet, CosineHead, Experts, build_backbone, ensemble, option_a_shortcut
+from ncl_pp.model import (
+    CifarResNet,
+    ConvNet,
+    CosineHead,
+    Experts,
+    LinearHead,
+    build_backbone,
+    ensemble,
+    option_a_shortcut,
+)
 
 
 def parameters(module):
@@ -101,6 +110,16 @@ def test_cosine_head():
         assert_close(out, 16 * cosine + head.bias)
         head.weight.mul_(torch.tensor([1.0, 2.0, 0.3, 7.0])[:, None])
         assert_close(head(x), out)
+
+
+def test_the_linear_head_keeps_its_precision_under_autocast():
+    head, x = LinearHead(64, 4), torch.randn(5, 64)
+    expected = x @ head.weight.T + head.bias
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, half = head(x), head(x.bfloat16())
+    assert found.dtype == half.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(half, x.bfloat16().float() @ head.weight.T + head.bias)
 
 
 def test_cosine_head_is_safe_in_half_precision():
