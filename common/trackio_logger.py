@@ -15,7 +15,7 @@ class TrackioLogger(Logger):
 
     def __init__(self, out: Path, project: str):
         try:
-            import trackio
+            import trackio  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ValueError(f"logger=trackio needs trackio ({error}): pip install '.[logbook]'") from error
         self._trackio, self._project, self._run = trackio, project, None

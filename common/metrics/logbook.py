@@ -36,7 +36,7 @@ def write(paper: Path, out: Path) -> Path:
 
     RuntimeError without trackio; ValueError where a folder above `out` has a logbook, which would be written to."""
     try:
-        from trackio import logbook
+        from trackio import logbook  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise RuntimeError(f"{error}: a logbook needs trackio, pip install '.[logbook]'") from error
     out.mkdir(parents=True, exist_ok=True)
