@@ -9,6 +9,7 @@ from PIL import Image
 
 from common.data.batches import Plan, eval_batches
 from common.data.longtail import long_tail_counts, save_indices
+from ncl_pp import data as data_module
 from ncl_pp.data import build_data
 from ncl_pp.tests.layouts import write_cifar, write_class_folders, write_image, write_lists, write_mnist
 from ncl_pp.transforms import (
@@ -31,6 +32,18 @@ def folder(tmp_path):
             for i in range(per_class - (c == 2 and split == "train") * 2):
                 write_image(tmp_path / split / name / f"{i}.png", value=c * 50 + i)
     return tmp_path
+
+
+def test_the_seed_draws_the_test_digits_and_the_training_subset(monkeypatch):
+    def test_set(seed):
+        images, targets = build_data(name="digits_lt", seed=seed).test.tensors
+        return {image.numpy().tobytes() for image in images}, targets
+
+    assert len(test_set(0)[0] & test_set(1)[0]) < 400, "other digits are tested, not only other classes"
+    fixed = data_module.split_per_class(test_per_class=60, seed=0, permute_classes=True)
+    monkeypatch.setattr(data_module, "split_per_class", lambda **options: fixed)
+    first, again, other = (build_data(name="digits_lt", seed=s).indices for s in (0, 0, 1))
+    assert first == again and set(first) != set(other)
 
 
 def test_digits_are_long_tailed_and_the_head_class_varies_with_the_seed():

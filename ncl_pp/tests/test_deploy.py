@@ -36,6 +36,13 @@ def test_shifted_priors_pay_when_known_and_groups_follow_the_convention(checkpoi
         metrics = evaluate.evaluate(cfg, fabric)
         assert metrics["top1_ensemble_prior_known"] != metrics["top1_ensemble_prior_ignored"]
         assert {"top1_medium", "top1_few"} & metrics.keys() and "top1_many" not in metrics  # 40 ... 10 images
+        trained = load(checkpoint)
+        x, y = next(iter(eval_batches(data_of(trained, {}).test, batch_size=600)))
+        pi = evaluate.test_prior(prior, trained.about["counts"], cfg.prior_ratio)
+        with torch.no_grad():
+            posterior = ensemble(trained.model(x)).double().softmax(-1) * pi  # Bayes: the training was balanced
+        by_hand = sum(float(pi[c] * (posterior[y == c].argmax(-1) == c).double().mean()) for c in range(10))
+        assert metrics["top1_ensemble_prior_known"] == pytest.approx(100 * by_hand, abs=1e-6)
 
 
 def test_evaluate_on_other_data_and_the_record(checkpoint, script_config, tmp_path, fabric):

@@ -18,6 +18,7 @@ from PIL import Image
 
 from common import runs
 from common.data.batches import eval_batches
+from ncl_pp import evaluate, train
 from ncl_pp.checkpoint import data_of, load
 from ncl_pp.contrastive import MomentumContrast
 from ncl_pp.data import build_data
@@ -121,7 +122,7 @@ def test_accumulation_equals_the_whole_batch_without_batch_statistics(fabric, tm
     assert not (tmp_path / "one/best.ckpt").exists(), "without a validation split nothing is selected"
 
 
-def test_best_checkpoint_is_the_best_on_the_validation_split(fabric, tmp_path):
+def test_best_checkpoint_is_the_best_on_the_validation_split(script_config, fabric, tmp_path):
     root = images(tmp_path / "data")
     for c, (name, other) in enumerate(
         (("red", "green"), ("green", "blue"), ("blue", "red"))
@@ -143,6 +144,33 @@ def test_best_checkpoint_is_the_best_on_the_validation_split(fabric, tmp_path):
     assert json.loads((tmp_path / "run/result.json").read_text())["metrics"]["top1_ensemble"] == pytest.approx(
         by_hand["test"]
     )
+    for split, expected in by_hand.items():
+        cfg = script_config("evaluate", f"weights={tmp_path / 'run/last.ckpt'}", f"split={split}")
+        assert evaluate.evaluate(cfg, fabric)["top1_ensemble"] == pytest.approx(expected)
+    line = [*folder_arm(root), "train.epochs=4", "method=bsce", "optim.lr=0.05", "evaluate.split=validation"]
+    fit(short_config(*line), fabric, tmp_path / "validated")
+    result = json.loads((tmp_path / "validated/result.json").read_text())
+    assert result["metrics"]["top1_ensemble"] == pytest.approx(by_hand["validation"])
+
+
+def test_a_resumed_run_keeps_the_best_of_the_epochs_before(fabric, tmp_path, monkeypatch):
+    root = images(tmp_path / "data")
+    shutil.copytree(root / "test", root / "val")
+    cfg, scripted = short_config(*folder_arm(root), "train.epochs=2"), iter([50.0, 40.0, 30.0])
+    monkeypatch.setattr(train, "expert_metrics", lambda *args, **options: {"top1_ensemble": next(scripted)})
+    save = runs.Run.save_checkpoint
+
+    def saved_once(run, state, name="last.ckpt"):
+        save(run, state, name)
+        if name == "last.ckpt":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs.Run, "save_checkpoint", saved_once)
+        fit(cfg, fabric, tmp_path / "run")
+    fit(cfg, fabric, tmp_path / "run")
+    best, last = (runs.load_checkpoint(tmp_path / "run" / n) for n in ("best.ckpt", "last.ckpt"))
+    assert (best["epoch"], best["best"], last["epoch"], last["best"]) == (1, 50.0, 2, 50.0)
 
 
 def test_two_ranks_equal_one_process_at_equal_global_batch(fabric, tmp_path):
