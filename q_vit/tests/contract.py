@@ -11,7 +11,7 @@ from common import runs
 from q_vit.tests.conftest import config as short
 from q_vit.train import fit
 
-__all__ = ["ACCUMULATES", "CLIPS", "KEYS", "TEACHER", "config", "fit", "rates"]
+__all__ = ["ACCUMULATES", "CLIPS", "KEYS", "RELOADED", "TEACHER", "config", "fit", "rates"]
 
 
 @cache
@@ -42,6 +42,7 @@ def rates(cfg, step, steps):
 ACCUMULATES = ["method.quant.grad_scale=per_group"]
 CLIPS = "not here: neither the paper's recipe nor the released command clips; the norm is computed for the finite check"
 TEACHER = ["method=both"]
+RELOADED = ["method.quant.edge_bits=4", "method.quant.gelu_clip=0.01"]
 
 PAPER_FORM = ["method.quant.irm_form=paper"]
 KEYS = {
