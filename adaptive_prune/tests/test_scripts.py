@@ -437,7 +437,7 @@ def test_a_claim_of_speed_is_judged_by_the_times(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.report, "update_readmes", lambda *_, **__: None)
     document = yaml.safe_load((PAPER / "claims.yaml").read_text())
     document["claims"] = [c for c in document["claims"] if c["id"] == "speed_of_the_abstract"]
-    document["abstract"] = []
+    document["abstract"] = document["advice"] = []
     (tmp_path / "claims.yaml").write_text(yaml.safe_dump(document))
     for dense, verdict in ((16.0, "contradicted"), (30.0, "supported")):
         times = {"packed": 16.0, "dense": dense}

@@ -162,8 +162,9 @@ def test_class_folders_match_by_name_and_say_what_does_not(tmp_path):
 
 
 def test_csv_lists_take_names_and_numbers(tmp_path):
-    write_image(tmp_path / "a.png")
-    (tmp_path / "train.csv").write_text("path,label\na.png,happy\na.png,0\n")
+    for name in ("a.png", "b.png"):
+        write_image(tmp_path / name)
+    (tmp_path / "train.csv").write_text("path,label\na.png,happy\nb.png,0\n")
     assert read_split("csv", tmp_path, "train").targets == [4, 0]
     (tmp_path / "train.csv").write_text("a.png,7\n")
     with pytest.raises(ValueError, match="line 1: label '7'; allowed are anger"):
