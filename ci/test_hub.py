@@ -4,16 +4,13 @@ card; `load` and the scripts read them back."""
 import importlib
 import json
 import os
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 
-from common import hub, runs, scripts
+from common import hub, runs
 from common.metrics.readme import PAPERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,12 +18,12 @@ CHOSEN = [p for p in PAPERS if os.environ.get("PAPER", p) == p]
 
 
 @pytest.mark.parametrize("paper", CHOSEN)
-def test_export_to_a_folder_and_back_is_the_same_network(paper, fabric, tmp_path, monkeypatch, capsys):
+def test_export_to_a_folder_and_back_is_the_same_network(paper, fabric, tmp_path, started, capsys):
     hook = importlib.import_module(f"{paper}.tests.contract")
     cfg = hook.config()
     hook.fit(cfg, fabric, tmp_path / "run")
     weights, out = tmp_path / "run/last.ckpt", tmp_path / "my model"
-    assert run(paper, [f"weights='{weights}'", f"out='{out}/'"], monkeypatch) == 0
+    assert started(ROOT / paper / "export.py", [f"weights='{weights}'", f"out='{out}/'"]) == 0
     assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert not list(tmp_path.glob(".*")), "something was left beside the folder"
     module = importlib.import_module(f"{paper}.checkpoint")
@@ -47,25 +44,12 @@ def test_export_to_a_folder_and_back_is_the_same_network(paper, fabric, tmp_path
     )
     assert "## Measured\n\n| metric | value | unit |" in card and str(tmp_path) not in card
     # A second export into the same folder replaces it; one into a folder of something else is refused.
-    assert run(paper, [f"weights='{out}'", f"out='{tmp_path / 'again'}/'"], monkeypatch) == 0
+    assert started(ROOT / paper / "export.py", [f"weights='{out}'", f"out='{tmp_path / 'again'}/'"]) == 0
     assert (tmp_path / "again" / hub.WEIGHTS).read_bytes() == (out / hub.WEIGHTS).read_bytes()
     (out / "notes.txt").write_text("mine")
     capsys.readouterr()
-    assert run(paper, [f"weights='{weights}'", f"out='{out}/'"], monkeypatch) == 1
+    assert started(ROOT / paper / "export.py", [f"weights='{weights}'", f"out='{out}/'"]) == 1
     assert "holds something else: name a new folder" in capsys.readouterr().err and (out / "notes.txt").exists()
-
-
-def run(paper: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(scripts, "_terminate_cleanly", lambda: None)
-    monkeypatch.setattr(sys, "argv", [str(ROOT / paper / "export.py"), *overrides])
-    GlobalHydra.instance().clear()
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    finally:
-        GlobalHydra.instance().clear()
-    return 0
 
 
 @pytest.fixture

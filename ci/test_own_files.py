@@ -3,16 +3,12 @@ out and counted by broken_images=skip; the data of a run say so."""
 
 import json
 import os
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
-from common import scripts
 from common.data.files import readable
 from common.metrics.readme import PAPERS
 
@@ -68,28 +64,15 @@ def own_folder(root: Path, paper: str) -> Path:
     return broken
 
 
-def run(paper: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(scripts, "_terminate_cleanly", lambda: None)
-    monkeypatch.setattr(sys, "argv", [str(ROOT / paper / "train.py"), *overrides])
-    GlobalHydra.instance().clear()
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    finally:
-        GlobalHydra.instance().clear()
-    return 0
-
-
 @pytest.mark.parametrize("paper", CHOSEN)
-def test_a_broken_image_among_good_ones_is_left_out_by_the_switch(paper, tmp_path, monkeypatch, capsys):
+def test_a_broken_image_among_good_ones_is_left_out_by_the_switch(paper, tmp_path, started, monkeypatch, capsys):
     broken = own_folder(tmp_path / "own", paper)
     place = tmp_path / "place"
     place.mkdir()
     monkeypatch.chdir(place)
     small = SMALL if paper != "iqa_attack" else ["preflight=true"]
     line = [*dict.fromkeys([*LINES[paper], *small]), f"data.root={tmp_path / 'own'}"]
-    status = run(paper, [*line, "broken_images=skip"], monkeypatch)
+    status = started(ROOT / paper / "train.py", [*line, "broken_images=skip"])
     said = capsys.readouterr()
     assert status == 0, said.err
     assert f"cannot decode image {broken}" in said.err and "broken_images=skip: 1 of " in said.err

@@ -60,6 +60,25 @@ def resumed(tmp_path: Path, fabric: Fabric, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, Sequence[str]], int]:
+    """started(script file, overrides) -> exit status of `python <script> <overrides>`, in this process."""
+
+    def call(script: Path, overrides: Sequence[str]) -> int:
+        monkeypatch.setattr(scripts, "_terminate_cleanly", lambda: None)
+        monkeypatch.setattr(sys, "argv", [str(script), *overrides])
+        GlobalHydra.instance().clear()
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as stopped:
+            return int(stopped.code or 0)
+        finally:
+            GlobalHydra.instance().clear()
+        return 0
+
+    return call
+
+
+@pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
     """refused(paper, script, overrides) -> the one line with which `python <script>.py <overrides>` ends, from an empty folder.
 
