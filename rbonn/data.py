@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import v2
 
-from common.data.batches import CropFlip, to_float
+from common.data.batches import CropFlip, stream, to_float
 from common.data.images import Images, Lighting
 from common.data.scenes import noisy_digits
 from common.data.vision import KNOWN, image_folder, in_memory, set_identity, torchvision_set
@@ -23,6 +23,7 @@ STATS = {
     "fashion_mnist": ((0.2860,), (0.3530,)),
 }
 LIGHTING = ("none", "correct", "official")
+DIGITS = 1000  # training images of the embedded set, the rest of 1,797 are for testing
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,21 @@ class Classified(Images):
 
 def build_data(
     *, name: str, seed: int, root: str | None = None, workers: int = 0, download: bool = False, sigma: float = 0.25,
-    train: int = 1000, size: int = 224, lighting: str = "none", val: str = "val",
+    train: int | None = None, size: int = 224, lighting: str = "none", val: str = "val",
 ) -> Classified:  # fmt: skip
     """A data set by name.
 
-    digits: scikit-learn's digits with N(0, sigma^2) noise drawn from `seed`, standardised, `train` of 1,797 for training.
+    digits: scikit-learn's digits with N(0, sigma^2) noise drawn from `seed`, standardised, `train` (null: 1,000) of 1,797
+        for training.
     mnist, fashion_mnist, cifar10: `root` in torchvision's layout, random crop (padding 2 or 4) in memory, and a flip where it
-        is none of digits.
+        is none of digits; `train` of the training images, drawn from `seed` (null: all).
     folder: root/train/<class>/, root/<val>/<class>/; RandomResizedCrop(size), flip, lighting: none | correct | official
         (see `Lighting`); test: shorter side size * 8 / 7, centre crop.
     ValueError for an unknown name or option, FileNotFoundError for missing files."""
     check_data(name=name, root=root, lighting=lighting)
     if name == "digits":
-        training, test = noisy_digits(sigma=sigma, train=train, seed=seed)
-        noisy, _ = noisy_digits(sigma=sigma, train=train, seed=seed, standardise=False)
+        training, test = noisy_digits(sigma=sigma, train=DIGITS if train is None else train, seed=seed)
+        noisy, _ = noisy_digits(sigma=sigma, train=DIGITS if train is None else train, seed=seed, standardise=False)
         std, mean = (float(v) for v in torch.std_mean(noisy.images))
         names = tuple(str(d) for d in range(10))
         return Classified(
@@ -62,7 +64,7 @@ def build_data(
         )
     if name in KNOWN:
         files = torchvision_set(name, root, train=True, download=download)
-        training, test = in_memory(files), test_set(name=name, root=root, download=download)[0]
+        training, test = _drawn(*in_memory(files), train, seed), test_set(name=name, root=root, download=download)[0]
         size, channels = training[0].shape[-1], training[0].shape[1]
         augment = CropFlipNormalise(padding=4 if channels == 3 else 2, flip=name != "mnist", stats=STATS[name])
         return Classified(
@@ -82,6 +84,16 @@ def build_data(
     )  # fmt: skip
 
 
+def _drawn(images: Tensor, labels: Tensor, count: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    """`count` of the images and their labels, drawn from `seed`; None: all, in their order."""
+    if count is None:
+        return images, labels
+    if not 1 <= count <= len(images):
+        raise ValueError(f"data.train={count}, allowed: 1..{len(images)} of the training images, or null for all")
+    kept = torch.randperm(len(images), generator=torch.Generator().manual_seed(stream(seed, 78)))[:count]
+    return images[kept], labels[kept]
+
+
 def check_data(*, name: str, root: str | None = None, lighting: str = "none", **_: Any) -> None:
     """ValueError for an unknown set or option, or for a root where the set is embedded; reads nothing."""
     if name not in SETS:
@@ -97,12 +109,12 @@ def check_data(*, name: str, root: str | None = None, lighting: str = "none", **
 
 def test_set(
     *, name: str, root: str | None = None, seed: int = 0, workers: int = 0, download: bool = False, sigma: float = 0.25,
-    train: int = 1000, size: int = 224, lighting: str = "none", val: str = "val",
+    train: int | None = None, size: int = 224, lighting: str = "none", val: str = "val",
 ) -> tuple[Dataset, list[str]]:  # fmt: skip
     """(the test images alone, as the network sees them; the names of their classes). Arguments and errors: `build_data`."""
     check_data(name=name, root=root, lighting=lighting)
     if name == "digits":
-        return noisy_digits(sigma=sigma, train=train, seed=seed)[1], [str(d) for d in range(10)]
+        return noisy_digits(sigma=sigma, train=DIGITS if train is None else train, seed=seed)[1], [str(d) for d in range(10)]
     if name in KNOWN:
         files = torchvision_set(name, root, train=False, download=download)
         images, labels = in_memory(files)
