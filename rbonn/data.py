@@ -55,8 +55,8 @@ def build_data(
     ValueError for an unknown name or option, FileNotFoundError for missing files."""
     check_data(name=name, root=root, lighting=lighting)
     if name == "digits":
-        training, test = noisy_digits(sigma=sigma, train=DIGITS if train is None else train, seed=seed)
-        noisy, _ = noisy_digits(sigma=sigma, train=DIGITS if train is None else train, seed=seed, standardise=False)
+        options: dict[str, Any] = {"sigma": sigma, "train": DIGITS if train is None else train, "seed": seed}
+        (training, test), (noisy, _) = noisy_digits(**options), noisy_digits(**options, standardise=False)
         std, mean = (float(v) for v in torch.std_mean(noisy.images))
         names = tuple(str(d) for d in range(10))
         return Classified(
@@ -114,7 +114,8 @@ def test_set(
     """(the test images alone, as the network sees them; the names of their classes). Arguments and errors: `build_data`."""
     check_data(name=name, root=root, lighting=lighting)
     if name == "digits":
-        return noisy_digits(sigma=sigma, train=DIGITS if train is None else train, seed=seed)[1], [str(d) for d in range(10)]
+        test = noisy_digits(sigma=sigma, train=DIGITS if train is None else train, seed=seed)[1]
+        return test, [str(d) for d in range(10)]
     if name in KNOWN:
         files = torchvision_set(name, root, train=False, download=download)
         images, labels = in_memory(files)
