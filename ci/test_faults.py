@@ -51,7 +51,7 @@ def forked(paper, cfg, out):
         os._exit(1)
 
 
-def test_twenty_kills_change_no_number(paper, tmp_path, capsys):
+def test_twenty_kills_change_no_number(paper, tmp_path, record_property):
     """Runs of the same configuration, killed and started again until they end, until there were twenty kills."""
     cfg = hook(paper).config("train.epochs=4")
     start = time.perf_counter()
@@ -73,8 +73,7 @@ def test_twenty_kills_change_no_number(paper, tmp_path, capsys):
     if (out := tmp_path / f"parts{ended}").exists():  # the last kill left one half done
         assert os.waitpid(forked(paper, cfg, out), 0)[1] == 0
         same_numbers(tmp_path / "whole", out)
-    with capsys.disabled():
-        print(f"\n{paper}: {kills} kills, every number the same")
+    record_property("measured", f"{paper}: {kills} kills, every number the same")
 
 
 def same_numbers(whole, parts):
@@ -129,7 +128,7 @@ def wrong_lines(paper):
     )
 
 
-def test_a_wrong_command_line_is_one_line_and_leaves_nothing(paper, tmp_path, monkeypatch, capsys):
+def test_a_wrong_command_line_is_one_line_and_leaves_nothing(paper, tmp_path, monkeypatch, record_property):
     monkeypatch.chdir(ROOT / paper)
     module = importlib.import_module(f"{paper}.train")
     bad, count = [], 0
@@ -156,8 +155,7 @@ def test_a_wrong_command_line_is_one_line_and_leaves_nothing(paper, tmp_path, mo
             bad.append(
                 f"{line}: status {status}, {len(lines)} lines, {lines[-1][:90] if lines else ''}{' LEFT' * root.exists()}"
             )
-    with capsys.disabled():
-        print(f"\n{paper}: {count} wrong command lines, {len(bad)} without one clear line")
+    record_property("measured", f"{paper}: {count} wrong command lines, {len(bad)} without one clear line")
     assert not bad, "\n".join(bad[:40])
     assert sorted(p.name for p in Path().iterdir()) == before
 
