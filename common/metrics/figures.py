@@ -44,17 +44,28 @@ def plot_claims(results: list[dict[str, Any]], path: str | Path, words: Words | 
     if not any(r["effect"] for r in results):
         return False
     heights = [
-        sum(max(1.0, 0.4 * len(textwrap.wrap(r["statement"], 58))) for r in rows) + 1.1 for rows in panels.values()
+        sum(max(1.0, 0.4 * len(textwrap.wrap(r["statement"], 58))) for r in rows) + 1.1 + 0.4 * _axis(*kind).count("\n")
+        for kind, rows in panels.items()
     ]
     figure = Figure(figsize=(11, 0.5 * sum(heights) + 0.5), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for ax, ((ratio, unit), rows) in zip(axes, panels.items(), strict=True):
-        _forest_panel(ax, ratio, unit, rows)
+        _forest_panel(ax, ratio, rows)
+        ax.set_xlabel(_axis(ratio, unit), fontsize=9)
     figure.savefig(path, dpi=130)
     return True
 
 
-def _forest_panel(ax: Axes, ratio: bool, unit: str, rows: list[dict[str, Any]]) -> None:
+def _axis(ratio: bool, unit: str) -> str:
+    """What a panel shows. It stands centred below the axes, where a line of more than 120 letters would leave the figure."""
+    if ratio:
+        return "ratio over the claimed margin (x); claimed side: right of 1"
+    words = "difference over the claimed margin; claimed side: right of 0"
+    line = f"{unit}: {words}"
+    return line if len(line) <= 120 else f"{textwrap.fill(unit, 119)}:\n{words}"
+
+
+def _forest_panel(ax: Axes, ratio: bool, rows: list[dict[str, Any]]) -> None:
     ax.axvline(1 if ratio else 0, color="black", linewidth=0.8, linestyle="--")
     for y, r in enumerate(rows):
         colour = COLOURS[r["verdict"]]
@@ -86,9 +97,6 @@ def _forest_panel(ax: Axes, ratio: bool, unit: str, rows: list[dict[str, Any]]) 
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 8 * low else MaxNLocator(7))
         ax.xaxis.set_major_formatter("{x:.4g}")
         ax.xaxis.set_minor_locator(NullLocator())
-        ax.set_xlabel("ratio over the claimed margin (x); claimed side: right of 1", fontsize=9)
-    else:
-        ax.set_xlabel(f"{unit}: difference over the claimed margin; claimed side: right of 0", fontsize=9)
     ax.tick_params(axis="x", labelsize=8)
     ax.grid(axis="x", alpha=0.25)
     ax.spines[["top", "right", "left"]].set_visible(False)

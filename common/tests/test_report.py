@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from common.metrics import figures, readme, report, tables
@@ -342,3 +344,23 @@ def test_figures_speak_in_words_and_are_stale_when_the_words_change(tmp_path, mo
         )
         drawn.add(report._drawn_from(folder))
     assert len(drawn) == 2
+
+
+@pytest.mark.parametrize("words", [7, 20, 45])
+def test_no_text_of_the_forest_plot_leaves_the_figure(tmp_path, monkeypatch, words):
+    drawn = []
+    monkeypatch.setattr(figures, "Figure", lambda **options: drawn.append(Figure(**options)) or drawn[-1])
+    result = {
+        "kind": "property", "metric": "m", "statement": "APP drops more than chance.", "verdict": "inconclusive", "level": 0.95,
+        "primary": True, "published": None, "arms": ["app"], "better": "higher", "margin": 0, "effect": None,
+        "measured": {"app": {"seeds": {"100": 0.3, "101": 0.2, "102": 0.4}}},
+    }  # fmt: skip
+    others = result | {"metric": "n", "effect": {"estimate": 0.3, "low": 0.1, "high": 0.5}}
+    says = {"m": {"says": " ".join(["dropped"] * words), "unit": ""}, "n": {"says": "accuracy", "unit": "%"}}
+    assert figures.plot_claims([result, others], tmp_path / "claims.png", says)
+    (figure,) = drawn
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = [axis.xaxis.label.get_window_extent(canvas.get_renderer()) for axis in figure.axes]
+    assert len(boxes) == 2 and all(figure.bbox.x0 <= b.x0 and b.x1 <= figure.bbox.x1 for b in boxes)
+    assert not boxes[0].overlaps(boxes[1]) and min(b.y0 for b in boxes) >= 0
