@@ -77,7 +77,7 @@ class ATP(nn.Module):
             return u, torch.arange(n, device=u.device).expand(u.shape[0], -1)
         scores = token_score(row, self.score, source=self.source, prefix=p)
         index = select(scores, keep_count(n, self.rate), lowest=self.lowest)
-        return torch.cat([u[:, :p], gather_tokens(u[:, p:], index)], 1), index
+        return gather_tokens(u, index, prefix=p), index
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}, score={self.score}, source={self.source}, lowest={self.lowest}, when={self.when}"

@@ -2,7 +2,7 @@
 
 python export.py weights=runs/default/app_atp/seed0/last.ckpt out=apvit.onnx
 
-The number of tokens of every block is a constant of the configuration, so the poolings are TopK and GatherElements."""
+The number of tokens of every block is a constant of the configuration, so the poolings are TopK and Gather."""
 
 import warnings
 from collections.abc import Mapping

@@ -8,7 +8,6 @@ logits, kept = model(images, details=True)
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
@@ -59,7 +58,7 @@ class PooledViT(nn.Module):
             raise ValueError("score='la' changes the features; in a pretrained ViT use a score without parameters")
         _, index = self.app(features)
         if index.shape[1] < features.shape[1]:
-            x = torch.cat([x[:, :p], gather_tokens(x[:, p:], index)], 1)
+            x = gather_tokens(x, index, prefix=p)
         kept = Kept(index)
         poolings: Any = self.atp
         for block, pooling in zip(vit.blocks, poolings, strict=True):

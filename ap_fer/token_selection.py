@@ -53,9 +53,17 @@ def select(scores: Tensor, k: int, *, lowest: bool = False) -> Tensor:
     return order.sort(dim=1).values
 
 
-def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """x (B, N, d), index (B, k) -> (B, k, d): for every image its tokens `index`."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+def gather_tokens(x: Tensor, index: Tensor, *, prefix: int = 0) -> Tensor:
+    """x (B, prefix + N, d), index (B, k) among the N -> (B, prefix + k, d): for every image its first `prefix` tokens, then the
+    tokens `index`.
+
+    Whole rows of one matrix are copied. A gather along dim 1 looks up an index for each of the d channels, which took a fifth
+    of the time that the dropped tokens save."""
+    b, t, d = x.shape
+    if prefix:
+        index = torch.cat([torch.arange(prefix, device=x.device).expand(b, -1), index + prefix], 1)
+    rows = index + t * torch.arange(b, device=x.device)[:, None]
+    return x.reshape(-1, d).index_select(0, rows.flatten()).view(-1, index.shape[1], d)
 
 
 def token_schedule(n: int, keep: int | None, rates: Sequence[float]) -> list[int]:

@@ -71,6 +71,15 @@ def test_gather_takes_whole_tokens_of_the_right_image():
     x = torch.arange(2 * 4 * 3).view(2, 4, 3).float()
     out = gather_tokens(x, torch.tensor([[0, 3], [1, 2]]))
     assert out.tolist() == [x[0, [0, 3]].tolist(), x[1, [1, 2]].tolist()]
+    out = gather_tokens(x, torch.tensor([[0, 1], [0, 2]]), prefix=1)
+    assert out.tolist() == [x[0, [0, 1, 2]].tolist(), x[1, [0, 1, 3]].tolist()]
+    strided = x.transpose(1, 2).contiguous().transpose(1, 2)  # as features of a CNN come
+    assert torch.equal(gather_tokens(strided, torch.tensor([[0], [2]]), prefix=1), x[[[0], [1]], [[0, 1], [0, 3]]])
+    x.requires_grad_()
+    gather_tokens(x, torch.tensor([[0, 1], [0, 2]]), prefix=1).mul(
+        torch.tensor([1.0, 2, 3])[None, :, None]
+    ).sum().backward()
+    assert x.grad is not None and x.grad[..., 0].tolist() == [[1, 2, 3, 0], [1, 2, 0, 3]]
     assert to_mask(torch.tensor([[0, 2]]), 4).tolist() == [[True, False, True, False]]
 
 
