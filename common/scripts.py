@@ -262,7 +262,7 @@ def _fits(old: Any, new: Any) -> bool:
 
 
 def _given_elsewhere(configs: Path | None, key: str) -> list[Any]:
-    """Every value that a configuration file of the folder gives to `key`."""
+    """Every value that a configuration file of the folder gives to `key`, those that a sweep goes through included."""
     found = []
     for file in configs.rglob("*.yaml") if configs else ():
         node: Any = yaml.safe_load(file.read_text()) or {}
@@ -273,6 +273,8 @@ def _given_elsewhere(configs: Path | None, key: str) -> list[Any]:
                 value = value.get(part, ...) if isinstance(value, Mapping) else ...
             if value is not ... and not (isinstance(value, str) and "${" in value):
                 found.append(value)
+        swept = OmegaConf.select(OmegaConf.create(node), "hydra.sweeper.params") or {}
+        found += [yaml.safe_load(choice) for choice in str(swept[key]).split(",")] if key in swept else []
     return found
 
 

@@ -108,6 +108,15 @@ def test_a_key_takes_what_another_configuration_of_the_folder_gives_it(toy):
         typed(toy, "method=b", "method.mode=[x]")
 
 
+def test_a_key_takes_what_a_sweep_of_the_folder_goes_through(toy):
+    (toy / "configs/reproduce/full").mkdir(parents=True)
+    sweep = "hydra: {sweeper: {params: {force: 'true,inter', seed: '1,2'}}}\n"
+    (toy / "configs/reproduce/full/10_train_both.yaml").write_text(sweep)
+    assert typed(toy, "force=inter").force == "inter"
+    with pytest.raises(ValueError, match="force=1"):
+        typed(toy, "force=1")
+
+
 @pytest.mark.parametrize(
     "flat",
     [{"seed": -1}, {"train.batch_size": 0}, {"data.workers": -1}, {"train.save_every": 0}, {"train.log_every": 0},
