@@ -57,8 +57,8 @@ def gather_tokens(x: Tensor, index: Tensor, *, prefix: int = 0) -> Tensor:
     """x (B, prefix + N, d), index (B, k) among the N -> (B, prefix + k, d): for every image its first `prefix` tokens, then the
     tokens `index`.
 
-    Whole rows of one matrix are copied. A gather along dim 1 looks up an index for each of the d channels, which took a fifth
-    of the time that the dropped tokens save."""
+    Whole rows of one matrix are copied. A gather along dim 1 looks up an index for each of the d channels, measured on a CPU 5 ms
+    instead of 0.1 for 144 of 160 tokens of 8 images."""
     b, t, d = x.shape
     if prefix:
         index = torch.cat([torch.arange(prefix, device=x.device).expand(b, -1), index + prefix], 1)
