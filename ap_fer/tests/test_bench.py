@@ -28,6 +28,17 @@ def small_networks(seed=3):
     return models
 
 
+def test_all_forms_have_the_weights_of_their_seed():
+    one, again, other = (bench.networks(seed, **SMALL) for seed in (3, 3, 4))
+    first = one["first"].vit.vit.state_dict()
+    for key, value in one["pooled"].state_dict().items():
+        assert torch.equal(value, one["dense"].state_dict()[key]) and torch.equal(
+            value, again["pooled"].state_dict()[key]
+        )
+        assert not key.startswith("vit.") or torch.equal(value, first[key.removeprefix("vit.")])
+    assert not torch.equal(one["pooled"].vit.cls_token, other["pooled"].vit.cls_token)
+
+
 def first_ones(scores, k, *, lowest=False):
     return torch.arange(k).expand(len(scores), -1)
 

@@ -346,7 +346,7 @@ def test_figures_speak_in_words_and_are_stale_when_the_words_change(tmp_path, mo
     assert len(drawn) == 2
 
 
-@pytest.mark.parametrize("words", [7, 20, 45])
+@pytest.mark.parametrize("words", [7, 11, 20, 45])
 def test_no_text_of_the_forest_plot_leaves_the_figure(tmp_path, monkeypatch, words):
     drawn = []
     monkeypatch.setattr(figures, "Figure", lambda **options: drawn.append(Figure(**options)) or drawn[-1])
