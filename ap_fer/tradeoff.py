@@ -116,8 +116,8 @@ def name_dots(axis: Axes, dots: dict[str, Line2D], costs: list[float]) -> None:
         taken.append(place)
         at = to_pixels.inverted().transform((place.x0, middle + up))
         end = to_pixels.inverted().transform((place.x0 - 1 if left == sides[0] else place.x1 + 1, middle + up))
-        (x,), (y,) = dots[arm].get_data()
-        text.set_position(at)
+        x, y = np.asarray(dots[arm].get_xydata())[0].tolist()
+        text.set_position((at[0], at[1]))
         axis.plot(
             [x, end[0]], [y, end[1]], color=dots[arm].get_color(), linewidth=0.4, alpha=0.7, scalex=False, scaley=False
         )
