@@ -111,7 +111,14 @@ def test_faces_are_cut_out_by_their_boxes(checkpoint, tmp_path):
     assert found[0] == found[1] != found[2]
     (tmp_path / "b.csv").write_text("x.png,20,10,68,70\n")
     with pytest.raises(SystemExit):
-        run(predict, "predict", f"weights={checkpoint}", f"images={tmp_path / 'in'}", f"boxes={tmp_path / 'b.csv'}")
+        run(
+            predict,
+            "predict",
+            f"weights={checkpoint}",
+            f"images={tmp_path / 'in'}",
+            f"boxes={tmp_path / 'b.csv'}",
+            f"out={tmp_path / 'none.csv'}",
+        )
     with pytest.raises(ValueError, match="box of x.png is empty"):
         (tmp_path / "b.csv").write_text("x.png,20,10,20,70\n")
         align.read_boxes(tmp_path / "b.csv")
