@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.quant.binary import RPReLU
 from common.quant.integer_onnx import IntegerConv2d, IntegerLinear, Operand, integer_product
 from common.quant.lsq import LSQQuantizer
 from q_detr.detr import Attention
+from q_detr.integer_backbone import FEW, Bend, integer_stages_
 from q_detr.quantized_detr import QuantConv2d, QuantLinear
 
 
@@ -103,7 +105,9 @@ class _FloatLinear(nn.Module):
 
 
 def _layer(m: nn.Module) -> nn.Module:
-    """A quantised layer on integers; any other as it is."""
+    """A quantised layer on integers; any other as it is, and so is the convolution of an image, which integers do not speed up."""
+    if isinstance(m, nn.Conv2d) and m.in_channels <= FEW:
+        return m
     operand, quantizer = getattr(m, "act_quant", None), getattr(m, "weight_quant", None)
     if not (isinstance(operand, LSQQuantizer) and isinstance(quantizer, LSQQuantizer)):
         return m
@@ -119,12 +123,15 @@ def integers_(model: nn.Module) -> int:
     integers. ValueError with the reason where they cannot."""
     if (reason := why_not_integer(model)) is not None:
         raise ValueError(reason)
+    integer_stages_(model.backbone[0].body)  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
     for parent in list(model.modules()):
         for name, m in list(parent.named_children()):
             if isinstance(m, Attention):
                 setattr(parent, name, IntegerAttention(m))
             elif isinstance(m, QuantLinear | QuantConv2d):
                 setattr(parent, name, _layer(m))
+            elif isinstance(m, RPReLU | nn.PReLU):
+                setattr(parent, name, Bend(m, axis=1))
     found = list(model.modules())
     layers = sum(isinstance(m, IntegerLinear | IntegerConv2d) for m in found)
     pairs = [(a.q, a.k) for a in found if isinstance(a, IntegerAttention)] + [
