@@ -1,14 +1,17 @@
 """Prices and times on this CPU, each row against its baseline in one run. Writes bench.json, in about a minute.
 
 python bench.py threads=1
-python bench.py deploy=true backbone=resnet50 side=[800,1066]      the paper's network and size, more runtimes (many minutes)
+python bench.py deploy=true backbone=resnet50 side=[800,1066] threads=1 out=results/deploy/bench.json      minutes
 
-What the rows show: what distillation and simulated quantisation cost in training, and which float or int8 runtime is fastest for
-inference. Nothing here computes with 2 to 4 bits: CPUs cannot, and the paper's OPs are not seconds."""
+What the rows show: what distillation and simulated quantisation cost in training, and which float runtime is fastest for
+inference. With deploy=true instead: bytes, memory and time of students on 8-bit integers beside every float form, whole and by
+parts of the network; what the README's table is made from. Nothing here computes with 2 to 4 bits: CPUs cannot, and the paper's
+OPs are not seconds."""
 
 import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from common.metrics.timing import Bench, Timing, interleaved
 from common.scripts import script
 from q_detr.building import build_real, build_student
 from q_detr.data import Prepared
+from q_detr.deployment import add_deployment
 from q_detr.detr import DETR, pad_images
 from q_detr.distribution_rectification import drd_loss
 from q_detr.export import OUTPUTS, export_onnx
@@ -97,9 +101,9 @@ def distillation_losses(batch: int = 2, queries: int = 100, dim: int = 256, laye
     return interleaved(calls, rounds=3, warmup=1)
 
 
-def inference(backbone: str, height: int, width: int, *, rounds: int, deploy: bool = False) -> dict[str, Timing]:
+def inference(backbone: str, height: int, width: int, *, rounds: int) -> dict[str, Timing]:
     """Times of a forward pass of one image: the real-valued DETR as it is, channels last and in onnxruntime; a 4-bit student,
-    simulated. deploy: also by torch.compile, and an 8-bit student with a step per tensor whose products run on integers."""
+    simulated."""
 
     def network() -> DETR:
         torch.manual_seed(0)
@@ -113,24 +117,17 @@ def inference(backbone: str, height: int, width: int, *, rounds: int, deploy: bo
         "eager": lambda: real(x, mask), "channels last": lambda: last(channels_last, mask),
         "onnxruntime": in_onnxruntime(real, x, mask), "4 bit, simulated": lambda: student(x, mask),
     }  # fmt: skip
-    if deploy:
-        compiled = torch.compile(network())
-        eight = build_student(
-            real, x, mask, quant={"bits": 8, "quantizer": "lsq", "act_granularity": "per_tensor"}
-        ).eval()
-        passes["torch.compile"] = lambda: compiled(x, mask)
-        passes["8 bit on integers, onnxruntime"] = in_onnxruntime(eight, x, mask, "integer")
     with torch.inference_mode():
         return interleaved(passes, rounds=rounds, warmup=1)
 
 
-def in_onnxruntime(model: DETR, images: Tensor, mask: Tensor, form: str = "simulated") -> Callable[[], Any]:
+def in_onnxruntime(model: DETR, images: Tensor, mask: Tensor) -> Callable[[], Any]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
-        export_onnx(model, f"{folder}/model.onnx", form=form)
+        export_onnx(model, f"{folder}/model.onnx")
         session = onnxruntime.InferenceSession(f"{folder}/model.onnx", options, providers=["CPUExecutionProvider"])
     feed = {"images": images.numpy(), "mask": mask.numpy()}
     return lambda: session.run(list(OUTPUTS), feed)
@@ -141,7 +138,23 @@ def bench(cfg: DictConfig) -> list[dict[str, Any]]:
     if cfg.rounds < 1 or len(cfg.side) != 2 or min(cfg.side) < 64:
         raise ValueError(f"rounds={cfg.rounds} must be >= 1, side={list(cfg.side)} two numbers >= 64: height and width")
     warnings.filterwarnings("ignore", message=".*steps of a quantiser would start below")  # untrained: biases are 0
-    table, b = Bench(cfg.out), cfg.batch_size
+    table = Bench(cfg.out)
+    what = f"DETR, {cfg.backbone}, {cfg.side[0]}x{cfg.side[1]}"
+    if cfg.deploy:
+        if not cfg.bits:
+            raise ValueError("bits=[]: give the widths to measure, e.g. bits=[8,4]")
+        torch.manual_seed(0)
+        real, options = build_real("detr", num_classes=91, backbone=cfg.backbone), {"compiled": cfg.compiled}
+        with tempfile.TemporaryDirectory() as folder:
+            image = torch.randn(1, 3, *cfg.side)
+            add_deployment(table, what, real, image, Path(folder), widths=cfg.bits, rounds=cfg.rounds, **options)
+        return table.write()
+    prices(table, what, cfg)
+    return table.write()
+
+
+def prices(table: Bench, what: str, cfg: DictConfig) -> None:
+    b = cfg.batch_size
     t = training_steps(b, cfg.rounds)
     name = "training step of the tiny DETR: "
     table.add(f"{name}Q-DETR (DA, FQM, teacher) against LSQ+ student", t["drd"], t["lsq+"], batch=b)
@@ -153,26 +166,13 @@ def bench(cfg: DictConfig) -> list[dict[str, Any]]:
         t["loop"],
         batch=2,
     )
-    what = f"DETR, {cfg.backbone}, {cfg.side[0]}x{cfg.side[1]}"
-    t = inference(cfg.backbone, *cfg.side, rounds=cfg.rounds, deploy=cfg.deploy)
+    t = inference(cfg.backbone, *cfg.side, rounds=cfg.rounds)
     floats = {k: v for k, v in t.items() if "bit" not in k}
     best = min(floats, key=lambda k: floats[k].median)
     table.add(f"{what}: real-valued eager against the best float ({best})", t["eager"], floats[best])
     for runtime in [n for n in floats if n != "eager"]:
         table.add(f"{what}: {runtime} against eager", t[runtime], t["eager"])
     table.add(f"{what}: 4 bit, simulated, against real-valued eager", t["4 bit, simulated"], t["eager"])
-    if cfg.deploy:
-        table.add(
-            f"{what}: 8 bit on integers against the best float ({best})",
-            t["8 bit on integers, onnxruntime"],
-            floats[best],
-        )
-        table.add(
-            f"{what}: 8 bit on integers against onnxruntime in float32",
-            t["8 bit on integers, onnxruntime"],
-            t["onnxruntime"],
-        )
-    return table.write()
 
 
 main = script("bench", bench)

@@ -264,10 +264,7 @@ class IntegerConv2d(nn.Module):
         self.pads, self.groups = [*layer.padding, *layer.padding], layer.groups
         self.blank = int(operand.shift)  # the code of zero
         self.patches = (
-            list(self.kernel) == self.strides != [1, 1]
-            and not padded
-            and self.dilations == [1, 1]
-            and self.groups == 1
+            list(self.kernel) == self.strides != [1, 1] and not padded and self.dilations == [1, 1] and self.groups == 1
         )
         codes, per_output = quantizer.codes(layer.weight).to(torch.int8), (1, -1, 1, 1) if self.groups > 1 else (-1,)
         order = (1, 2, 3, 0) if self.patches else (2, 3, 1, 0)
