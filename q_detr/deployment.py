@@ -1,6 +1,7 @@
 """What 8-bit integers save: a DETR and its students as ONNX files, whole and in parts, timed beside every float form."""
 
 import copy
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,7 +39,7 @@ class Unpadded(nn.Module):
 
 
 def students(real: DETR, images: Tensor, widths: Sequence[int]) -> dict[str, DETR]:
-    """{"<b> bit": a student with a step per tensor, calibrated, with slopes and shifts that are not 0, as training leaves them}."""
+    """{"<b> bit": a calibrated student with a step per tensor, its slopes and shifts not 0, as training leaves them}."""
     found, generator = {}, torch.Generator().manual_seed(0)
     for bits in widths:
         found[f"{bits} bit"] = student = quantize_detr(real, bits=bits, **WHOLE)  # type: ignore[arg-type]
@@ -69,6 +70,9 @@ def parts(model: DETR) -> dict[str, nn.Module]:
 
 def write(network: nn.Module, image: Tensor, out: Path) -> Path:
     """An ONNX file, batch free. Random networks lie between two codes now and then: not compared."""
+    logging.getLogger("onnxscript.optimizer").setLevel(
+        logging.ERROR
+    )  # a line for every Split of an attention's weights
     with torch.no_grad():
         export_onnx(network, image, out, about={}, batches=(), translations=translations())
     return out

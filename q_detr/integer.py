@@ -105,7 +105,7 @@ class _FloatLinear(nn.Module):
 
 
 def _layer(m: nn.Module) -> nn.Module:
-    """A quantised layer on integers; any other as it is, and so is the convolution of an image, which integers do not speed up."""
+    """A quantised layer on integers; any other as it is, as is the convolution of an image, which integers do not speed up."""
     if isinstance(m, nn.Conv2d) and m.in_channels <= FEW:
         return m
     operand, quantizer = getattr(m, "act_quant", None), getattr(m, "weight_quant", None)

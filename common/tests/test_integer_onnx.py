@@ -90,7 +90,9 @@ def test_a_product_per_head_takes_off_the_zeros_of_its_heads(zeros, bits):
 GEOMETRIES = {
     "plain": {"kernel_size": 3, "padding": 1}, "strided": {"kernel_size": 3, "stride": 2, "padding": (1, 2), "dilation": 2},
     "groups": {"kernel_size": 1, "groups": 2}, "patches": {"kernel_size": (2, 3), "stride": (2, 3)},
-    "overlapping": {"kernel_size": 3, "stride": 2},
+    "overlapping": {"kernel_size": 3, "stride": 2}, "pointwise": {"kernel_size": 1},
+    "pointwise strided": {"kernel_size": 1, "stride": (2, 1), "dilation": 3},
+    "pointwise padded": {"kernel_size": 1, "stride": 2, "padding": (1, 0)},
 }  # fmt: skip
 
 
@@ -112,6 +114,24 @@ def test_a_convolution_on_codes_pads_with_zero_and_not_with_a_code(geometry):
     scale = (q.step * qw.step).view(-1, 1, 1).detach()
     expected = sums.float() * scale + layer.bias.view(-1, 1, 1)
     torch.testing.assert_close(integer(x), expected, rtol=0, atol=0)
+    if layer.groups > 1:
+        with pytest.raises(ValueError, match="groups=2"):
+            integer.channels_last(x.permute(0, 2, 3, 1))
+    else:
+        last = integer.channels_last(x.permute(0, 2, 3, 1))
+        torch.testing.assert_close(last.permute(0, 3, 1, 2), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("geometry", ["plain", "groups"])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_convolution_takes_a_line_behind_it_into_scale_and_bias(geometry, biased):
+    layer, qw, _, q = convolution(geometry, zero=3)
+    layer.bias = layer.bias if biased else None
+    x, integer = signal(2, 4, 9, 11), IntegerConv2d(Operand(q, left=True), qw, layer)
+    scale, shift = torch.linspace(-1.5, 3, 6).double(), torch.linspace(-2, 5, 6).double()
+    line = scale.view(-1, 1, 1) * integer(x).double() + shift.view(-1, 1, 1)
+    assert integer.absorb_(scale, shift) is integer and integer.scale.dtype == torch.float32
+    torch.testing.assert_close(integer(x).double(), line, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("zero", [-2, 200, -129])
@@ -167,16 +187,25 @@ class Everything(nn.Module):
 def test_onnxruntime_computes_the_same_numbers(tmp_path):
     onnx = pytest.importorskip("onnx")
     network, out = Everything().eval(), tmp_path / "all.onnx"
-    names = [f"y{i}" for i in range(11)]
+    names = [f"y{i}" for i in range(14)]
     example = signal(1, 4, 9, 11)
     worst = export_onnx(network, example, out, about={}, outputs=names, tolerance=1e-5, translations=translations())
     assert worst < 1e-5
     graph = onnx.load(out).graph
     operators = [node.op_type for node in graph.node]
     assert operators.count("ConvInteger") == 1  # the one with groups
-    assert operators.count("MatMulInteger") == 10  # 4 of windows, 2 linear, 2 + 2 of ones
+    assert operators.count("MatMulInteger") == 13  # 7 of windows, 2 linear, 2 + 2 of ones
+    assert {node.domain for node in graph.node} == {""}  # operators of ONNX alone
     types = {onnx.TensorProto.DataType.Name(t.data_type) for t in graph.initializer if len(t.dims) > 1}
     assert "INT8" in types
+    ort = pytest.importorskip("onnxruntime")
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    ort.InferenceSession(str(out), options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(tmp_path / "optimised.onnx").graph.node
+    fused = [node for node in nodes if node.op_type == "MatMulIntegerToFloat" and len(node.input) == 7]
+    assert len(fused) == 8  # scale and bias in the product's own pass, but where the code of zero lies outside
 
 
 def test_what_has_no_integer_form_is_refused_with_the_reason():

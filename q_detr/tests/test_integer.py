@@ -3,7 +3,6 @@
 import onnx
 import pytest
 import torch
-
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
@@ -48,7 +47,8 @@ def test_every_product_of_an_8_bit_student_runs_on_integers():
     found = list(deployed.modules())
     attentions = [m for m in found if isinstance(m, IntegerAttention)]
     layers = [m for m in found if isinstance(m, IntegerLinear | IntegerConv2d)]
-    # 4 convolutions, but for that of the image; 3 attentions with 4 projections, but for the value of the first, whose input is 0; 2 x 2 of the MLPs
+    # 4 convolutions, but for that of the image; 3 attentions with 4 projections, but for the value of the first, whose input is
+    # 0; 2 x 2 of the MLPs
     assert len(attentions) == 3 and len(layers) == 3 + 3 * 4 - 1 + 2 * 2 and deployed.products == len(layers) + 2 * 3
     assert all(isinstance(getattr(a, x), Operand) for a in attentions for x in "qkav")
     assert all(m.weight.dtype == torch.int8 for m in layers)
@@ -71,7 +71,7 @@ def test_onnxruntime_computes_the_integers_at_any_size(kind, tmp_path):
 
 
 def lived_in(network, *, steepest=0.9):
-    """Norms, slopes and shifts as training leaves them: no 0 or 1 among them, a variance of the size of its eps, scales below 0."""
+    """Norms, slopes and shifts as training leaves them: not 0 or 1, a variance of the size of its eps, scales below 0."""
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for m in network.modules():
