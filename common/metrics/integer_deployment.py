@@ -132,7 +132,7 @@ def render(rows: Iterable[Mapping[str, Any]]) -> str:
     chosen = [settings[0], settings[-1]] if len(settings) > 1 else settings
     size, memory = ({r["form"]: r["ours"] for r in kinds[k]} for k in ("bytes", "memory"))
     accuracy = {r["network"]: f"{r['ours']:.1f}" for r in kinds["accuracy"]}
-    table = []
+    data, table = sorted({r["data"] for r in kinds["accuracy"]}), []
     for label, forms in _ways(settings[0]["forms"]):
         cells = []
         for row in chosen:
@@ -142,10 +142,9 @@ def render(rows: Iterable[Mapping[str, Any]]) -> str:
         own = forms[-1]
         disk, peak = (f"{found[own] / 1e6:.1f}" if own in found else "" for found in (size, memory))
         disk += f" ({size[f'{own} packed'] / 1e6:.1f} packed)" if f"{own} packed" in size else ""
-        table.append([label, accuracy.get(own, ""), disk, peak, *cells])
-    data = sorted({r["data"] for r in kinds["accuracy"]})
+        table.append([label, *([accuracy.get(own, "")] if data else []), disk, peak, *cells])
     header = [
-        f"{settings[0]['network']} in", f"top-1, {', '.join(data)}" if data else "top-1", "MB on disk", "MB at the peak",
+        f"{settings[0]['network']} in", *([f"top-1, {', '.join(data)}"] if data else []), "MB on disk", "MB at the peak",
         *(f"ms: batch {r['batch']}, {r['threads']} thread{'s' * (r['threads'] > 1)}" for r in chosen),
     ]  # fmt: skip
     return tables.markdown(header, table) + "\n\n" + " ".join(_notes(settings, kinds))
