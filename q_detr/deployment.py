@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ def students(real: DETR, images: Tensor, widths: Sequence[int]) -> dict[str, DET
 def parts(model: DETR) -> dict[str, nn.Module]:
     """{what: a network from a tensor to a tensor}, in the order in which an image passes them: stem and stages of the backbone,
     projection and encoder, decoder and heads."""
-    body = model.backbone[0].body  # type: ignore[union-attr]
+    body: Any = model.backbone[0].body  # type: ignore[union-attr]
     found: dict[str, nn.Module] = {"backbone": body}
     if isinstance(body, ResNetBody):
         found = {"stem": nn.Sequential(body.conv1, body.bn1, body.relu, body.maxpool)}
@@ -104,7 +105,7 @@ def add_deployment(
     x, own = images, parts(next(iter(deployed.values())))
     for part, network in parts(real).items():
         pair = [write(m, x, folder / f"{form}.onnx") for form, m in (("part", own[part]), ("part_fp32", network))]
-        time_layer(table, f"{name}, {part}", *pair, x, rounds=rounds)
+        time_layer(table, f"{name}, {part}", pair[0], pair[1], x, rounds=rounds)
         if part != "decoder":
             with torch.no_grad():
                 x = network(x)

@@ -78,7 +78,8 @@ class IntegerBlock(nn.Module):
         self.first = acts[0] if own else nn.Identity()
         self.acts = nn.ModuleList(acts[1:])
         self.convs = nn.ModuleList(_folded(get(f"conv{i}"), get(f"bn{i}")) for i in range(1, self.depth + 1))
-        self.downsample = None if block.downsample is None else _folded(*block.downsample)
+        down: Any = block.downsample
+        self.downsample = None if down is None else _folded(*down)
         if late.ndim:
             if not own or self.downsample is not None:
                 raise ValueError("only a block with an identity as its shortcut can add a shift that its input lacks")

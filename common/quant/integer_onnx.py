@@ -103,7 +103,9 @@ def along(axis: int, step: Tensor, x: Tensor) -> list[int]:
 
 def translations() -> dict[Any, Any]:
     """What torch.onnx.export (dynamo, opset 18) must know, its `custom_translation_table`."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18
 
     def scaled(a: Any, b: Any, a_zero: Any, b_zero: Any, scale: Any) -> Any:
         # onnxruntime computes the product, the scale and a bias behind it in one pass, twice as fast, if the scale is a product
