@@ -24,6 +24,7 @@ from lifelong import evaluate as evaluation
 from lifelong import export, picture, predict
 from lifelong.build import build
 from lifelong.checkpoint import load, load_learner, test_stream
+from lifelong.learner import Learner
 from lifelong.model import build_model
 from lifelong.train import fit
 
@@ -434,6 +435,22 @@ def test_the_seed_decides_the_images_of_the_stream_and_the_batches(fabric, tmp_p
     (images, order), (others, another) = found
     assert images.shape != others.shape or not torch.equal(images, others)
     assert not torch.equal(order, another)
+
+
+@pytest.mark.parametrize("adapt", [True, False])
+def test_copies_are_adapted_where_asked_and_nowhere_else(adapt, fabric, tmp_path, monkeypatch):
+    made, adapted = [], Learner.adapted
+    monkeypatch.setattr(Learner, "adapted", lambda self, task: made.append(task) or adapted(self, task))
+    fit(config("method=er", "data.tasks=2", "train.epochs=1", f"evaluate.adapt={adapt}"), fabric, tmp_path)
+    assert bool(made) == adapt
+
+
+def test_the_length_of_the_continuum_is_the_one_that_is_asked(fabric, tmp_path):
+    found = {}
+    for name, options in {"3": ["evaluate.p=3"], "20 and 3": ["evaluate.more_p=[3]"]}.items():
+        fit(config("method=er", "data.tasks=2", "optim.lr=0.5", "train.epochs=6", *options), fabric, tmp_path / name)
+        found[name] = json.loads((tmp_path / name / "result.json").read_text())["metrics"]
+    assert found["3"]["continuum_acc"] == found["20 and 3"]["continuum_p3_acc"] != found["20 and 3"]["continuum_acc"]
 
 
 def test_the_spurious_cue_reaches_the_training_and_the_swap_the_evaluation(fabric, tmp_path, monkeypatch):
