@@ -48,7 +48,7 @@ def attacked_digits(count: int = 3) -> list[tuple[str, torch.Tensor, dict]]:
         ("attention a", attention[:, 0], {"cmap": "magma"}),
         ("attack weight 1 - a²", region_weight(attention)[:, 0], {"cmap": "magma"}),
         ("attacked x' - x", (hard - x)[:, 0], {"cmap": "coolwarm", "vmin": -16 / 255, "vmax": 16 / 255}),
-        (f"a(x') - a(x)\nwithin {most:.1g}", moved[:, 0], {"cmap": "coolwarm", "vmin": -most, "vmax": most}),
+        (f"change of a\nwithin {most:.1g}", moved[:, 0], {"cmap": "coolwarm", "vmin": -most, "vmax": most}),
     ]
 
 
@@ -142,7 +142,7 @@ def main() -> None:
         for i, image in enumerate(images):
             axes[i, j].imshow(image, **options)
             axes[i, j].set(xticks=[], yticks=[])
-        axes[0, j].set_title(title, fontsize=9)
+        axes[0, j].set_title(title, fontsize=8.5)
     fused_tasks(right.subplots())
     (HERE / "pictures").mkdir(exist_ok=True)
     figure.savefig(HERE / "pictures/idea.png", dpi=100)
