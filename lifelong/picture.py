@@ -40,11 +40,15 @@ def attacked_digits(count: int = 3) -> list[tuple[str, torch.Tensor, dict]]:
     with torch.no_grad():
         attention = model(x, return_attention=True)[1]
     hard = background_attack(model, x, y, attention, 16.0, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        moved = model(hard, return_attention=True)[1] - attention
+    most = float(moved.abs().max())
     return [
         ("image x", x[:, 0], {"cmap": "gray", "vmin": 0, "vmax": 1}),
         ("attention a", attention[:, 0], {"cmap": "magma"}),
         ("attack weight 1 - a²", region_weight(attention)[:, 0], {"cmap": "magma"}),
         ("attacked x' - x", (hard - x)[:, 0], {"cmap": "coolwarm", "vmin": -16 / 255, "vmax": 16 / 255}),
+        (f"a(x') - a(x)\nwithin {most:.1g}", moved[:, 0], {"cmap": "coolwarm", "vmin": -most, "vmax": most}),
     ]
 
 
@@ -131,8 +135,8 @@ def main() -> None:
     if recorded():
         after_each_task().savefig(HERE / "pictures/after_each_task.png", dpi=100, metadata={"Source": sources()})
     columns = attacked_digits()
-    figure = Figure(figsize=(9.6, 3.3), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1.35, 1])  # type: ignore[misc]
+    figure = Figure(figsize=(10.4, 3.4), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1.6, 1])  # type: ignore[misc]
     axes = left.subplots(3, len(columns))
     for j, (title, images, options) in enumerate(columns):
         for i, image in enumerate(images):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.data.objects import digits_on_backgrounds
 from lifelong.augmentation import Prepare
 from lifelong.streams import build_stream, class_order, task_groups
 
@@ -54,6 +55,19 @@ def test_test_images_are_shuffled_within_their_task_by_the_seed():
         assert torch.equal(y.sort()[0], mixed.sort()[0]) and torch.equal(
             y.sort()[0], stream.task("test", k)[1].sort()[0]
         )
+
+
+@pytest.mark.parametrize("swapped", [True, False])
+def test_the_cue_is_in_the_training_images_and_the_swap_in_the_test_images(swapped):
+    options = {**DIGITS, "name": "digits10", "order": "natural"}
+    stream = build_stream(**options, tasks=2, rho=0.7, swapped=swapped)
+    asked = {"train": {"rho": 0.7}, "test": {"swapped": swapped}}
+    for split, count in (("train", 400), ("test", 200)):
+        expected = digits_on_backgrounds(count, split=split, seed=3, **asked[split])
+        assert torch.equal(stream.decode(split, torch.arange(count)), expected.images), split
+        if split == "train":
+            told = (expected.extra["background"] == expected.targets).float().mean()
+            assert 0.66 < told < 0.8, "rho and the tenth of the others by chance"
 
 
 def test_order_files(tmp_path):

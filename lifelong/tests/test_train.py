@@ -434,3 +434,24 @@ def test_the_seed_decides_the_images_of_the_stream_and_the_batches(fabric, tmp_p
     (images, order), (others, another) = found
     assert images.shape != others.shape or not torch.equal(images, others)
     assert not torch.equal(order, another)
+
+
+def test_the_spurious_cue_reaches_the_training_and_the_swap_the_evaluation(fabric, tmp_path, monkeypatch):
+    found = {}
+
+    def begun(fabric, learner, data, **_):
+        found[name] = [data[0]]
+        return {}
+
+    def asked(learner, sets, **_):
+        found[name].append(sets[0][0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lifelong.train.train_one_epoch", begun)
+    monkeypatch.setattr("lifelong.train.evaluate", asked)
+    for name, changed in {"spurious": [], "no cue": ["data.rho=0.0"], "no swap": ["data.swapped=false"]}.items():
+        with pytest.raises(KeyboardInterrupt):
+            fit(config("data=spurious", "method=er", *changed), fabric, tmp_path / name)
+    (train, test), (uncued, same_test), (same_train, unswapped) = found.values()
+    assert torch.equal(train, same_train) and torch.equal(test, same_test)
+    assert not torch.equal(train, uncued) and not torch.equal(test, unswapped)
