@@ -72,7 +72,7 @@ def arms_of(sweep):
     params = {k: str(v).split(",") for k, v in OmegaConf.load(sweep).hydra.sweeper.params.items() if k != "seed"}
     methods = params.pop("method")
     others = [
-        ",".join(f"{k}={v}" for k, v in zip(sorted(params), vs, strict=True))
+        ",".join(sorted(f"{k}={v}" for k, v in zip(sorted(params), vs, strict=True)))
         for vs in product(*map(params.get, sorted(params)))
     ]
     return {arm_name(f"{m}/{o}" if o else m) for m in methods for o in others}
