@@ -177,8 +177,12 @@ def test_fashion_mnist_trains_evaluates_and_predicts_by_name(fabric, tmp_path):
     assert recorded["data"]["images"] == 96 and "train_ce" in recorded["metrics"]
     found = evaluate(composed("evaluate", f"weights={tmp_path / 'run/last.ckpt'}"), fabric)
     assert found["top1"] == pytest.approx(recorded["metrics"]["top1"])
-    some = [build_data(seed=s, **{**cfg.data, "train": 20}).tensors[0] for s in (0, 0, 1)]
-    assert len(some[0]) == 20 and torch.equal(some[0], some[1]) and not torch.equal(some[0], some[2])
+    drawn = [build_data(seed=s, **{**cfg.data, "train": 20}).tensors for s in (0, 0, 1)]
+    (some, named), again, others = (d for d in drawn if d)
+    assert len(some) == 20 and torch.equal(some, again[0]) and not torch.equal(some, others[0])
+    everything, names = build_data(seed=0, **cfg.data).tensors or ()
+    where = [int((everything == image).flatten(1).all(1).nonzero()) for image in some]
+    assert torch.equal(names[where], named), "an image keeps its label"
     with pytest.raises(ValueError, match="data.train=97"):
         build_data(seed=0, **{**cfg.data, "train": 97})
     seen, _ = build_data(seed=0, **cfg.data).test[0]
