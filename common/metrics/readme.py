@@ -34,14 +34,15 @@ MAPPED = 5  # equations in a README, all of them in results/README.md
 
 def render_front(paper_dir: str | Path) -> str:
     """At most five rows of a paper's evidence: claim | paper | here | verdict. Claims marked `front` come first, then the primary
-    ones, then others, each at its best recorded scale (real images before embedded ones); none without a verdict."""
+    ones, then others, each at its best recorded scale (real images before embedded ones, more seeds before fewer); none without
+    a verdict."""
     document, recorded = load_document(paper_dir), _recorded(Path(paper_dir))
     rows = []
     for claim in document["claims"]:
         found = [(scale, by_id[claim["id"]]) for scale, by_id in recorded.items() if claim["id"] in by_id]
         found = [(scale, r) for scale, r in found if r["verdict"] != "not_run" and r["kind"] != "exact"]
         if found:
-            scale, result = min(found, key=lambda f: scale_order(f[0]))
+            scale, result = min(found, key=lambda f: _strength(*f))
             order = (not claim["front"], not claim["primary"], scale_order(scale))
             text = [claim["statement"], tables.published_text(claim["published"]), f"{_effect(result)} ({scale})"]
             rows.append((order, [*text, tables.verdict_text(result)]))
@@ -264,10 +265,11 @@ def _best(folder: Path, recorded: dict[str, dict]) -> str:
     """The claim marked `front` first, else the first primary one, at its best scale, in one clause."""
     claims = sorted(load_document(folder)["claims"], key=lambda c: (not c["front"], not c["primary"]))
     for claim in claims:
-        for scale in sorted(recorded, key=scale_order):
-            result = recorded[scale].get(claim["id"])
-            if result and result["verdict"] != "not_run" and result["kind"] != "exact":
-                return f"{claim['statement'].rstrip('.')}: {_effect(result)}, **{result['verdict']}** ({scale})"
+        found = [(scale, by_id[claim["id"]]) for scale, by_id in recorded.items() if claim["id"] in by_id]
+        found = [(scale, r) for scale, r in found if r["verdict"] != "not_run" and r["kind"] != "exact"]
+        if found:
+            scale, result = min(found, key=lambda f: _strength(*f))
+            return f"{claim['statement'].rstrip('.')}: {_effect(result)}, **{result['verdict']}** ({scale})"
     return "none recorded"
 
 
@@ -279,6 +281,13 @@ def _effect(result: dict[str, Any]) -> str:
     margin = result.get("margin", plain)
     beyond = "" if margin == plain else f" beyond {'a factor of ' if plain else ''}{tables.number(margin, 3)}"
     return f"{tables.effect_text(result)}{beyond}"
+
+
+def _strength(scale: str, result: dict[str, Any]) -> tuple[int, int, int]:
+    """Sorts records of one claim: real images before embedded ones, more seeds before fewer, then the order of scales."""
+    seeds = max((m["n"] for m in result["measured"].values()), default=0)
+    kind = scale_order(scale)[0]
+    return min(kind, scale_order("full")[0]), -seeds, kind
 
 
 def scale_order(scale: str) -> tuple[int, str]:

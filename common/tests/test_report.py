@@ -206,7 +206,14 @@ def test_the_first_screen_shows_five_rows_with_a_verdict_and_the_best_scale(root
     assert len(rows()) <= 2 + readme.FRONT and not any("not_run" in row for row in rows())
     assert "new \\| beats old" in rows()[2] and rows()[2].endswith("(mini) | supported |")
     assert "Exact counts: 1 of 1" in readme.render_front(root / "ncl_pp")
-    folder = root / "ncl_pp/results/real_set"
+    folder, fewer = root / "ncl_pp/results/real_set", root / "ncl_pp/results/full"
+    fewer.mkdir()
+    results = json.loads((root / "ncl_pp/results/mini/claims.json").read_text())
+    for more, scale in ((-1, "mini"), (2, "full")):
+        for measured in (m for r in results["claims"] for m in r["measured"].values()):
+            measured["n"] += more
+        (fewer / "claims.json").write_text(json.dumps(results))
+        assert rows()[2].endswith(f"({scale}) | supported |"), "more seeds before fewer"
     folder.mkdir()
     (folder / "claims.json").write_bytes((root / "ncl_pp/results/mini/claims.json").read_bytes())
     assert rows()[2].endswith("(real_set) | supported |"), "real images before embedded ones"
