@@ -8,8 +8,6 @@ images measured: the counts still vary by image, and the budget is met; the base
 `unpruned` is the same code with nothing dropped. A seed is other weights and other images; a claim is judged over the seeds.
 """
 
-import json
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +25,6 @@ from adaptive_prune.calibrate import calibrate
 from adaptive_prune.model import PrunedViT, prune
 from common.metrics import report
 from common.metrics.timing import Bench, Timing, interleaved
-from common.runs import provenance
 from common.scripts import script
 
 PAPER = Path(__file__).resolve().parent
@@ -129,7 +126,7 @@ def bench(cfg: DictConfig, fabric: Fabric) -> list[dict]:
                     own |= {f"{key}_b{batch}{'_bf16' if half else ''}": v for key, v in values.items()}
     rows = table.write()
     if cfg.record:
-        judge(measured, time.perf_counter() - begun)
+        report.judge_speed(PAPER, measured, time.perf_counter() - begun)
     return rows
 
 
@@ -143,29 +140,6 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"seeds={list(cfg.seeds)}: at least one, and three to judge claims")
     check_budget(cfg.budget)
     check_known(cfg.vit)
-
-
-def judge(measured: Measured, seconds: float) -> None:
-    """results/bench/ and the READMEs from {model: {seed: {metric: value}}}: every claim of scale bench with its verdict."""
-    runs = PAPER / "runs/bench"
-    shutil.rmtree(runs, ignore_errors=True)  # what an earlier call measured is no part of this
-    each, about = seconds / sum(map(len, measured.values())), provenance()
-    for arm, seeds in measured.items():
-        for seed, metrics in seeds.items():
-            place = runs / arm / f"seed{seed}"
-            place.mkdir(parents=True)
-            result = {
-                "scale": "bench",
-                "arm": arm,
-                "seed": seed,
-                "status": "finished",
-                "seconds": each,
-                "metrics": metrics,
-            }
-            (place / "result.json").write_text(json.dumps(result | about))
-    report.write_report(PAPER, "bench", PAPER / "results/bench")
-    report.update_readmes(PAPER.parent, check=False)
-    print(f"claims of speed: {PAPER / 'results/bench/report.md'}")
 
 
 main = script("bench", bench)

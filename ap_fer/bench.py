@@ -9,8 +9,6 @@ pooling. `share`: of the time that the multiply-accumulates saved would save, ho
 1 - MACs / MACs without pooling. `FirstTokens` are the same layers on as many tokens without choosing them: what is missing
 there is the machine's."""
 
-import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,7 +28,6 @@ from ap_fer.pooling_vit import PoolingViT
 from ap_fer.token_selection import token_schedule
 from common.metrics import report
 from common.metrics.timing import Bench, Timing, interleaved
-from common.runs import provenance
 from common.scripts import script
 
 PAPER = Path(__file__).resolve().parent
@@ -146,31 +143,8 @@ def bench(cfg: DictConfig, device: torch.device) -> list[dict]:
                     own |= {f"{key}_b{batch}": value for key, value in found.items()}
     rows = table.write()
     if cfg.record:
-        judge(measured, time.perf_counter() - begun)
+        report.judge_speed(PAPER, measured, time.perf_counter() - begun)
     return rows
-
-
-def judge(measured: Measured, seconds: float) -> None:
-    """results/bench/ and the READMEs from {arm: {seed: {metric: value}}}: every claim of scale bench with its verdict."""
-    folder, about = PAPER / "runs/bench", provenance()
-    shutil.rmtree(folder, ignore_errors=True)  # what an earlier call measured is no part of this
-    each = seconds / sum(map(len, measured.values()))
-    for arm, seeds in measured.items():
-        for seed, metrics in seeds.items():
-            result = {
-                "scale": "bench",
-                "arm": arm,
-                "seed": seed,
-                "status": "finished",
-                "seconds": each,
-                "metrics": metrics,
-            }
-            place = folder / arm / f"seed{seed}"
-            place.mkdir(parents=True)
-            (place / "result.json").write_text(json.dumps(result | about))
-    report.write_report(PAPER, "bench", PAPER / "results/bench")
-    report.update_readmes(PAPER.parent, check=False)
-    print(f"claims of speed: {PAPER / 'results/bench/report.md'}")
 
 
 @script("bench")

@@ -442,6 +442,6 @@ def test_a_claim_of_speed_is_judged_by_the_times(tmp_path, monkeypatch):
     for dense, verdict in ((16.0, "contradicted"), (30.0, "supported")):
         times = {"packed": 16.0, "dense": dense}
         measured = {arm: {s: {"ms_b32": t + 0.01 * (s % 3)} for s in (1, 2, 3)} for arm, t in times.items()}
-        bench.judge(measured, 60.0)
+        bench.report.judge_speed(bench.PAPER, measured, 60.0)
         (claim,) = json.loads((tmp_path / "results/bench/claims.json").read_text())["claims"]
         assert claim["verdict"] == verdict and claim["effect"]["estimate"] == pytest.approx(dense / 16 / 1.5, rel=1e-2)

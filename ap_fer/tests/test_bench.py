@@ -111,7 +111,7 @@ def test_ninety_percent_of_the_saving_is_the_claim(folder):
     for share, verdict in ((0.85, "contradicted"), (0.95, "supported")):
         names = ("of_ideal_b1", "of_ideal_b8", "of_limit_b1", "of_limit_b8")
         metrics = {s: dict.fromkeys(names, 0.5) | {"of_ideal_b1": share + 0.01 * (s % 3 - 1)} for s in (100, 101, 102)}
-        bench.judge({"onnxruntime": metrics, "torch": metrics}, 60.0)
+        bench.report.judge_speed(bench.PAPER, {"onnxruntime": metrics, "torch": metrics}, 60.0)
         claims = {c["id"]: c for c in json.loads((folder / "results/bench/claims.json").read_text())["claims"]}
         assert claims["of_ideal_b1"]["verdict"] == claims["of_ideal_torch_b1"]["verdict"] == verdict
         assert claims["of_ideal_b8"]["verdict"] == claims["of_limit_b1"]["verdict"] == "contradicted"

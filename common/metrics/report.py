@@ -9,9 +9,10 @@ import csv
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import yaml
 from common.metrics import figures, tables
 from common.metrics.claims import TESTED, Measurements, load_document, read_external, read_runs, test_claims
 from common.metrics.readme import update_readmes
+from common.runs import provenance
 
-__all__ = ["main", "update_readmes", "write_report"]
+__all__ = ["judge_speed", "main", "update_readmes", "write_report"]
 
 ROOT = Path(__file__).resolve().parents[2]
 Cell = dict[str, Any]
@@ -106,6 +108,30 @@ def stale_figures(root: Path) -> list[Path]:
         if not kept.is_file() or json.loads(kept.read_text())["sha256"] != _drawn_from(claims.parent):
             stale.append(claims.parent)
     return stale
+
+
+def judge_speed(paper: Path, measured: Mapping[str, Mapping[int, Mapping[str, float]]], seconds: float) -> None:
+    """results/bench/ of a paper and the READMEs from {arm: {seed: {metric: value}}}: every claim of scale bench with its verdict.
+    seconds: what all of it took."""
+    folder, about = paper / "runs/bench", provenance()
+    shutil.rmtree(folder, ignore_errors=True)  # what an earlier call measured is no part of this
+    each = seconds / sum(map(len, measured.values()))
+    for arm, seeds in measured.items():
+        for seed, metrics in seeds.items():
+            place = folder / arm / f"seed{seed}"
+            place.mkdir(parents=True)
+            result = {
+                "scale": "bench",
+                "arm": arm,
+                "seed": seed,
+                "status": "finished",
+                "seconds": each,
+                "metrics": metrics,
+            }
+            (place / "result.json").write_text(json.dumps(result | about))
+    write_report(paper, "bench", paper / "results/bench")
+    update_readmes(paper.parent, check=False)
+    print(f"claims of speed: {paper / 'results/bench/report.md'}")
 
 
 def _drawn_from(folder: Path) -> str:
