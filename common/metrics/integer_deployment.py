@@ -165,11 +165,16 @@ def _which(form: str) -> str:
     return " ".join(word for word in form.split() if word not in ("fp32", "bf16"))
 
 
+def _span(ratios: Sequence[float]) -> str:
+    low, high = (f"{bound(ratios):.2f}" for bound in (min, max))
+    return f"x {low}" + f" to {high}" * (high != low)
+
+
 def _notes(settings: list[Mapping[str, Any]], kinds: Mapping[str, list[Mapping[str, Any]]]) -> list[str]:
     ratios = [r["ratio"] for r in settings]
     over = [r["forms"]["onnxruntime fp32"][0] / r["ours"] for r in settings if "onnxruntime fp32" in r["forms"]]
-    notes = [f"Over the fastest float form, bfloat16 included: x {min(ratios):.2f} to {max(ratios):.2f}."]
-    notes += [f"Over onnxruntime in float32: x {min(over):.2f} to {max(over):.2f}."] if over else []
+    notes = [f"Over the fastest float form, bfloat16 included: {_span(ratios)}."]
+    notes += [f"Over onnxruntime in float32: {_span(over)}."] if over else []
     if kinds["ops"]:
         theory = ", ".join(f"{r['form']} x {r['ratio']:.2f}" for r in kinds["ops"])
         notes.append(f"In theory (OPs, another thing): {theory}.")
