@@ -111,7 +111,22 @@ def render_deployment(paper_dir: str | Path) -> str | None:
         "MB",
         *(f"ms: batch {r['batch']}, {_threads(r['threads'])}" for r in chosen),
     ]
-    return tables.markdown(header, table) + "\n\n" + " ".join(_deployment_notes(settings, by_kind))
+    notes = _deployment_notes(settings, by_kind) + _other_instructions(file.parent)
+    return tables.markdown(header, table) + "\n\n" + " ".join(notes)
+
+
+def _other_instructions(folder: Path) -> list[str]:
+    """A sentence per bench_<instruction set>.json: what the same bench gave with fewer instructions."""
+    sentences = []
+    for file in sorted(folder.glob("bench_*.json")):
+        rows = [r for r in json.loads(file.read_text()) if r.get("kind") == "network"]
+        by_threads = {
+            n: [f"{r['ratio']:.2f}" for r in rows if r["threads"] == n] for n in sorted({r["threads"] for r in rows})
+        }
+        ratios = "; ".join(f"x {' and '.join(found)} on {_threads(n)}" for n, found in by_threads.items())
+        batches = " and ".join(str(b) for b in sorted({r["batch"] for r in rows}))
+        sentences.append(f"With {rows[0]['isa']}, over the fastest float form there: {ratios} (batch {batches}).")
+    return sentences
 
 
 def _deployment_notes(settings: list[dict[str, Any]], by_kind: dict[str, list[dict[str, Any]]]) -> list[str]:

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -372,3 +373,24 @@ def test_no_text_of_the_forest_plot_leaves_the_figure(tmp_path, monkeypatch, wor
     boxes = [axis.xaxis.label.get_window_extent(canvas.get_renderer()) for axis in figure.axes]
     assert len(boxes) == 2 and all(figure.bbox.x0 <= b.x0 and b.x1 <= figure.bbox.x1 for b in boxes)
     assert not boxes[0].overlaps(boxes[1]) and min(b.y0 for b in boxes) >= 0
+
+
+def test_a_bench_with_fewer_instructions_is_a_sentence_under_the_table(tmp_path):
+    """Ratios per number of threads, beside what the table's own run gave."""
+    folder = tmp_path / "results/deploy"
+    folder.mkdir(parents=True)
+    rows = json.loads((Path(__file__).parents[2] / "rbonn/results/deploy/bench.json").read_text())
+    (folder / "bench.json").write_text(json.dumps(rows))
+    assert "AVX2" not in (readme.render_deployment(tmp_path) or "")
+    capped, n = [dict(r) for r in rows], 0
+    for row in capped:
+        row["isa"] = "AVX2"
+        if row.get("kind") == "network":
+            row["ratio"], n = 10 * row["threads"] + row["batch"], n + 1
+    assert n == 4
+    (folder / "bench_avx2.json").write_text(json.dumps(capped))
+    text = readme.render_deployment(tmp_path) or ""
+    assert text.endswith(
+        "With AVX2, over the fastest float form there: x 11.00 and 18.00 on 1 thread; x 21.00 and 28.00 on 2 threads "
+        "(batch 1 and 8)."
+    )
