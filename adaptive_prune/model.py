@@ -203,8 +203,8 @@ class PrunedViT(nn.Module):
         stacked = torch.stack(scores, 1).detach() if scores else None
         return logits, Details(macs, kept.detach(), masks.detach().bool(), stacked, tokens, alive.detach())
 
-    def _remove(self, images: Tensor, details: bool) -> tuple[Tensor, Details]:
-        """Dropped tokens leave the tensor. One device synchronisation per threshold."""
+    def _remove(self, images: Tensor, details: bool) -> tuple[Tensor, Details | None]:
+        """Dropped tokens leave the tensor. One device synchronisation per threshold. Without `details` none are computed."""
         tokens = Packed.of(self.embed(images))
         layout: Any = "packed" if self.inference == "batch_topk" else self.inference
         lengths, masks = [], []
@@ -232,6 +232,8 @@ class PrunedViT(nn.Module):
             logits = self.read_out(prefix, patch.x, patch.image)
         else:
             logits = self.read_out(prefix, None, None)
+        if not details:
+            return logits, None
         kept = upload([n for stage in lengths for n in stage], x.device).reshape(len(lengths), len(images)).T
         kept = kept - self.cost.prefix
         macs = self.cost.staged(kept.double().unbind(1), self.locations)

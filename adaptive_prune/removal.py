@@ -55,15 +55,22 @@ class Packed:
 
     def keep(self, mask: Tensor, lengths: list[int] | None = None) -> "Packed":
         """The tokens where mask (T,) is true, in order. One device synchronisation, none if the lengths are known."""
-        if lengths is None:
-            zeros = torch.zeros(len(self.lengths), dtype=torch.int64, device=mask.device)
-            lengths = zeros.index_add(0, self.image, mask.long()).tolist()
-        total = sum(lengths)
-        rank = mask.long().cumsum(0) - 1
-        index = torch.empty(total + 1, dtype=torch.int64, device=mask.device)  # the last place takes what is dropped
-        index.scatter_(0, torch.where(mask, rank, total), torch.arange(len(mask), device=mask.device))
-        index = index[:total]
-        return Packed(self.x[index], lengths, self.image[index], self.origin[index])
+        if lengths is None and len(self.lengths) == 1:  # one image: the places of its tokens say how many they are
+            index = mask.nonzero().flatten()
+            lengths = [len(index)]
+        else:
+            if lengths is None:
+                zeros = torch.zeros(len(self.lengths), dtype=torch.int64, device=mask.device)
+                lengths = zeros.index_add(0, self.image, mask.long()).tolist()
+            total = sum(lengths)
+            rank = mask.long().cumsum(0) - 1
+            index = torch.empty(
+                total + 1, dtype=torch.int64, device=mask.device
+            )  # the last place takes what is dropped
+            index.scatter_(0, torch.where(mask, rank, total), torch.arange(len(mask), device=mask.device))
+            index = index[:total]
+        # index_select moves whole rows: four times as fast on a CPU as x[index].
+        return Packed(self.x.index_select(0, index), lengths, self.image[index], self.origin[index])
 
 
 def heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

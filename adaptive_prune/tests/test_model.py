@@ -166,6 +166,11 @@ def test_one_synchronisation_per_threshold(inference, family, monkeypatch):
         _, info = model(x, details=True)
     assert inference == "batch_topk" or info.kept.std(0).max() > 0
     assert waits.seen == ["_local_scalar_dense" if inference == "batch_topk" else "tolist"] * len(model.locations)
+    waits.seen = []
+    with waits:
+        alone = model(x[:1])
+    assert waits.seen == ["_local_scalar_dense" if inference == "batch_topk" else "nonzero"] * len(model.locations)
+    torch.testing.assert_close(alone, model(x[:1], details=True)[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
