@@ -6,10 +6,15 @@ python bench.py record=true             also judges the claims of speed (claims.
 Interleaved rounds, medians with quartiles; ratio = baseline / ours. Weights are random, so thresholds are score quantiles of the
 images measured: the counts still vary by image, and the budget is met; the baselines get the cost that AS-ViT really has.
 `unpruned` is the same code with nothing dropped. A seed is other weights and other images; a claim is judged over the seeds.
+
+For one image, `first` has as many tokens in timm's own blocks without choosing them: what is missing there is the machine's. Rows
+named `onnxruntime` time the exported networks, with as many threads; one that differs from torch is an error.
 """
 
+import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ from torch import Tensor, nn
 from adaptive_prune.backbones import check_known, check_vit
 from adaptive_prune.budget import check_budget
 from adaptive_prune.calibrate import calibrate
+from adaptive_prune.export import OneImage, traced
 from adaptive_prune.model import PrunedViT, prune
 from common.metrics import report
 from common.metrics.timing import Bench, Timing, interleaved
@@ -30,7 +36,25 @@ from common.scripts import script
 PAPER = Path(__file__).resolve().parent
 LARGE = 8  # beyond this batch size a warm-up of 2 rounds is enough
 OTHERS = ("topk", "evit", "evit_no_fusion", "tome")
+EXPORTED = ("dense", "packed", "first")
+FORMS = {"float32": "", "onnxruntime": "onnxruntime", "bfloat16": "bf16"}  # and what rows and metrics call them
+TOLERANCE = 1e-3  # of logits, onnxruntime against torch
 Measured = dict[str, dict[int, dict[str, float]]]
+
+
+class FirstTokens(nn.Module):
+    """The timm blocks of a `PrunedViT` on `kept` patch tokens per stage, always the first ones: nothing is scored, chosen or
+    gathered."""
+
+    def __init__(self, model: PrunedViT, kept: Sequence[int]):
+        super().__init__()
+        self.model, self.tokens = model, [n + model.cost.prefix for n in (model.cost.patches, *kept)]
+
+    def forward(self, images: Tensor) -> Tensor:
+        m, x = self.model, self.model.embed(images)
+        for blocks, n in zip(m.stages(), self.tokens, strict=True):
+            x = blocks(x[:, :n])
+        return m.vit.forward_head(m.vit.norm(x)[:, : m.cost.prefix])
 
 
 def dense_model(name: str, seed: int) -> nn.Module:
@@ -64,6 +88,9 @@ def rivals(dense: Any, x: Tensor, budget: float) -> tuple[dict[str, nn.Module], 
     cost = {
         n: float(m.eval()(x, details=True)[1].macs.double().mean()) / reference.cost.dense for n, m in models.items()
     }
+    if len(x) == 1:
+        models["first"] = FirstTokens(models["packed"], [int(n) for n in info.kept[0]])
+        cost["first"] = cost["packed"]
     return {"dense": dense, **models}, {"dense": 1.0, **cost}
 
 
@@ -79,22 +106,54 @@ def timed(model: nn.Module, x: Tensor) -> Callable[[], None]:
     return call
 
 
+@torch.no_grad()
+def exported(models: dict[str, nn.Module], x: Tensor) -> dict[str, Callable[[], object]]:
+    """{name: a call of the network in onnxruntime on one image x, with as many threads as torch has}.
+
+    ValueError for a network whose logits differ from torch's, on x or on random images."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    inputs, calls = {"images": x.numpy()}, {}
+    for name in EXPORTED:
+        model = models[name]
+        network = OneImage(model).eval() if isinstance(model, PrunedViT) else model
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's, on shapes that are fixed here
+            traced(network, x, file := Path(folder, "one.onnx"), {}, TOLERANCE, batch=False)
+            session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        found = torch.from_numpy(session.run(None, inputs)[0])
+        if not torch.allclose(found, model(x), rtol=0, atol=TOLERANCE):
+            raise ValueError(f"{name}: onnxruntime differs from torch on the image that is timed")
+        calls[name] = lambda session=session: session.run(None, inputs)
+    return calls
+
+
 def measure(
     cfg: DictConfig, fabric: Fabric, seed: int, batch: int
 ) -> dict[str, tuple[dict[str, Timing], dict[str, float]]]:
-    """{precision: (times, costs relative to dense)} of one seed, by model."""
+    """{form: (times, costs relative to dense)} of one seed, by model; the forms are those of `FORMS`."""
     dense: Any = dense_model(cfg.vit, seed).to(fabric.device)
     size, generator = dense.patch_embed.img_size[0], torch.Generator().manual_seed(seed)
     x = torch.randn(batch, 3, size, size, generator=generator) * torch.linspace(0.5, 2, batch).view(-1, 1, 1, 1)
     x = x.to(fabric.device)
     models, cost = rivals(dense, x, cfg.budget)
+    wanted = {
+        "float32": True,
+        "onnxruntime": cfg.onnxruntime and batch == 1 and not x.is_cuda,
+        "bfloat16": batch in cfg.bfloat16,
+    }
     found = {}
     warmup = cfg.warmup if batch <= LARGE else min(cfg.warmup, 2)
-    for precision in ("float32", *(["bfloat16"] if batch in cfg.bfloat16 else [])):
-        dtype = getattr(torch, precision)
-        dense.to(dtype)
-        calls = {name: timed(model, x.to(dtype)) for name, model in models.items()}
-        found[precision] = interleaved(calls, rounds=cfg.rounds, warmup=warmup, seconds=cfg.seconds), cost
+    for form in (form for form in FORMS if wanted[form]):
+        if form == "onnxruntime":
+            calls = exported(models, x)
+        else:
+            dtype = getattr(torch, form)
+            dense.to(dtype)
+            calls = {name: timed(model, x.to(dtype)) for name, model in models.items()}
+        found[form] = interleaved(calls, rounds=cfg.rounds, warmup=warmup, seconds=cfg.seconds), cost
     return found
 
 
@@ -103,7 +162,7 @@ def add_rows(table: Bench, where: str, batch: int, times: dict[str, Timing], cos
     for name in times:
         if name != "dense":
             table.add(f"{where} {name} vs dense", times[name], times["dense"], batch=batch, macs=cost[name])
-    for other in OTHERS:
+    for other in (name for name in ("first", *OTHERS) if name in times):
         table.add(f"{where} packed vs {other}", times["packed"], times[other], batch=batch, macs=cost["packed"])
     reached = {name: times["dense"].median / t.median * cost[name] for name, t in times.items()}
     name, macs = f"{where} packed: speed-up over dense, of the MAC ratio", cost["packed"]
@@ -118,12 +177,11 @@ def bench(cfg: DictConfig, fabric: Fabric) -> list[dict]:
     measured, begun = {}, time.perf_counter()
     for seed in cfg.seeds:
         for batch in cfg.batches:
-            for precision, (times, cost) in measure(cfg, fabric, seed, batch).items():
-                half = precision == "bfloat16"
-                where = f"{cfg.vit}{' bf16' if half else ''} seed {seed}"
+            for form, (times, cost) in measure(cfg, fabric, seed, batch).items():
+                where = " ".join(filter(None, (cfg.vit, FORMS[form], f"seed {seed}")))
                 for name, values in add_rows(table, where, batch, times, cost).items():
                     own = measured.setdefault(name, {}).setdefault(seed, {})
-                    own |= {f"{key}_b{batch}{'_bf16' if half else ''}": v for key, v in values.items()}
+                    own |= {"_".join(filter(None, (key, f"b{batch}", FORMS[form]))): v for key, v in values.items()}
     rows = table.write()
     if cfg.record:
         report.judge_speed(PAPER, measured, time.perf_counter() - begun)

@@ -87,10 +87,10 @@ def export(
 
     ValueError, and no file, above `tolerance`."""
     network = (Masked if batch else OneImage)(model).cpu().eval()
-    return _traced(network, image, Path(out).expanduser(), about, tolerance, batch=batch)
+    return traced(network, image, Path(out).expanduser(), about, tolerance, batch=batch)
 
 
-def _traced(
+def traced(
     network: nn.Module, image: Tensor, out: Path, about: Mapping[str, Any], tolerance: float, *, batch: bool
 ) -> float:
     """The older exporter: the other one handles data-dependent sizes poorly."""

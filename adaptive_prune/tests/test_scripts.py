@@ -387,13 +387,23 @@ def test_two_ways_of_counting_agree_and_thresholds_are_the_only_new_parameters(c
 
 
 # -------------------------------------------------------------------------------------------------------------- bench
-def test_bench_rows_are_complete_and_at_equal_cost(script_config, fabric, tmp_path, monkeypatch):
-    def small(name):
-        return VisionTransformer(
-            img_size=32, patch_size=8, embed_dim=24, depth=12, num_heads=3, mlp_ratio=2, num_classes=5
-        )
+def small_vit(name=None):
+    return VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=24, depth=12, num_heads=3, mlp_ratio=2, num_classes=5
+    ).eval()
 
-    monkeypatch.setattr(bench.timm, "create_model", small)
+
+def one_image(seed=0):
+    """The models of the bench on one image, that image, and their costs."""
+    with torch.random.fork_rng():
+        vit = bench.dense_model("small", seed)
+    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    models, cost = bench.rivals(vit, x, 0.65)
+    return models, x, cost
+
+
+def test_bench_rows_are_complete_and_at_equal_cost(script_config, fabric, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.timm, "create_model", small_vit)
     monkeypatch.setattr(bench, "PAPER", tmp_path)
     monkeypatch.setattr(bench.report, "update_readmes", lambda *_, **__: None)
     (tmp_path / "claims.yaml").write_text((PAPER / "claims.yaml").read_text())
@@ -405,6 +415,12 @@ def test_bench_rows_are_complete_and_at_equal_cost(script_config, fabric, tmp_pa
     names = {r["name"].removeprefix(head) for r in rows if r["batch"] == 8 and r["name"].startswith(head)}
     rivals = {"packed", "padded", "batch_topk", "unpruned", *bench.OTHERS}
     assert names >= {f"{a} vs dense" for a in rivals} | {f"packed vs {a}" for a in bench.OTHERS}
+    head = head.replace("bf16", "onnxruntime")
+    for batch in (1, 8, 32):
+        mine = [r["name"] for r in rows if r["batch"] == batch and "seed 101" in r["name"]]
+        assert any("first" in name for name in mine) == any("onnxruntime" in name for name in mine) == (batch == 1)
+        exported = {name.removeprefix(head) for name in mine if name.startswith(head)}
+        assert batch > 1 or exported >= {"packed vs dense", "first vs dense", "packed vs first"}
     for row in rows:
         assert row["ratio"] == pytest.approx(row["baseline"] / row["ours"])
         assert row["macs"] == pytest.approx(1.0 if "unpruned" in row["name"] else 0.65, abs=0.06)
@@ -422,13 +438,97 @@ def test_bench_rows_are_complete_and_at_equal_cost(script_config, fabric, tmp_pa
 
 
 def test_rivals_have_their_own_scores_and_the_cost_of_the_packed_run():
-    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=12, num_heads=3, mlp_ratio=2, num_classes=5)
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    models, cost = bench.rivals(vit.eval(), x, 0.65)
+    models, cost = bench.rivals(small_vit(), x, 0.65)
     scores = {name: model.score for name, model in models.items() if name in bench.OTHERS}
     assert scores["evit"] == scores["evit_no_fusion"] == "mean" and scores["topk"] == "weighted"
     assert models["evit"].rule == "evit" and models["evit_no_fusion"].rule == "topk"
     assert all(cost[name] == pytest.approx(cost["packed"], abs=0.02) for name in bench.OTHERS) and cost["unpruned"] == 1
+
+
+def test_as_many_tokens_without_choosing_are_the_first_ones_at_the_cost_of_the_packed_run(monkeypatch):
+    monkeypatch.setattr(bench.timm, "create_model", small_vit)
+    models, x, cost = one_image()
+    first, dense, packed = models["first"], models["dense"], models["packed"]
+    kept = packed(x, details=True)[1].kept[0].int().tolist()
+    lengths = [17] * 4 + [1 + n for n in kept for _ in range(3)][:8]
+    assert kept[0] < 16 and len(set(kept)) > 1, "the test needs tokens that go"
+    seen = []
+    hooks = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1])) for block in dense.blocks]
+    found = first(x)
+    for hook in hooks:
+        hook.remove()
+    assert seen == lengths, "every block on as many tokens as the packed run has there"
+    z = packed.embed(x)
+    for block, n in zip(dense.blocks, lengths, strict=True):
+        z = block(z[:, :n])
+    torch.testing.assert_close(found, dense.forward_head(dense.norm(z)))
+    assert cost["first"] == cost["packed"] == packed.cost.staged(kept, packed.locations) / packed.cost.dense
+
+
+def test_every_row_times_the_network_it_names_with_the_threads_asked_for(script_config, fabric, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(bench.timm, "create_model", small_vit)
+    sessions, called, inner = [], [], onnxruntime.InferenceSession
+
+    def session(file, options=None, **kwargs):
+        if options is not None:  # the bench's own, not that of the check of an export
+            sessions.append(options.intra_op_num_threads)
+        return inner(file, options, **kwargs)
+
+    def run_all(calls, **_):
+        called.append({name: call() for name, call in calls.items()})
+        return {name: bench.Timing(1.0, 1.0, 1.0, 1) for name in calls}
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr(bench, "interleaved", run_all)
+    monkeypatch.setattr(bench, "timed", lambda model, x: lambda: model)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with torch.random.fork_rng():
+            found = bench.measure(script_config("bench"), fabric, 100, 1)
+            dense = bench.dense_model("small", 100)
+        assert sessions == [3, 3, 3] and set(found) == {"float32", "onnxruntime"}
+        in_torch, in_onnxruntime = called
+        for name in ("packed", "padded", "batch_topk"):
+            assert (in_torch[name].rule, in_torch[name].inference) == ("threshold", name)
+        rules = {"topk": "topk", "evit": "evit", "evit_no_fusion": "topk", "tome": "tome", "unpruned": "none"}
+        assert {name: in_torch[name].rule for name in rules} == rules
+        assert type(in_torch["first"]) is bench.FirstTokens and type(in_torch["dense"]) is VisionTransformer
+        x = 0.5 * torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(100))
+        models, _ = bench.rivals(dense, x, 0.65)
+        expected = {name: models[name](x).detach() for name in bench.EXPORTED}
+        assert len({round(float(logits[0, 0]), 3) for logits in expected.values()}) == 3, "one network for two"
+        for name, (logits,) in in_onnxruntime.items():
+            torch.testing.assert_close(torch.from_numpy(logits), expected[name], atol=1e-4, rtol=0)
+        assert set(bench.measure(script_config("bench", "onnxruntime=false"), fabric, 100, 1)) == {"float32"}
+        assert set(bench.measure(script_config("bench", "bfloat16=[2]"), fabric, 100, 2)) == {"float32", "bfloat16"}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_an_export_that_is_not_the_network_is_not_timed(monkeypatch):
+    monkeypatch.setattr(bench.timm, "create_model", small_vit)
+    models, x, _ = one_image()
+    inner, dense = bench.traced, models["dense"]
+    monkeypatch.setattr(bench, "traced", lambda network, *args, **kwargs: inner(dense, *args, **kwargs))
+    with pytest.raises(ValueError, match="packed: onnxruntime differs"):
+        bench.exported(models, x)
+
+
+def test_the_share_of_the_ideal_is_the_speed_up_over_that_of_the_macs(tmp_path):
+    times = {name: bench.Timing(t, t, t, 3) for name, t in {"dense": 100.0, "packed": 80.0, "first": 70.0}.items()}
+    table = bench.Bench(tmp_path / "b.json")
+    found = bench.add_rows(table, "x", 1, times, {"dense": 1.0, "packed": 0.6, "first": 0.65})
+    assert {name: v["of_ideal"] for name, v in found.items()} == pytest.approx(
+        {"dense": 1.0, "packed": 0.75, "first": 0.65 / 0.7}
+    )
+    assert {name: v["ms"] for name, v in found.items()} == {"dense": 100.0, "packed": 80.0, "first": 70.0}
+    ratios = {r["name"]: r["ratio"] for r in table.rows}
+    assert ratios["x packed vs dense"] == 1.25 and ratios["x packed vs first"] == pytest.approx(0.875)
+    assert ratios["x packed: speed-up over dense, of the MAC ratio"] == pytest.approx(0.75)
 
 
 def test_a_claim_of_speed_is_judged_by_the_times(tmp_path, monkeypatch):
