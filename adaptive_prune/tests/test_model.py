@@ -171,6 +171,7 @@ def test_one_synchronisation_per_threshold(inference, family, monkeypatch):
         alone = model(x[:1])
     assert waits.seen == ["_local_scalar_dense" if inference == "batch_topk" else "nonzero"] * len(model.locations)
     torch.testing.assert_close(alone, model(x[:1], details=True)[0], rtol=0, atol=0)
+    assert model._remove(x[:1], details=False)[1] is None, "costs that nobody asked for"
 
 
 @pytest.mark.parametrize(
