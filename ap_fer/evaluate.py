@@ -43,6 +43,8 @@ def evaluate(cfg: DictConfig, fabric: Fabric) -> dict[str, float]:
         raise ValueError(
             f"the data has the classes {', '.join(data.names)}, the network {', '.join(trained.about['classes'])}"
         )
+    if cfg.claim and data.lacks:
+        raise ValueError(f"claim={cfg.claim} is about the whole set; {data.lacks}")
     if trained.about["drawn"] and options["name"] != "faces":
         print("notice: this network was trained on drawn faces; photographs are new to it")
     module = fabric.setup_module(trained.model)
