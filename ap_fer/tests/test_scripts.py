@@ -59,6 +59,32 @@ def test_evaluate_gives_the_numbers_of_the_run_and_a_record(checkpoint, tmp_path
         run(evaluate, "evaluate", f"weights={checkpoint}", f"data.root={tmp_path}")
 
 
+def test_a_claim_is_about_the_whole_set(checkpoint, raf, tmp_path):
+    """A record of a part of RAF-DB is written when that is meant, but never answers for the published number."""
+    args = [
+        "evaluate",
+        f"weights={checkpoint}",
+        "set=raf_db",
+        f"data.root={raf}",
+        "batch_size=7",
+        f"out={tmp_path / 'e'}",
+    ]
+    with pytest.raises(ValueError, match="the train list has 14 images, the published one 12,271"):
+        run(evaluate, *args)
+    with pytest.raises(
+        ValueError, match="claim=apvit_raf_db_weights is about the whole set; raf_db under .* has 14 images"
+    ):
+        run(
+            evaluate,
+            *args,
+            "data.partial=true",
+            "claim=apvit_raf_db_weights",
+            "record=true",
+            f"record_to={tmp_path / 'r'}",
+        )
+    assert not (tmp_path / "r").exists() and 0 <= run(evaluate, *args, "data.partial=true")["top1"] <= 100
+
+
 def test_predict_scores_a_folder_and_draws_what_was_dropped(checkpoint, tmp_path, capsys):
     write_image(tmp_path / "in/sub/b.png", mode="L")
     write_image(tmp_path / "in/b.png", size=(60, 50))
@@ -143,6 +169,8 @@ def test_own_class_folders_train_evaluate_and_predict_with_names(fabric, tmp_pat
     metrics = run(evaluate, "evaluate", f"weights={weights}", out)
     recorded = json.loads((tmp_path / "run/result.json").read_text())["metrics"]
     assert metrics["top1"] == pytest.approx(recorded["top1"]) and {"acc_calm", "acc_joy", "acc_pain"} <= metrics.keys()
+    named = run(evaluate, "evaluate", f"weights={weights}", "set=own", f"data.root={tmp_path / 'd'}", out)
+    assert named == metrics, "the folder by name is the folder it was trained on"
     run(predict, "predict", f"weights={weights}", f"images={tmp_path / 'd/val'}", f"out={tmp_path / 'p.csv'}")
     assert {r["label"] for r in csv.DictReader((tmp_path / "p.csv").open())} <= {"calm", "joy", "pain"}
     with pytest.raises(runs.RunError, match="on other data"):
