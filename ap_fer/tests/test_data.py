@@ -22,10 +22,11 @@ from ap_fer.expressions import (
     repeated_indices,
 )  # fmt: skip
 from ap_fer.layouts import Labelled, read_split
-from ap_fer.tests.helpers import write_image
+from ap_fer.tests.helpers import config, write_image
 from ap_fer.transforms import MEAN, STD, UniformErasing, build_transforms
 from common.data.batches import Plan
 from common.data.check import main as check_set
+from common.data.faces import expression_faces
 
 
 # ------------------------------------------------------------------------------------------------------------- labels
@@ -346,3 +347,22 @@ def test_the_recipe_trains_with_augmentation_and_tests_without():
     torch.testing.assert_close(pixel, torch.tensor([200, 100, 50]) / 255, atol=1e-3, rtol=0)
     with pytest.raises(ValueError, match="augment='autoaugment', allowed: raf, flip, none"):
         build_transforms("autoaugment", size=32)
+
+
+def test_stems_and_arms_and_tests_see_different_faces(monkeypatch):
+    """The faces of the stem's pre-training (draw=1), of an arm's training and of the tests come from streams of their own."""
+    asked = []
+
+    def recorded(n, **options):
+        asked.append((options["split"], options["seed"]))
+        return expression_faces(n, **options)
+
+    for cached in (data_module._rendered, data_module._test_faces):
+        cached.cache_clear()
+    monkeypatch.setattr(data_module, "expression_faces", recorded)
+    few = {"seed": 3, "size": 48, "train_images": 14, "test_images": 7, "augment": "none"}
+    first, other = (build_data(name="faces", draw=draw, **few) for draw in (0, 1))
+    assert [split for split, _ in asked] == ["train", "test", "test", "train"] and len(set(asked)) == 4
+    assert torch.equal(first.test[0][0], other.test[0][0]), "the tests are those of the seed"
+    for method in ("face_net", "stem"):
+        assert config("config", f"method={method}", "arm=x").data.draw == 1 != config("config", "arm=x").data.draw
