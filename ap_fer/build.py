@@ -26,11 +26,16 @@ def rebuild(config: dict[str, Any], num_classes: int) -> APViT:
     return APViT(num_classes=num_classes, image_size=config["data"]["size"], app=app, atp=atp, **network)
 
 
+def untrained(cfg: DictConfig, num_classes: int) -> APViT:
+    """The model of a configuration, drawn from the current stream, without the weights that `start` names."""
+    parts = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("model", "method", "data")}
+    return rebuild(parts, num_classes)  # type: ignore[arg-type]
+
+
 def build(cfg: DictConfig, num_classes: int) -> APViT:
     """The model of a configuration, drawn from its seed, with the weights that `start` names."""
     torch.manual_seed(stream(cfg.seed))
-    parts = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("model", "method", "data")}
-    model = rebuild(parts, num_classes)
+    model = untrained(cfg, num_classes)
     if cfg.start.arm and not cfg.preflight:  # a preflight trains no stem first
         path = stem_place(cfg) / "last.ckpt"
         state = {k: v for k, v in read_state(path).items() if k.startswith("extractor.")}

@@ -71,4 +71,6 @@ def _set(name: str) -> dict[str, Any]:
     known = sorted(p.stem for p in (CONFIGS / "data").glob("*.yaml"))
     if name not in known:
         raise ValueError(f"set={name!r}, allowed: {', '.join(known)}")
-    return yaml.safe_load((CONFIGS / f"data/{name}.yaml").read_text())
+    own = yaml.safe_load((CONFIGS / f"data/{name}.yaml").read_text())
+    base = {k: v for group in own.pop("defaults", []) for k, v in _set(group).items()}
+    return base | own

@@ -19,7 +19,13 @@ from common.data.files import identity, open_image
 from common.data.vision import data_root
 
 SETS = ("faces", *READERS)
-PUBLISHED = {("raf_db", "train"): 12_271, ("raf_db", "test"): 3_068}  # of other sets the numbers in use differ
+# Images that the lists of the publishers name; another number is an error without data.partial=true.
+PUBLISHED = {
+    "raf_db": {"train": 12_271, "test": 3_068},
+    "ferplus": {"train": 28_709, "test": 3_589},  # rows of fer2013new.csv, unusable ones included
+}
+VALIDATION_PER_CLASS = {"affectnet": 500}  # usual, but copies in use differ: noticed
+ALL_FACES = {"expw": 91_793}  # likewise
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Data:
     test: yields (image (3, S, S) normalised, label). parts: named slices of it that are also reported alone. truth: of the test
     images of parametric faces {"face", "background", "occluder"} masks (N, S, S), "busy" (N,) and "contrast" (N, S, S), see
     `expression_faces`. source: the identity of the files.
-    files: the training images of a set on disk, each once, as they are."""
+    files: the training images of a set on disk, each once, as they are. lacks: in what it is not the whole published set."""
 
     names: tuple[str, ...]
     counts: list[int]
@@ -40,6 +46,7 @@ class Data:
     truth: Mapping[str, Tensor] = field(default_factory=dict)
     source: Mapping[str, Any] = field(default_factory=dict)
     files: "FaceFiles | None" = None
+    lacks: str = ""
 
 
 class FaceFiles(Dataset):
@@ -85,6 +92,7 @@ def build_data(
     images: str = "aligned_224",
     test_share: float = 0.25,
     every: int = 1,
+    partial: bool = False,
 ) -> Data:
     """A data set by name.
 
@@ -96,6 +104,7 @@ def build_data(
     Sets are looked for in root/`folder` where that exists, so that one root can hold several.
     size: pixels; num_classes: 7, 8 with contempt, or null: the class folders as they are; balance: repeat rare classes as
         RAF-DB's recipe does; augment: see `transforms.build_transforms` (faces: flip | none).
+    partial: take a list of a published set that names fewer or more images than the published one (`check_counts`).
     Raises ValueError for an unknown name, a wrong label or an empty class, FileNotFoundError for missing files."""
     if name not in SETS:
         raise ValueError(f"data.name={name!r}, allowed: {', '.join(SETS)}")
@@ -114,7 +123,13 @@ def build_data(
         )
     base = data_root(root)
     base = base / folder if (base / folder).is_dir() else base
-    options = {"num_classes": num_classes, "images": images, "test_share": test_share, "every": every}
+    options = {
+        "num_classes": num_classes,
+        "images": images,
+        "test_share": test_share,
+        "every": every,
+        "partial": partial,
+    }
     return _files(name, base, options, size=size, balance=balance, augment=augment, workers=workers)
 
 
@@ -123,10 +138,7 @@ def _files(
 ) -> Data:
     """The sets of `layouts` under `base`."""
     train, test = (read_split(name, base, split, **options) for split in ("train", "test"))
-    for split, found in (("train", train), ("test", test)):
-        published = PUBLISHED.get((name, split))
-        if published is not None and len(found.paths) + found.left_out != published:
-            print(f"notice: {name} has {len(found.paths):,} {split} images here, {published:,} as it is published")
+    lacks = check_counts(name, base, train, test, classes=options["num_classes"], partial=options["partial"])
     if train.names != test.names:
         raise ValueError(f"{base}: the splits have different classes: {sorted(set(train.names) ^ set(test.names))}")
     names = tuple(train.names) or EXPRESSIONS[: options["num_classes"]]
@@ -147,7 +159,34 @@ def _files(
     source = identity(
         name, [*train.paths, *test.paths], root=base, classes=len(names), left_out=train.left_out + test.left_out
     )
-    return Data(names, per_class, indices, FaceFiles(test, testing), make, source=source, files=FaceFiles(train))
+    return Data(
+        names, per_class, indices, FaceFiles(test, testing), make, source=source, files=FaceFiles(train), lacks=lacks
+    )
+
+
+def check_counts(name: str, base: Path, train: Labelled, test: Labelled, *, classes: int | None, partial: bool) -> str:
+    """In what a set is not the published one, in a sentence; empty if it is, or if its numbers are not known.
+
+    ValueError where the publisher's list of a split has another number of images, without `partial`."""
+    for split, found in (("train", train), ("test", test)):
+        published = PUBLISHED.get(name, {}).get(split, found.listed)
+        if found.listed != published:
+            lacks = (
+                f"{name} under {base}: the {split} list has {found.listed:,} images, the published one {published:,}"
+            )
+            if not partial:
+                raise ValueError(
+                    f"{lacks}; data.partial=true takes it as it is, and then published numbers are not for it"
+                )
+            print(f"notice: {lacks}")
+            return lacks
+    if name in VALIDATION_PER_CLASS and len(test.paths) != (usual := VALIDATION_PER_CLASS[name] * (classes or 0)):
+        print(f"notice: {name} has {len(test.paths):,} test images here, {usual:,} is usual")
+    if name in ALL_FACES and train.listed + test.listed != ALL_FACES[name]:
+        print(f"notice: {name} has {train.listed + test.listed:,} faces here, {ALL_FACES[name]:,} is usual")
+    if left := train.left_out + test.left_out:
+        return f"{name} under {base}: {left:,} images are left out"
+    return ""
 
 
 def normalise(images: Tensor) -> Tensor:

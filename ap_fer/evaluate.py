@@ -1,7 +1,7 @@
 """Evaluate a checkpoint of train.py or the released APViT: accuracies, macro F1, confusion matrix.
 
 python evaluate.py weights=runs/default/app_atp/seed0/last.ckpt
-python evaluate.py weights=... set=folder data.root=my_faces/                          # my_faces/val/<class>/*.jpg
+python evaluate.py weights=... set=own data.root=my_faces/                             # my_faces/val/<class>/*.jpg
 python evaluate.py weights=APViT_RAF.pth set=raf_db data.root=/datasets claim=apvit_raf_db_weights record=true
 """
 
@@ -40,9 +40,12 @@ def evaluate(cfg: DictConfig, fabric: Fabric) -> dict[str, float]:
     options = data_options(trained, cfg.set, cfg.data)
     data = build_data(seed=trained.config.get("seed", 0), **options)
     if list(data.names) != trained.about["classes"]:
+        hint = "; set=own takes class folders as they are" if options["name"] == "folder" else ""
         raise ValueError(
-            f"the data has the classes {', '.join(data.names)}, the network {', '.join(trained.about['classes'])}"
+            f"the data has the classes {', '.join(data.names)}, the network {', '.join(trained.about['classes'])}{hint}"
         )
+    if cfg.claim and data.lacks:
+        raise ValueError(f"claim={cfg.claim} is about the whole set; {data.lacks}")
     if trained.about["drawn"] and options["name"] != "faces":
         print("notice: this network was trained on drawn faces; photographs are new to it")
     module = fabric.setup_module(trained.model)

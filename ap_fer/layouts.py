@@ -24,17 +24,23 @@ class Labelled:
     boxes: list[Box] = field(default_factory=list)  # one per image, or none at all
     names: list[str] = field(default_factory=list)  # of own class folders; none: the expressions in our order
     left_out: int = 0  # images that broken_images=skip left out
+    unusable: int = 0  # images of the list that have no label by the rules of the set
 
     def add(self, path: Path, target: int, *box: Box) -> None:
         self.paths.append(path)
         self.targets.append(target)
         self.boxes += box
 
+    @property
+    def listed(self) -> int:
+        """How many images the list of this split names."""
+        return len(self.paths) + self.left_out + self.unusable
+
     def only(self, kept: list[int]) -> "Labelled":
         """The images at these indices."""
         boxes = [self.boxes[i] for i in kept] if self.boxes else []
         paths, targets = [self.paths[i] for i in kept], [self.targets[i] for i in kept]
-        return Labelled(paths, targets, boxes, self.names, len(self.paths) - len(kept))
+        return Labelled(paths, targets, boxes, self.names, len(self.paths) - len(kept), self.unusable)
 
 
 def _need(path: Path, layout: str) -> Path:
@@ -110,13 +116,18 @@ def ferplus(root: Path, split: str, **_: object) -> Labelled:
     _need(root / folder, layout)
     found, votes_of = Labelled(), (*FERPLUS, "unknown", "NF")
     for where, row in _table(root / "fer2013new.csv", layout, {"Usage", "Image name", *votes_of}):
-        if row["Usage"] != usage or not row["Image name"]:
+        if row["Usage"] != usage:
+            continue
+        if not row["Image name"]:
+            found.unusable += 1
             continue
         votes = [_integer(row[c], where) for c in votes_of]
         votes = [v if v > 1 else 0 for v in votes]
         best = max(range(len(votes)), key=votes.__getitem__)
         if best < len(FERPLUS) and votes[best] > sum(votes) / 2:
             found.add(root / folder / row["Image name"], our_label(FERPLUS, best))
+        else:
+            found.unusable += 1
     return found
 
 

@@ -29,6 +29,8 @@ NAMES = {
     "random_both": "random patches and tokens", "face_net": "CNN, first half of its training",
     "plain_vit": "no CNN: image patches", "cnn_only": "CNN with average pooling", "app_sum": "APP, plain sum",
     "app_sum_abs_2": "APP, sum of squares", "app_max": "APP, maximum", "app_max_abs_1": "APP, largest magnitude",
+    "app_channel": "APP, a channel at random", "atp_sum_abs_1": "ATP, sum of magnitudes", "atp_max": "ATP, maximum",
+    "atp_softmax": "ATP, after the softmax", "atp_random": "ATP, tokens at random",
     "app_test_only": "APP in testing only", "app_train_only": "APP in training only",
 }  # fmt: skip
 FAMILIES = {"app": "#0072B2", "app_atp": "#56B4E9", "atp": "#009E73", "random": "#D55E00", "worst": "#CC79A7"}

@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor
 
-from ap_fer.build import build, build_optimizer, macs
+from ap_fer.build import build, build_optimizer, macs, untrained
 from ap_fer.checkpoint import state
 from ap_fer.data import Data, build_data
 from ap_fer.metrics import classification, confusion, pooling_metrics
@@ -156,9 +156,15 @@ def train(fabric: Fabric, run: runs.Run, cfg: DictConfig, data: Data, model, opt
 
 
 def start_and_fit(cfg: DictConfig, fabric: Fabric, out: Path) -> None:
-    """The stems that are missing, then the run itself."""
+    """The stems that are missing, then the run itself. What is wrong with the run is said before a stem is trained."""
     check(cfg)
-    for start, place in stems_first(cfg):
+    stems = stems_first(cfg)
+    if stems:
+        runs.per_device_batch(cfg.train.batch_size, fabric.world_size, cfg.train.accumulation)
+        data = build_data(seed=cfg.seed, **cfg.data)
+        build_optimizer(untrained(cfg, len(data.names)), cfg)
+        Plan.of(cfg.train, len(data.indices), fabric, seed=cfg.seed)
+    for start, place in stems:
         fabric.print(f"{place} comes first (to train it again: python train.py method={start.arm} force=true)")
         fit(start, fabric, place)
     fit(cfg, fabric, out)

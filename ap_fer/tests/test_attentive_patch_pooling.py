@@ -27,6 +27,16 @@ def test_identities_of_the_scores():
     assert not torch.equal(APP(4, score="sum")(x)[1], APP(4, score="sum")(-x)[1])
 
 
+@pytest.mark.parametrize("mode", ["sum", "sum_abs_1", "sum_abs_2", "max", "max_abs_1", "channel"])
+def test_scores_are_float32_under_half_precision(mode):
+    """Summed in bfloat16, hundreds of patches would tie."""
+    x = torch.randn(1, 196, 64).bfloat16()
+    torch.manual_seed(0)
+    scores = patch_score(x, mode)
+    torch.manual_seed(0)
+    assert scores.dtype == torch.float32 and torch.equal(scores, patch_score(x.float(), mode))
+
+
 def test_random_scores_one_channel_or_noise_per_patch():
     x = torch.randn(2, 50, 8)
     torch.manual_seed(0)

@@ -6,6 +6,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from ap_fer.attentive_patch_pooling import SCORES as APP_SCORES
+from ap_fer.attentive_token_pooling import SCORES as ATP_SCORES
 from ap_fer.expressions import FERPLUS
 from ap_fer.tests.helpers import CONFIGS, config, write_image
 from ap_fer.train import fit
@@ -85,6 +87,17 @@ def test_the_miniature_has_three_seeds_of_five_arms_and_their_stems():
     assert all(after == ["11_train_stem"] for arm, after in cells if arm in wanted)
 
 
+def test_full_runs_every_score_of_both_poolings():
+    app, atp = set(), set()
+    for method in {chosen.get("method") for _, _, chosen in sweep_cells("full")} - {None}:
+        cfg = OmegaConf.to_container(config("config", f"method={method}", "arm=x"), resolve=True)
+        if cfg["model"]["depth"] and cfg["method"]["app"]["keep"]:
+            app.add(cfg["method"]["app"]["score"])
+        if cfg["model"]["depth"] and cfg["method"]["atp"]["rate"] < 1:
+            atp.add((cfg["method"]["atp"]["score"], cfg["method"]["atp"]["source"]))
+    assert app == set(APP_SCORES) and atp == {(score, "logits") for score in ATP_SCORES} | {("sum", "softmax")}
+
+
 def test_controls_cost_as_much_as_what_they_control():
     """Equal poolings in everything but the score."""
 
@@ -92,9 +105,11 @@ def test_controls_cost_as_much_as_what_they_control():
         cfg = OmegaConf.to_container(config("config", f"method={method}", "arm=x"), resolve=True)["method"]
         return cfg["app"]["keep"], cfg["atp"]["rate"], cfg["atp"]["start"]
 
-    assert sizes("app") == sizes("random") == sizes("worst") == sizes("la") == sizes("app_channel") == (32, 1.0, 2)
+    for method in ("random", "worst", "la", "app_channel", "app_sum", "app_sum_abs_2", "app_max", "app_max_abs_1"):
+        assert sizes(method) == sizes("app") == (32, 1.0, 2), method
     assert sizes("app_atp") == sizes("random_both") == sizes("app_random_atp") == (32, 0.8, 2)
-    assert sizes("atp") == sizes("atp_random") == sizes("atp_softmax") == (None, 0.8, 2)
+    for method in ("atp_random", "atp_softmax", "atp_max", "atp_sum_abs_1"):
+        assert sizes(method) == sizes("atp") == (None, 0.8, 2), method
 
 
 def test_the_recipe_of_raf_db():
@@ -139,14 +154,17 @@ SMALL = [
 
 def test_preflight_of_raf_db(raf, fabric, capsys, tmp_path):
     """The released recipe (augmentation, SGD, clipping, 112 pixels) makes a step on a tiny folder in the real layout."""
-    fit(config("config", "experiment=raf_db", f"data.root={raf}", *SMALL), fabric, tmp_path / "run")
+    fit(
+        config("config", "experiment=raf_db", f"data.root={raf}", "data.partial=true", *SMALL), fabric, tmp_path / "run"
+    )
     assert "preflight: data found, 4 images" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["sfew", "expw", "affectnet8", "ferplus", "affwild2"])
 def test_preflight_of_the_other_sets(name, fabric, capsys, tmp_path):
     write_tiny(name, tmp_path / config("config", f"experiment={name}", "arm=x", "data.root=/d").data.folder)
-    fit(config("config", f"experiment={name}", f"data.root={tmp_path}", *SMALL), fabric, tmp_path / "run")
+    more = ["data.partial=true"] if name == "ferplus" else []
+    fit(config("config", f"experiment={name}", f"data.root={tmp_path}", *SMALL, *more), fabric, tmp_path / "run")
     assert "preflight: data found, 4 images" in capsys.readouterr().out
 
 

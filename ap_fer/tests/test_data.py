@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from ap_fer import data as data_module
-from ap_fer.data import FaceFiles, build_data
+from ap_fer.data import FaceFiles, build_data, check_counts
 from ap_fer.expressions import (
     AFFECTNET,
     EXPRESSIONS,
@@ -22,9 +22,11 @@ from ap_fer.expressions import (
     repeated_indices,
 )  # fmt: skip
 from ap_fer.layouts import Labelled, read_split
-from ap_fer.tests.helpers import write_image
+from ap_fer.tests.helpers import config, write_image
 from ap_fer.transforms import MEAN, STD, UniformErasing, build_transforms
 from common.data.batches import Plan
+from common.data.check import main as check_set
+from common.data.faces import expression_faces
 
 
 # ------------------------------------------------------------------------------------------------------------- labels
@@ -96,6 +98,7 @@ def test_ferplus_takes_the_majority_and_leaves_out_the_rest(tmp_path):
     assert {p.stem: t for p, t in zip(found.paths, found.targets, strict=True)} == {
         n: t for n, (_, t) in votes.items() if t is not None
     }
+    assert len(found.paths) == 3 and found.listed == 6, "what is left out is listed, too; another Usage is not"
     image, _ = FaceFiles(found, build_transforms("none", size=48)[1])[0]
     assert image.shape == (3, 48, 48), "grey images are converted"
 
@@ -193,9 +196,59 @@ def test_grey_and_rgba_images_are_converted_tiny_and_broken_ones_named(tmp_path)
         files[3]
 
 
-def test_build_data_repeats_rare_classes_and_draws_by_seed_and_epoch(raf, capsys):
-    built = build_data(name="raf_db", seed=0, root=str(raf), size=32)
-    assert "raf_db has 14 train images here, 12,271 as it is published" in capsys.readouterr().out
+def test_a_part_of_a_published_set_is_an_error_unless_it_is_meant(raf, capsys):
+    with pytest.raises(
+        ValueError, match="the train list has 14 images, the published one 12,271; data.partial=true takes"
+    ):
+        build_data(name="raf_db", seed=0, root=str(raf), size=32)
+    assert check_set(["ap_fer.raf_db", str(raf)]) == 1 and "the published one 12,271" in capsys.readouterr().out
+    built = build_data(name="raf_db", seed=0, root=str(raf), size=32, partial=True)
+    assert "notice: raf_db under" in capsys.readouterr().out and "published one 12,271" in built.lacks
+    assert check_set(["ap_fer.raf_db", str(raf), "partial=true"]) == 0
+
+
+@pytest.mark.parametrize(("name", "train", "test"), [("raf_db", 12_271, 3_068), ("ferplus", 28_709, 3_589)])
+def test_the_published_number_of_images_is_neither_less_nor_more(name, train, test, tmp_path):
+    def counted(more_train=0, more_test=0, left_out=0, partial=False):
+        n, m = train + more_train - left_out, test + more_test
+        found = (
+            Labelled([tmp_path] * (n - 9), [0] * (n - 9), left_out=left_out, unusable=9),
+            Labelled([tmp_path] * m, [0] * m),
+        )
+        return check_counts(name, tmp_path, *found, classes=7, partial=partial)
+
+    assert counted() == ""
+    assert counted(left_out=2).endswith("2 images are left out"), "the list is whole, what is used of it is not"
+    for more, split in (
+        ({"more_train": -1}, "train"),
+        ({"more_train": 1}, "train"),
+        ({"more_test": -1}, "test"),
+        ({"more_test": 1}, "test"),
+    ):
+        with pytest.raises(ValueError, match=f"the {split} list has"):
+            counted(**more)
+        assert f"the {split} list has" in counted(**more, partial=True)
+
+
+def test_numbers_that_differ_in_use_are_noticed(tmp_path, capsys):
+    def said(name, train, test, classes=7):
+        found = (Labelled([tmp_path] * n, [0] * n) for n in (train, test))
+        assert check_counts(name, tmp_path, *found, classes=classes, partial=False) == ""
+        return capsys.readouterr().out
+
+    assert (
+        said("affectnet", 10, 3_500)
+        == said("affectnet", 10, 4_000, 8)
+        == said("expw", 91_000, 793)
+        == said("folder", 1, 1)
+        == ""
+    )
+    assert "3,999 test images here, 4,000 is usual" in said("affectnet", 10, 3_999, 8)
+    assert "91,792 faces here, 91,793 is usual" in said("expw", 91_000, 792)
+
+
+def test_build_data_repeats_rare_classes_and_draws_by_seed_and_epoch(raf):
+    built = build_data(name="raf_db", seed=0, root=str(raf), size=32, partial=True)
     assert built.counts == [2] * 7 and built.names == EXPRESSIONS[:7]
     assert len(built.indices) == 28, "a share of 1/7 is below 0.15: everything twice"
     plan = Plan(len(built.indices), 4, seed=0)
@@ -206,14 +259,14 @@ def test_build_data_repeats_rare_classes_and_draws_by_seed_and_epoch(raf, capsys
     with pytest.raises(ValueError, match=r"data\.name='raf', allowed: faces, raf_db"):
         build_data(name="raf", seed=0)
     with pytest.raises(ValueError, match="num_classes=6"):
-        build_data(name="raf_db", seed=0, root=str(raf), num_classes=6)
+        build_data(name="raf_db", seed=0, root=str(raf), num_classes=6, partial=True)
 
 
 def test_a_class_without_training_images_is_named(raf):
     label = raf / "basic/EmoLabel/list_patition_label.txt"
     label.write_text("\n".join(r for r in label.read_text().splitlines() if not r.endswith(" 3")))
     with pytest.raises(ValueError, match="no training image for disgust"):
-        build_data(name="raf_db", seed=0, root=str(raf), size=32)
+        build_data(name="raf_db", seed=0, root=str(raf), size=32, partial=True)
 
 
 def test_faces_are_imbalanced_in_training_and_balanced_in_two_tests():
@@ -294,3 +347,22 @@ def test_the_recipe_trains_with_augmentation_and_tests_without():
     torch.testing.assert_close(pixel, torch.tensor([200, 100, 50]) / 255, atol=1e-3, rtol=0)
     with pytest.raises(ValueError, match="augment='autoaugment', allowed: raf, flip, none"):
         build_transforms("autoaugment", size=32)
+
+
+def test_stems_and_arms_and_tests_see_different_faces(monkeypatch):
+    """The faces of the stem's pre-training (draw=1), of an arm's training and of the tests come from streams of their own."""
+    asked = []
+
+    def recorded(n, **options):
+        asked.append((options["split"], options["seed"]))
+        return expression_faces(n, **options)
+
+    for cached in (data_module._rendered, data_module._test_faces):
+        cached.cache_clear()
+    monkeypatch.setattr(data_module, "expression_faces", recorded)
+    few = {"seed": 3, "size": 48, "train_images": 14, "test_images": 7, "augment": "none"}
+    first, other = (build_data(name="faces", draw=draw, **few) for draw in (0, 1))
+    assert [split for split, _ in asked] == ["train", "test", "test", "train"] and len(set(asked)) == 4
+    assert torch.equal(first.test[0][0], other.test[0][0]), "the tests are those of the seed"
+    for method in ("face_net", "stem"):
+        assert config("config", f"method={method}", "arm=x").data.draw == 1 != config("config", "arm=x").data.draw

@@ -59,6 +59,33 @@ def test_evaluate_gives_the_numbers_of_the_run_and_a_record(checkpoint, tmp_path
         run(evaluate, "evaluate", f"weights={checkpoint}", f"data.root={tmp_path}")
 
 
+def test_a_claim_is_about_the_whole_set(checkpoint, raf, tmp_path, capsys):
+    """A record of a part of RAF-DB is written when that is meant, but never answers for the published number."""
+    args = [
+        "evaluate",
+        f"weights={checkpoint}",
+        "set=raf_db",
+        f"data.root={raf}",
+        "batch_size=7",
+        f"out={tmp_path / 'e'}",
+    ]
+    with pytest.raises(ValueError, match="the train list has 14 images, the published one 12,271"):
+        run(evaluate, *args)
+    with pytest.raises(
+        ValueError, match="claim=apvit_raf_db_weights is about the whole set; raf_db under .* has 14 images"
+    ):
+        run(
+            evaluate,
+            *args,
+            "data.partial=true",
+            "claim=apvit_raf_db_weights",
+            "record=true",
+            f"record_to={tmp_path / 'r'}",
+        )
+    assert not (tmp_path / "r").exists() and 0 <= run(evaluate, *args, "data.partial=true")["top1"] <= 100
+    assert "notice: this network was trained on drawn faces" in capsys.readouterr().out
+
+
 def test_predict_scores_a_folder_and_draws_what_was_dropped(checkpoint, tmp_path, capsys):
     write_image(tmp_path / "in/sub/b.png", mode="L")
     write_image(tmp_path / "in/b.png", size=(60, 50))
@@ -126,7 +153,24 @@ def test_faces_are_cut_out_by_their_boxes(checkpoint, tmp_path):
         run(predict, "predict", f"weights={checkpoint}", "images=" + str(tmp_path / "in"), "boxes=a", "landmarks=b")
 
 
-def test_own_class_folders_train_evaluate_and_predict_with_names(fabric, tmp_path):
+def test_faces_are_aligned_by_their_landmarks(checkpoint, tmp_path, capsys):
+    """The same numbers as for the face aligned beforehand; and the network says that it knows drawings only."""
+    whole = Image.open(write_image(tmp_path / "in/a.png", size=(120, 110)))
+    points = SimilarityTransform(scale=0.7, rotation=0.3, translation=(25, 5))(align.TEMPLATE)
+    (tmp_path / "l.csv").write_text("in/a.png," + ",".join(f"{v:.3f}" for v in points.ravel()) + "\n")
+    (tmp_path / "out").mkdir()
+    listed = align.read_landmarks(tmp_path / "l.csv")["in/a.png"]
+    Image.fromarray(align.align(np.asarray(whole), listed, size=96)).save(tmp_path / "out/a.png")
+    found = []
+    for folder, more in (("in", [f"landmarks={tmp_path / 'l.csv'}"]), ("out", []), ("in", [])):
+        out = tmp_path / "p.json"
+        run(predict, "predict", f"weights={checkpoint}", f"images={tmp_path / folder}", f"out={out}", "top=7", *more)
+        found.append({r["label"]: r["probability"] for r in json.loads(out.read_text())})
+    assert found[0] == found[1] != found[2]
+    assert capsys.readouterr().out.count("notice: this network was trained on drawn faces") == 3
+
+
+def test_own_class_folders_train_evaluate_and_predict_with_names(fabric, tmp_path, capsys):
     for split, n in (("train", 3), ("val", 1)):
         for c, name in enumerate(("calm", "joy", "pain")):
             for i in range(n):
@@ -143,8 +187,11 @@ def test_own_class_folders_train_evaluate_and_predict_with_names(fabric, tmp_pat
     metrics = run(evaluate, "evaluate", f"weights={weights}", out)
     recorded = json.loads((tmp_path / "run/result.json").read_text())["metrics"]
     assert metrics["top1"] == pytest.approx(recorded["top1"]) and {"acc_calm", "acc_joy", "acc_pain"} <= metrics.keys()
+    named = run(evaluate, "evaluate", f"weights={weights}", "set=own", f"data.root={tmp_path / 'd'}", out)
+    assert named == metrics, "the folder by name is the folder it was trained on"
     run(predict, "predict", f"weights={weights}", f"images={tmp_path / 'd/val'}", f"out={tmp_path / 'p.csv'}")
     assert {r["label"] for r in csv.DictReader((tmp_path / "p.csv").open())} <= {"calm", "joy", "pain"}
+    assert "drawn" not in capsys.readouterr().out
     with pytest.raises(runs.RunError, match="on other data"):
         write_image(tmp_path / "d/train/joy/9.png", size=(48, 48))
         fit(cfg, fabric, tmp_path / "run")

@@ -13,7 +13,7 @@ from ap_fer import stages, train
 from ap_fer.build import build, build_optimizer
 from ap_fer.stages import stem_place, stems_first
 from ap_fer.tests.helpers import CONFIGS, SHORT, config, short_config, write_image
-from ap_fer.train import evaluate, fit
+from ap_fer.train import evaluate, fit, start_and_fit
 from common import runs
 
 PAPER = CONFIGS.parent
@@ -225,6 +225,27 @@ def test_a_wrong_value_names_what_is_allowed_and_writes_nothing(override, error,
     with pytest.raises(ValueError, match=error):
         fit(short_config(override), fabric, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [
+        ("method.app.keep=65", "keep=65 of 64 patches"),
+        ("optim.name=adam", "optim.name=.adam."),
+        ("train.batch_size=512", "fewer than"),
+        ("train.accumulation=5", "multiple of"),
+        ("schedule.kind=step", "allowed: one_cycle"),
+        ("data.counts=long", "data.counts=.long."),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_stem_is_trained(override, error, fabric, tmp_path, tiny_stems):
+    with pytest.raises(ValueError, match=error):
+        start_and_fit(student(tmp_path, override), fabric, tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
+        start_and_fit(
+            config("config", "arm=test", f"run_root={tmp_path}", "data=own", "data.root=nowhere"), fabric, tmp_path
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_nan_loss_stops_the_run_and_names_the_term(fabric, tmp_path):
