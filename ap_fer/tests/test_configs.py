@@ -76,6 +76,10 @@ def test_sweeps_compose_as_hydra_will_run_them(scale, monkeypatch):
     for stage, cell in cells.items():
         assert cell.arm == arm_name(*first[stage]) and cell.seed == int(first[stage][2]["seed"]), stage
         assert cell.dir.is_relative_to(PAPER / "runs" / scale)
+    for _, sweep, chosen in sweep_cells("paper"):
+        assert "experiment" not in chosen or sweep["data"] == {"partial": False}, (
+            "a published number is of the whole set"
+        )
 
 
 def test_the_miniature_has_three_seeds_of_five_arms_and_their_stems():
@@ -154,17 +158,14 @@ SMALL = [
 
 def test_preflight_of_raf_db(raf, fabric, capsys, tmp_path):
     """The released recipe (augmentation, SGD, clipping, 112 pixels) makes a step on a tiny folder in the real layout."""
-    fit(
-        config("config", "experiment=raf_db", f"data.root={raf}", "data.partial=true", *SMALL), fabric, tmp_path / "run"
-    )
+    fit(config("config", "experiment=raf_db", f"data.root={raf}", *SMALL), fabric, tmp_path / "run")
     assert "preflight: data found, 4 images" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["sfew", "expw", "affectnet8", "ferplus", "affwild2"])
 def test_preflight_of_the_other_sets(name, fabric, capsys, tmp_path):
     write_tiny(name, tmp_path / config("config", f"experiment={name}", "arm=x", "data.root=/d").data.folder)
-    more = ["data.partial=true"] if name == "ferplus" else []
-    fit(config("config", f"experiment={name}", f"data.root={tmp_path}", *SMALL, *more), fabric, tmp_path / "run")
+    fit(config("config", f"experiment={name}", f"data.root={tmp_path}", *SMALL), fabric, tmp_path / "run")
     assert "preflight: data found, 4 images" in capsys.readouterr().out
 
 

@@ -200,11 +200,14 @@ def test_a_part_of_a_published_set_is_an_error_unless_it_is_meant(raf, capsys):
     with pytest.raises(
         ValueError, match="the train list has 14 images, the published one 12,271; data.partial=true takes"
     ):
-        build_data(name="raf_db", seed=0, root=str(raf), size=32)
-    assert check_set(["ap_fer.raf_db", str(raf)]) == 1 and "the published one 12,271" in capsys.readouterr().out
-    built = build_data(name="raf_db", seed=0, root=str(raf), size=32, partial=True)
+        build_data(name="raf_db", seed=0, root=str(raf), size=32, partial=False)
+    assert (
+        check_set(["ap_fer.raf_db", str(raf), "partial=false"]) == 1
+        and "the published one 12,271" in capsys.readouterr().out
+    )
+    built = build_data(name="raf_db", seed=0, root=str(raf), size=32)
     assert "notice: raf_db under" in capsys.readouterr().out and "published one 12,271" in built.lacks
-    assert check_set(["ap_fer.raf_db", str(raf), "partial=true"]) == 0
+    assert check_set(["ap_fer.raf_db", str(raf)]) == 0
 
 
 @pytest.mark.parametrize(("name", "train", "test"), [("raf_db", 12_271, 3_068), ("ferplus", 28_709, 3_589)])
@@ -248,7 +251,7 @@ def test_numbers_that_differ_in_use_are_noticed(tmp_path, capsys):
 
 
 def test_build_data_repeats_rare_classes_and_draws_by_seed_and_epoch(raf):
-    built = build_data(name="raf_db", seed=0, root=str(raf), size=32, partial=True)
+    built = build_data(name="raf_db", seed=0, root=str(raf), size=32)
     assert built.counts == [2] * 7 and built.names == EXPRESSIONS[:7]
     assert len(built.indices) == 28, "a share of 1/7 is below 0.15: everything twice"
     plan = Plan(len(built.indices), 4, seed=0)
@@ -259,14 +262,14 @@ def test_build_data_repeats_rare_classes_and_draws_by_seed_and_epoch(raf):
     with pytest.raises(ValueError, match=r"data\.name='raf', allowed: faces, raf_db"):
         build_data(name="raf", seed=0)
     with pytest.raises(ValueError, match="num_classes=6"):
-        build_data(name="raf_db", seed=0, root=str(raf), num_classes=6, partial=True)
+        build_data(name="raf_db", seed=0, root=str(raf), num_classes=6)
 
 
 def test_a_class_without_training_images_is_named(raf):
     label = raf / "basic/EmoLabel/list_patition_label.txt"
     label.write_text("\n".join(r for r in label.read_text().splitlines() if not r.endswith(" 3")))
     with pytest.raises(ValueError, match="no training image for disgust"):
-        build_data(name="raf_db", seed=0, root=str(raf), size=32, partial=True)
+        build_data(name="raf_db", seed=0, root=str(raf), size=32)
 
 
 def test_faces_are_imbalanced_in_training_and_balanced_in_two_tests():

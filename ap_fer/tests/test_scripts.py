@@ -70,19 +70,18 @@ def test_a_claim_is_about_the_whole_set(checkpoint, raf, tmp_path, capsys):
         f"out={tmp_path / 'e'}",
     ]
     with pytest.raises(ValueError, match="the train list has 14 images, the published one 12,271"):
-        run(evaluate, *args)
+        run(evaluate, *args, "+data.partial=false")
     with pytest.raises(
         ValueError, match="claim=apvit_raf_db_weights is about the whole set; raf_db under .* has 14 images"
     ):
         run(
             evaluate,
             *args,
-            "data.partial=true",
             "claim=apvit_raf_db_weights",
             "record=true",
             f"record_to={tmp_path / 'r'}",
         )
-    assert not (tmp_path / "r").exists() and 0 <= run(evaluate, *args, "data.partial=true")["top1"] <= 100
+    assert not (tmp_path / "r").exists() and 0 <= run(evaluate, *args)["top1"] <= 100
     assert "notice: this network was trained on drawn faces" in capsys.readouterr().out
 
 
