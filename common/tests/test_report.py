@@ -394,3 +394,17 @@ def test_a_bench_with_fewer_instructions_is_a_sentence_under_the_table(tmp_path)
         "With AVX2, over the fastest float form there: x 11.00 and 18.00 on 1 thread; x 21.00 and 28.00 on 2 threads "
         "(batch 1 and 8)."
     )
+
+
+def test_a_table_on_integers_says_from_which_to_which_ratio(tmp_path):
+    folder = tmp_path / "results/deploy"
+    folder.mkdir(parents=True)
+    rows = json.loads((Path(__file__).parents[2] / "q_vit/results/deploy/bench.json").read_text())
+    settings = [r for r in rows if r.get("kind") == "integer"]
+    for row, ratio in zip(settings, (1.5, 0.5, 2.5, 2.0), strict=True):
+        row["ratio"], row["forms"]["onnxruntime fp32"][0] = ratio, 3 * row["ours"]
+    (folder / "bench.json").write_text(json.dumps(rows))
+    text = readme.render_deployment(tmp_path) or ""
+    assert (
+        "Over the fastest float form, bfloat16 included: x 0.50 to 2.50. Over onnxruntime in float32: x 3.00. " in text
+    )
