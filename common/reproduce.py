@@ -383,11 +383,14 @@ def verify(paper: Path, scale: str, name: str | None = None, extra: tuple[str, .
     old = recorded[cell.name()]
     if old["config_sha256"] != new["config_sha256"]:
         print("the configuration of this cell has changed since the record")
-    equal = True
+    equal = bool(old["metrics"])
     for metric in sorted(old["metrics"] | new["metrics"]):
         a, b = old["metrics"].get(metric), new["metrics"].get(metric)
+        if a is None:  # measured since the record: nothing to compare it with
+            print(f"  {metric:32s} not in the record  now {b}")
+            continue
         # Up to a rounding of float32: a logged loss may be divided before or after it becomes a Python number.
-        same = a is not None and b is not None and abs(a - b) <= 2e-7 * max(1.0, abs(a))
+        same = b is not None and abs(a - b) <= 2e-7 * max(1.0, abs(a))
         equal &= same
         print(f"  {metric:32s} recorded {a}  now {b}  {'same' if same else 'DIFFERENT'}")
     there, here = (

@@ -27,7 +27,7 @@ def main(cfg, fabric, out):
             assert teacher.exists(), "the earlier stage has not run"
         if (Path(__file__).parent / "break").exists() and cfg.seed == 101:
             raise ValueError("broken on purpose")
-        run.finish({"top1": random.Random(cfg.seed + len(cfg.arm)).random() + cfg.gain})
+        run.finish({"top1": random.Random(cfg.seed + len(cfg.arm)).random() + cfg.gain, "loss": 0.5})
 
 if __name__ == "__main__":
     main()
@@ -147,6 +147,15 @@ def test_from_nothing_to_recorded_and_verified_evidence(toy, monkeypatch, capfd)
     (target / "provenance.json").write_text(json.dumps(evidence))
     assert not reproduce.verify(toy, "mini"), "a number that differs must be noticed"
     assert "DIFFERENT" in capfd.readouterr().out
+    del evidence["cells"][0]["metrics"]["top1"]
+    (target / "provenance.json").write_text(json.dumps(evidence))
+    evidence["cells"][0]["metrics"]["gone"] = 1.0
+    assert len(evidence["cells"][0]["metrics"]) > 1, "what is measured since the record is no difference"
+    assert (
+        reproduce.verify(toy, "mini") and "top1                             not in the record" in capfd.readouterr().out
+    )
+    (target / "provenance.json").write_text(json.dumps(evidence))
+    assert not reproduce.verify(toy, "mini"), "a number that is no longer measured is one"
     with pytest.raises(RunError, match="no recorded cell 'plain/seed7'"):
         reproduce.verify(toy, "mini", "plain/seed7")
 
