@@ -29,8 +29,8 @@ PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 # A notebook's backend is for the notebook; figures here go to files.
 unexport MPLBACKEND
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format reproduce verify report check-runs bench faults clean
-.PHONY: $(foreach t,test reproduce record verify evaluate compare bench logbook,$(addprefix $(t)-,$(PAPERS)))
+.PHONY: help setup test lint format reproduce verify isa report check-runs bench faults clean
+.PHONY: $(foreach t,test reproduce record verify isa evaluate compare bench logbook,$(addprefix $(t)-,$(PAPERS)))
 
 help:
 	@echo "make setup               the environment in $(VENV) (every target below does it first, once)"
@@ -43,6 +43,7 @@ help:
 	@echo "make record-<paper>      copy the evidence of SCALE to <paper>/results/ and renew the README tables;"
 	@echo "                         NAME=<you>: to <paper>/results/external/<you>/, a run of yours beside the record (make check-runs)"
 	@echo "make verify-<paper>      run one recorded cell again and compare [CELL=<arm>/seed<k>];  make verify: of every paper"
+	@echo "make isa                 one recorded cell of every paper with all instructions here and with AVX2 only;  make isa-<paper>"
 	@echo "make report              the evidence of all papers as pages: runs/site/index.html"
 	@echo "make logbook-<paper>     the evidence of a paper as an open logbook (Trackio), published by nobody but you"
 	@echo "make compare-<paper>     RESULT=<run directory>: your numbers beside the record and the published ones"
@@ -107,6 +108,10 @@ $(addprefix verify-,$(PAPERS)): verify-%: $(STAMP)
 	$(started)
 	@$(PY) -m common.reproduce verify $* --scale $(SCALE) --data $(call q,$(DATA)) --cell $(call q,$(CELL))
 
+$(addprefix isa-,$(PAPERS)): isa-%: $(STAMP)
+	$(started)
+	@$(PY) -m common.instruction_sets $* --scale $(SCALE) --data $(call q,$(DATA))
+
 $(addprefix evaluate-,$(PAPERS)): evaluate-%: $(STAMP)
 	$(started)
 	@test -n $(call q,$(WEIGHTS)) || { echo "error: make $@ WEIGHTS=<checkpoint> [DATA=<folder>]" >&2; exit 1; }
@@ -134,6 +139,8 @@ $(addprefix logbook-,$(PAPERS)): logbook-%: $(STAMP)
 	@$(PY) -m common.metrics.logbook $*
 
 bench: $(addprefix bench-,$(STARTED))
+
+isa: $(addprefix isa-,$(STARTED))
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -356,9 +356,11 @@ def record(paper: Path, scale: str, extra: tuple[str, ...] = (), name: str = "")
     return target
 
 
-def verify(paper: Path, scale: str, name: str | None = None, extra: tuple[str, ...] = ()) -> bool:
-    """Run one recorded cell again, by default the first that is more than counts, with the earlier stages it may read.
-    True: every number is the recorded one."""
+def again(
+    paper: Path, scale: str, name: str = "", extra: tuple[str, ...] = (), env: Mapping[str, str | None] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(recorded, new) result of one recorded cell, by default the first that is more than counts, run with the earlier
+    stages it may read; `env`: further variables of its environment, None for one that is to be unset."""
     evidence = read_json(paper / "results" / scale / "provenance.json")
     if evidence is None:
         raise RunError(f"nothing recorded for {paper.name} at scale {scale}: make record-{paper.name} SCALE={scale}")
@@ -370,17 +372,27 @@ def verify(paper: Path, scale: str, name: str | None = None, extra: tuple[str, .
     if name not in recorded:
         raise RunError(f"no recorded cell '{name}'; there are: {', '.join(recorded)}")
     with tempfile.TemporaryDirectory() as scratch:
-        again = cells(paper, scale, (*extra, override("run_root", scratch)))
-        cell = next((c for c in again if c.name() == name), None)
+        found = cells(paper, scale, (*extra, override("run_root", scratch)))
+        cell = next((c for c in found if c.name() == name), None)
         if cell is None:
             raise RunError(f"the sweeps of {paper.name} at scale {scale} no longer have the cell {name}")
-        for c in [*_read_by(cell, again), cell]:
-            env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        for c in [*_read_by(cell, found), cell]:
+            wanted = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **(env or {})}
+            environment = {k: v for k, v in wanted.items() if v is not None}
             command = _command(c, scale, (*extra, override("run_root", scratch)), per_run=1)
-            if _call([sys.executable, *command[1:]], cwd=paper, env=env, stdout=subprocess.DEVNULL):
+            if _call([sys.executable, *command[1:]], cwd=paper, env=environment, stdout=subprocess.DEVNULL):
                 raise RunError(f"{c.name()} did not finish, its error stands above")
-        new = read_json(cell.dir / "result.json")
-    old = recorded[cell.name()]
+        return recorded[name], read_json(cell.dir / "result.json")
+
+
+def same(recorded: float, now: float | None) -> bool:
+    """Equal up to a rounding of float32: a logged loss may be divided before or after it becomes a Python number."""
+    return now is not None and abs(recorded - now) <= 2e-7 * max(1.0, abs(recorded))
+
+
+def verify(paper: Path, scale: str, name: str = "", extra: tuple[str, ...] = ()) -> bool:
+    """Run one recorded cell again (see `again`) and print every number. True: every one is the recorded one."""
+    old, new = again(paper, scale, name, extra)
     if old["config_sha256"] != new["config_sha256"]:
         print("the configuration of this cell has changed since the record")
     equal = bool(old["metrics"])
@@ -389,15 +401,13 @@ def verify(paper: Path, scale: str, name: str | None = None, extra: tuple[str, .
         if a is None:  # measured since the record: nothing to compare it with
             print(f"  {metric:32s} not in the record  now {b}")
             continue
-        # Up to a rounding of float32: a logged loss may be divided before or after it becomes a Python number.
-        same = b is not None and abs(a - b) <= 2e-7 * max(1.0, abs(a))
-        equal &= same
-        print(f"  {metric:32s} recorded {a}  now {b}  {'same' if same else 'DIFFERENT'}")
+        equal &= same(a, b)
+        print(f"  {metric:32s} recorded {a}  now {b}  {'same' if same(a, b) else 'DIFFERENT'}")
     there, here = (
         f"{m['cpu']}, {m.get('isa', 'instruction set not noted')}, {m['accelerator']}, torch {v['torch']}"
         for m, v in ((r["machine"], r["versions"]) for r in (old, new))
     )
-    print(f"{cell.name()}: {'verified' if equal else 'not the recorded numbers'} (recorded on {there})")
+    print(f"{old['cell']}: {'verified' if equal else 'not the recorded numbers'} (recorded on {there})")
     if not equal:
         print(
             f"here: {here}. With the code as recorded, another processor or library sums in another order, and a training that "
@@ -482,7 +492,7 @@ def main(argv: list[str] | None = None) -> int:
             record(paper, args.scale, extra, args.name)
             return 0
         if args.action == "verify":
-            return 0 if verify(paper, args.scale, args.cell or None, extra) else 1
+            return 0 if verify(paper, args.scale, args.cell, extra) else 1
         if args.scale == "paper" or args.dry:
             return min(1, run_paper_scale(
                 paper, args.scale, extra=extra, gpus=args.gpus, per_run=args.per_run, only=args.only or None,

@@ -37,6 +37,11 @@ class Forms:
         self.packed_half = copy.deepcopy(self.packed).bfloat16()
         self.compiled, self.skipped = compiled, {}
         self.onnx: bytes | None = None
+        if cap := os.environ.get("ONEDNN_MAX_CPU_ISA"):
+            self.skipped["onnxruntime fp32"] = (
+                f"no variable caps it at {cap}, it would keep all instructions of the machine"
+            )
+            return
         try:
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "model.onnx"

@@ -125,7 +125,10 @@ def _other_instructions(folder: Path) -> list[str]:
         }
         ratios = "; ".join(f"x {' and '.join(found)} on {_threads(n)}" for n, found in by_threads.items())
         batches = " and ".join(str(b) for b in sorted({r["batch"] for r in rows}))
-        sentences.append(f"With {rows[0]['isa']}, over the fastest float form there: {ratios} (batch {batches}).")
+        without = "".join(f"; without {form}: {why}" for form, why in rows[0].get("skipped", {}).items())
+        sentences.append(
+            f"With {rows[0]['isa']}, over the fastest float form there: {ratios} (batch {batches}{without})."
+        )
     return sentences
 
 

@@ -24,6 +24,7 @@ import markdown
 from common.metrics import tables
 from common.metrics.claims import VERDICTS, load_document
 from common.metrics.readme import PAPERS, render_deployment, scale_order
+from common.runs import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 Result = dict[str, Any]
@@ -204,6 +205,7 @@ def page_of(paper: Path, out: Path) -> dict[str, Any]:
             "figures": [(place / f.name).relative_to(out).as_posix() for f in e.figures],
             "limits": html(limits.read_text(), f"{up}{e.folder.relative_to(paper)}/") if limits.is_file() else "",
             "curves": learning_curves(paper, e.scale) if e.label != e.scale else [],
+            "isa": read_json(e.folder / "isa.json") or [],
         })  # fmt: skip
     known = {i for e in found for i in e.claims}
     deployment = render_deployment(paper)
@@ -246,7 +248,7 @@ def build(root: Path, out: Path) -> Path:
     environment.globals |= {
         "forest": forest, "command": command, "effect": tables.effect_text, "measured": tables.measured_text,
         "p_text": tables.p_text, "published": tables.published_text, "verdict_text": tables.verdict_text,
-        "anchor": anchor, "verdicts": [*VERDICTS, "untested"],
+        "anchor": anchor, "number": tables.number, "verdicts": [*VERDICTS, "untested"],
     }  # fmt: skip
     template = environment.get_template("site.html")
     papers = [page_of(root / name, out) for name in PAPERS if (root / name / "claims.yaml").is_file()]

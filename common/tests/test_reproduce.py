@@ -158,6 +158,13 @@ def test_from_nothing_to_recorded_and_verified_evidence(toy, monkeypatch, capfd)
     assert not reproduce.verify(toy, "mini"), "a number that is no longer measured is one"
     with pytest.raises(RunError, match="no recorded cell 'plain/seed7'"):
         reproduce.verify(toy, "mini", "plain/seed7")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "of here")
+    old, new = reproduce.again(toy, "mini", env={"ONEDNN_MAX_CPU_ISA": None})
+    assert new["machine"]["isa"] != "of here", "unset"
+    old, new = reproduce.again(toy, "mini", env={"ONEDNN_MAX_CPU_ISA": "AVX2"})
+    assert new["machine"]["isa"] == "AVX2" and new["metrics"]["top1"] == old["metrics"].get(
+        "top1", new["metrics"]["top1"]
+    )
 
 
 def test_cells_follow_the_sweeps_in_name_order(toy):

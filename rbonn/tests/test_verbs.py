@@ -247,6 +247,15 @@ def test_bench_takes_a_checkpoint_or_a_packed_file_and_fills_the_table(checkpoin
     assert "real-valued rest" in capsys.readouterr().out
 
 
+def test_a_capped_bench_compares_capped_forms_only(checkpoint, tmp_path, monkeypatch):
+    """No variable caps onnxruntime: beside it, a kernel with AVX2 would be measured against AVX-512."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    options = ["batches=[1]", "threads=1", "rounds=3", "compiled=false"]
+    rows = bench.bench(composed("bench", f"weights={checkpoint}", f"out={tmp_path / 'bench.json'}", *options))
+    (network,) = (r for r in rows if r.get("kind") == "network")
+    assert "onnxruntime fp32" not in network["forms"] and "AVX2" in network["skipped"]["onnxruntime fp32"]
+
+
 def test_the_default_of_the_bench_is_the_published_network():
     name, network, image = bench.subject(None)
     assert name == "RBONN-18" and image.shape == (1, 3, 224, 224)
