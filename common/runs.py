@@ -132,9 +132,20 @@ def launch(fabric_cfg: Mapping, **kwargs: Any) -> Fabric:
 
 
 def _leave() -> None:
-    """Without it, the threads of gloo may still run when the interpreter ends, and abort a process that has finished."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def leave() -> None:
+    """Ends a process that has finished as one of several; does nothing in a process of its own.
+
+    DistributedDataParallel keeps gloo's threads running after its group is destroyed, and one of them that is late aborts an
+    interpreter that is ending."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        _leave()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def per_device_batch(batch_size: int, world_size: int, accumulation: int = 1) -> int:

@@ -37,7 +37,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.data.files import on_broken
-from common.runs import NOT_IN_FINGERPRINT, RunError, flatten, launch, plain, remove_if_empty
+from common.runs import NOT_IN_FINGERPRINT, RunError, flatten, launch, leave, plain, remove_if_empty
 from common.trackio_logger import TrackioLogger
 
 # Errors whose message says all there is to say; any other is a defect of this project and shows its traceback.
@@ -109,6 +109,7 @@ def script(config: str = "config", body: Callable[..., Any] | None = None) -> An
             hydra.main(version_base="1.3", config_path=str(here.resolve()), config_name=config)(task)()
         except BaseException as error:
             _end(explained(error, here, config))
+        leave()
 
     return main
 

@@ -191,6 +191,17 @@ def test_check_finite_names_step_and_term(tmp_path):
         runs.check_finite({"ce": torch.tensor(float("inf"))}, step=1, last_good=good)
 
 
+def test_a_finished_rank_leaves_without_ending_the_interpreter(tmp_path, monkeypatch):
+    """A late thread of gloo, which DistributedDataParallel keeps, aborts an interpreter that is ending."""
+    steps = []
+    monkeypatch.setattr(runs.os, "_exit", lambda status: steps.append((status, torch.distributed.is_initialized())))
+    runs.leave()
+    assert steps == [], "one process by itself goes on"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    runs.leave()
+    assert steps == [(0, False)]
+
+
 def test_launcher_mismatch_is_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

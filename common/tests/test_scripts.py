@@ -71,6 +71,13 @@ def toy(tmp_path_factory):
     return root
 
 
+def test_a_script_that_has_finished_leaves_its_ranks(toy, tmp_path, started, monkeypatch):
+    left = []
+    monkeypatch.setattr(scripts, "leave", lambda: left.append(True))
+    assert started(toy / "train.py", [f"run_root={tmp_path}"]) == 0 and left == [True]
+    assert started(toy / "train.py", [f"run_root={tmp_path}", "optim.lr=7"]) == 1 and left == [True]
+
+
 def typed(toy, *overrides):
     """check_types as a script calls it."""
     with initialize_config_dir(config_dir=str(toy / "configs"), version_base="1.3"):

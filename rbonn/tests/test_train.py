@@ -131,9 +131,10 @@ def test_mixed_precision_keeps_the_recurrence_on(fabric, tmp_path):
 
 
 RANKS = """
-import sys, torch, torch.distributed as dist
+import sys, torch
 from lightning_fabric import Fabric
 from torch import nn
+from common import runs
 from rbonn.recurrent import RBConv2d, Recurrence
 
 fabric = Fabric(accelerator="cpu", devices=int(sys.argv[1]), strategy="ddp" if sys.argv[1] == "2" else "auto")
@@ -154,8 +155,7 @@ if fabric.global_rank == 0:
     signs, scale = net[0].signs_and_scale()
     binary = {"signs": signs, "scale": scale}
     torch.save({"previous": net[0].previous, "model": net.state_dict(), **binary, **recurrence.counters()}, sys.argv[2])
-if dist.is_initialized():  # a process that ends with gloo's threads still running may abort
-    dist.destroy_process_group()
+runs.leave()
 """
 
 
