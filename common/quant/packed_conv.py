@@ -8,11 +8,13 @@ torch: integers where the products are summed, then the same roundings in the sa
 inference: no derivatives.
 """
 
+import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +27,9 @@ from common.quant.pack import _popcount, pack_signs, packed_bytes, unpack_signs
 BACKENDS = ("auto", "numba", "torch")
 LANES = 8  # outputs side by side in a vector of the kernel
 PIXELS = 4  # and pixels in its block
-GRAIN = 30.0  # microseconds of work that are worth another thread
+GRAIN = 20.0  # microseconds of work that are worth other threads
+PARTS = 4  # of a job per thread: who is late does fewer
+_PROCESS = os.getpid()  # a fork of it has none of its threads
 
 
 class PackedConv2d(nn.Module):
@@ -163,46 +167,46 @@ class PackedConv2d(nn.Module):
     def _in_numba(self, kernels: Any, x: Tensor, skip: Tensor | None, plan: "_Plan", shape: tuple[int, ...]) -> Tensor:
         batch, _, height, width = x.shape
         top, bottom, left, right = plan.padding
-        size = (batch, height + top + bottom, width + left + right, self.groups, -(-self.inputs // 64))
-        bits = np.zeros(size, np.uint64) if any(plan.padding) else np.empty(size, np.uint64)
+        rows, columns, words = height + top + bottom, width + left + right, -(-self.inputs // 64)
+        fill = torch.zeros if any(plan.padding) else torch.empty
+        bits = fill(batch, rows, columns, self.groups, words, dtype=torch.int64)
         out = torch.empty(shape, memory_format=torch.channels_last)
         if not out.numel():
             return out
-        pixels, shift = _rows(x), self.shift.numpy()
-        strict = self.zero == -1
-        _spread(
-            lambda a, b: kernels.pack(pixels, shift, strict, self.inputs, top, left, height, width, bits, a, b),
-            batch * height, microseconds=pixels.size / 1e4,
+        pixels, beside = _rows(x), None if skip is None else _rows(skip)
+        _run(
+            kernels.pack, batch * height, pixels.numel() / 1e4, pixels.data_ptr(), self.shift.data_ptr(), self.zero == -1,
+            self.inputs, top, left, height, width, bits.data_ptr(), rows, columns, self.groups, words,
         )  # fmt: skip
-        tables = self._kernel_tables(plan)
-        rows = _rows(out)
-        beside = rows if skip is None else _rows(skip)
-        blocks = batch * -(-len(plan.rows) // PIXELS)
-        _spread(
-            lambda a, b: kernels.convolve(
-                bits, plan.rows, plan.classes, plan.offsets, *tables, beside, skip is not None, rows, self.outputs, a, b
-            ),
-            blocks, microseconds=out.numel() * (1e-4 + self.inputs * self.kernel_size[0] * self.kernel_size[1] / 1e6),
+        _, fields = self._kernel_tables(plan)
+        cost = 1e-4 + self.inputs * self.kernel_size[0] * self.kernel_size[1] / 1e6
+        _run(
+            kernels.convolve, batch * -(-len(plan.rows) // PIXELS), out.numel() * cost, bits.data_ptr(),
+            rows * columns * self.groups * words, words, *fields, 0 if beside is None else beside.data_ptr(), out.data_ptr(),
+            self.outputs,
         )  # fmt: skip
         return out
 
-    def _kernel_tables(self, plan: "_Plan") -> tuple[np.ndarray, ...]:
-        """Weights, border corrections and the five vectors per output in the order of the kernel; kept until the layer is loaded,
-        moved or absorbs something."""
+    def _kernel_tables(self, plan: "_Plan") -> tuple[tuple[np.ndarray, ...], tuple[int, ...]]:
+        """Arrays in the order of the kernel (where the windows lie, weights, border corrections, four vectors per output), and
+        the fields of the job from `rows` to `shift`; kept until the layer is loaded, moved or absorbs something."""
         if (found := self._tables.get(plan.key)) is None:
             starts = vector_starts(self.outputs)
             per_output = []
             for t in (self.scale, self.offset, self.slope, self.after):
                 padded = F.pad(t.view(self.groups, self.outputs), (0, max(0, LANES - self.outputs)))
                 per_output.append(np.ascontiguousarray(padded.numpy()[:, starts].reshape(self.groups, -1)))
-            words = self.words.contiguous().numpy().view(np.uint64)  # .to(memory_format=...) reorders 4-D buffers
+            words = self.words.contiguous().numpy()  # .to(memory_format=...) reorders 4-D buffers
             taps = _popcount(self.words).reshape(*words.shape[:2], plan.valid.shape[1], -1, LANES).sum(3).numpy()
             # a tap in the padding has the bits 0, as if its signs were -1: what it added to the differing bits is taken back
             corrections = [
                 self.inputs * valid.sum() + 2 * np.einsum("gvtl,t->gvl", taps, ~valid) for valid in plan.valid
             ]
-            table = np.stack(corrections).astype(np.int32).reshape(len(corrections), self.groups, -1)
-            self._tables[plan.key] = found = (words, np.ascontiguousarray(table), *per_output)
+            table = np.ascontiguousarray(np.stack(corrections).astype(np.int32))
+            arrays = (plan.rows, plan.classes, plan.offsets, words, table, *per_output)
+            at = [array.ctypes.data for array in arrays]
+            fields = (*at[:2], len(plan.rows), at[2], words.shape[2], at[3], *words.shape[:2], *at[4:])
+            self._tables[plan.key] = found = arrays, fields
         return found
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -441,9 +445,9 @@ def _kernels(backend: str, x: Tensor) -> Any:
     return xnor_kernels
 
 
-def _rows(x: Tensor) -> np.ndarray:
+def _rows(x: Tensor) -> Tensor:
     """(B, C, H, W) -> the float32 (B H W, C), without a copy where x is that already, channels last."""
-    return x.detach().float().permute(0, 2, 3, 1).contiguous().view(-1, x.shape[1]).numpy()
+    return x.detach().float().permute(0, 2, 3, 1).contiguous().view(-1, x.shape[1])
 
 
 def _words(signs: Tensor) -> Tensor:
@@ -452,22 +456,38 @@ def _words(signs: Tensor) -> Tensor:
     return F.pad(bits, (0, -bits.shape[-1] % 8)).contiguous().view(torch.int64)
 
 
-def _spread(work_on: Callable[[int, int], Any], total: int, *, microseconds: float) -> None:
-    """work_on(first, last) over 0..total in as many threads as torch has, where the work is worth them."""
-    threads = int(min(torch.get_num_threads(), total, 1 + microseconds // GRAIN))
-    if threads <= 1:
-        work_on(0, total)
-        return
-    cuts = [total * i // threads for i in range(threads + 1)]
-    others = [_pool(os.getpid(), threads - 1).submit(work_on, a, b) for a, b in pairwise(cuts[1:])]
-    work_on(0, cuts[1])
-    for other in others:
-        other.result()
+def _run(kernel: Any, total: int, microseconds: float, *fields: int) -> None:
+    """A kernel of `xnor_kernels` on a job of `total` rows or blocks, in as many threads as torch has where that is worth it."""
+    threads = torch.get_num_threads() if microseconds > GRAIN and os.getpid() == _PROCESS else 1
+    job = np.array([0, 1 if threads == 1 else min(total, PARTS * threads), total, *fields], np.int64)
+    at = job.ctypes.data
+    if threads == 1:
+        kernel.ctypes(at)
+    elif (team := _team()) is not None:
+        team(kernel.address, at, threads, 0)
+    else:
+        others = [_pool(threads - 1).submit(kernel.ctypes, at) for _ in range(threads - 1)]
+        kernel.ctypes(at)
+        for other in others:
+            other.result()
+
+
+@lru_cache(maxsize=1)
+def _team() -> Any:
+    """OpenMP's `GOMP_parallel` of the library that torch runs on; None where torch has another.
+
+    Its threads go on spinning for milliseconds after every operation of torch: those of a second pool would have to share the
+    cores with them."""
+    try:
+        parallel = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libtorch_cpu.so")).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return parallel
 
 
 @lru_cache(maxsize=4)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads of this process: those of a forked parent are not there."""
+def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="packed-conv")
 
 

@@ -3,18 +3,23 @@
 Both are written in vectors of LLVM's intermediate representation, because the register block is the point: four pixels by 32
 outputs stay in registers over all taps, each step being one exclusive or, one population count and one addition of eight
 64-bit lanes (three instructions with AVX-512 VPOPCNTDQ; LLVM emits byte shuffles for AVX2 and NEON's count for ARM).
+
+`pack` and `convolve` are C functions of one argument, the address of a job: int64 fields, of which the first three are the same
+for both (`JOB`). Any number of threads may call one with the same job: each takes parts until there are none.
 """
 
-# pyright: reportReturnType=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportReturnType=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # (llvmlite's builder and types are not typed)
 
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit
+from numba import cfunc, njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic
+from numba.np.numpy_support import carray
+from numba.np.unsafe.ndarray import to_fixed_tuple
 
 LANES = 8  # outputs in a vector
 PIXELS = 4  # pixels in a register block
@@ -150,55 +155,133 @@ def _make_signs(lanes: int) -> Any:
 _signs64, _signs8, _signs1 = (_make_signs(n) for n in (64, 8, 1))
 
 
-@njit(nogil=True, cache=True)
-def pack(x, shift, strict, channels, top, left, height, width, out, first, last):
-    """Rows first..last (of batch x height) of x, floats (B H W, groups channels), as the words `out` (B, H + padding, W +
-    padding, groups, words), which begin `top` and `left` of the image. The border is left alone. channels: of a group."""
-    groups, words = out.shape[3], out.shape[4]
-    flat = out.reshape(-1)
-    x_at, shift_at = np.intp(x.ctypes.data), np.intp(shift.ctypes.data)
+@intrinsic
+def _take(typing_context, at):
+    """The int64 at an address, which is one more afterwards; no two threads get the same."""
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any):
+        return builder.atomic_rmw("add", _pointer(builder, args[0], _I64), ir.Constant(_I64, 1), "seq_cst")
+
+    return types.int64(_POINTER), build
+
+
+@intrinsic
+def _put(typing_context, at, word):
+    """Writes the 64-bit word to an address."""
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any):
+        builder.store(args[1], _pointer(builder, args[0], _I64))
+        return context.get_dummy_value()
+
+    return types.void(_POINTER, types.uint64), build
+
+
+@intrinsic
+def _copy(typing_context, source, target):
+    """Copies a float from one address to another."""
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any):
+        builder.store(_load(builder, args[0], _F32), _pointer(builder, args[1], _F32))
+        return context.get_dummy_value()
+
+    return types.void(_POINTER, _POINTER), build
+
+
+JOB = (
+    "taken",
+    "parts",
+    "total",
+)  # parts that threads have begun, parts, and what is divided: rows (pack), blocks (convolve)
+PACK = (
+    *JOB,
+    "x",
+    "shift",
+    "strict",
+    "channels",
+    "top",
+    "left",
+    "height",
+    "width",
+    "out",
+    "rows",
+    "columns",
+    "groups",
+    "words",
+)
+CONVOLVE = (
+    *JOB, "x", "image", "words", "rows", "classes", "pixels", "offsets", "steps", "w", "groups", "vectors", "corrections", "a",
+    "b", "slope", "shift", "skip", "out", "outputs",
+)  # fmt: skip
+_PACK, _CONVOLVE = len(PACK) - len(JOB), len(CONVOLVE) - len(JOB)
+_ENTRY = types.void(types.voidptr)
+
+
+@njit(nogil=True)
+def _pack(job, first, last):
+    x, shift, strict, channels, top, left, height, width, out, rows, columns, groups, words = to_fixed_tuple(
+        job[3:], _PACK
+    )
     for row in range(first, last):
         b, i = row // height, row % height
-        at = x_at + 4 * row * width * groups * channels
-        k = ((b * out.shape[1] + i + top) * out.shape[2] + left) * groups * words
+        at = x + 4 * row * width * groups * channels
+        k = out + 8 * ((b * rows + i + top) * columns + left) * groups * words
         for _ in range(width):
-            shifts = shift_at
+            shifts = shift
             for _ in range(groups):
                 left_over = channels
                 while left_over >= 64:
-                    flat[k] = _signs64(at, shifts, strict)
-                    at, shifts, k, left_over = at + 256, shifts + 256, k + 1, left_over - 64
+                    _put(k, _signs64(at, shifts, strict != 0))
+                    at, shifts, k, left_over = at + 256, shifts + 256, k + 8, left_over - 64
                 if left_over:
                     word, bit = np.uint64(0), np.uint64(0)
                     while left_over >= 8:
-                        word |= _signs8(at, shifts, strict) << bit
+                        word |= _signs8(at, shifts, strict != 0) << bit
                         at, shifts, bit, left_over = at + 32, shifts + 32, bit + np.uint64(8), left_over - 8
                     while left_over:
-                        word |= _signs1(at, shifts, strict) << bit
+                        word |= _signs1(at, shifts, strict != 0) << bit
                         at, shifts, bit, left_over = at + 4, shifts + 4, bit + np.uint64(1), left_over - 1
-                    flat[k] = word
-                    k += 1
+                    _put(k, word)
+                    k += 8
 
 
-@njit(nogil=True, cache=True)
-def convolve(x, rows, classes, offsets, w, corrections, a, b, slope, shift, skip, skips, out, outputs, first, last):
-    """Blocks first..last (of batch x ceil(pixels / 4)) of a convolution of packed signs and of what follows it.
+@cfunc(_ENTRY, cache=True)
+def pack(job):
+    """Rows (batch x height) of x, floats (B H W, groups channels), as the words `out` (B, rows, columns, groups, words), which
+    begin `top` and `left` of the image; the border is left alone. Fields: PACK; channels: of a group."""
+    fields = carray(job, len(PACK), np.int64)
+    at, parts, total = np.intp(fields.ctypes.data), fields[1], fields[2]
+    part = _take(at)
+    while part < parts:
+        _pack(fields, total * part // parts, total * (part + 1) // parts)
+        part = _take(at)
 
-    x: words as `pack` leaves them; rows, classes (pixels): first word of a pixel's window, and the row of `corrections` that
-    knows which of its taps are padding; offsets (steps): words of a window; w (groups, vectors, steps, 8); corrections (classes,
-    groups, 8 vectors): int32; a, b, slope, shift (groups, 8 vectors); skip, out: floats (B pixels, groups outputs), skips:
-    whether `skip` is one; outputs: of a group."""
-    groups, vectors, steps = w.shape[:3]
-    pixels, blocks = len(rows), (len(rows) + PIXELS - 1) // PIXELS
-    image = x.shape[1] * x.shape[2] * x.shape[3] * x.shape[4]
+
+@njit(nogil=True)
+def _block(many, n, x, r, k, steps, w, w_row, c, cls, c_row, a, b, slope, shift, s, s_row, y, y_row):
+    """The register block of four pixels (many) or one by n vectors of outputs."""
+    if many and n == 4:
+        _block44(x, r, k, steps, w, w_row, c, cls, c_row, a, b, slope, shift, s, s_row, y, y_row)
+    elif many and n == 2:
+        _block42(x, r, k, steps, w, w_row, c, cls, c_row, a, b, slope, shift, s, s_row, y, y_row)
+    elif many:
+        _block41(x, r, k, steps, w, w_row, c, cls, c_row, a, b, slope, shift, s, s_row, y, y_row)
+    elif n == 4:
+        _block14(x, r, k, steps, w, w_row, c, cls, c_row, a, b, slope, shift, s, s_row, y, y_row)
+    elif n == 2:
+        _block12(x, r, k, steps, w, w_row, c, cls, c_row, a, b, slope, shift, s, s_row, y, y_row)
+    else:
+        _block11(x, r, k, steps, w, w_row, c, cls, c_row, a, b, slope, shift, s, s_row, y, y_row)
+
+
+@njit(nogil=True)
+def _convolve(job, first, last):
+    (x, image, words, rows, classes, pixels, offsets, steps, w, groups, vectors, corrections, a, b, slope, shift, skip, out,
+     outputs) = to_fixed_tuple(job[3:], _CONVOLVE)  # fmt: skip
+    blocks = (pixels + PIXELS - 1) // PIXELS
     spare, result = np.zeros((PIXELS, 8 * 4), np.float32), np.empty((PIXELS, 8), np.float32)
-    row, w_stride, c_stride = 4 * groups * outputs, 64 * steps, 32 * groups * vectors
     spare_at, result_at = np.intp(spare.ctypes.data), np.intp(result.ctypes.data)
-    x_at, rows_at, classes_at = np.intp(x.ctypes.data), np.intp(rows.ctypes.data), np.intp(classes.ctypes.data)
-    k_at, w_at, c_at = np.intp(offsets.ctypes.data), np.intp(w.ctypes.data), np.intp(corrections.ctypes.data)
-    a_at, b_at = np.intp(a.ctypes.data), np.intp(b.ctypes.data)
-    slope_at, shift_at = np.intp(slope.ctypes.data), np.intp(shift.ctypes.data)
-    skip_at, out_at = np.intp(skip.ctypes.data), np.intp(out.ctypes.data)
+    row, w_stride, c_stride = 4 * groups * outputs, 64 * steps, 32 * groups * vectors
+    narrow = outputs < 8  # a row is shorter than the block
     for g in range(groups):
         v = 0
         while v < vectors:
@@ -206,43 +289,47 @@ def convolve(x, rows, classes, offsets, w, corrections, a, b, slope, shift, skip
             n = 4 if whole >= 4 else 2 if whole >= 2 else 1
             begin = min(8 * v, max(outputs - 8, 0))  # see `vector_starts`
             o = g * vectors + v
-            wv, cv, av, bv = w_at + o * w_stride, c_at + 32 * o, a_at + 32 * o, b_at + 32 * o
-            slopev, shiftv, column = slope_at + 32 * o, shift_at + 32 * o, 4 * (g * outputs + begin)
+            column = 4 * (g * outputs + begin)
             for u in range(first, last):
                 picture, p = u // blocks, PIXELS * (u % blocks)
                 end = min(p + PIXELS, pixels)
                 while p < end:
                     many = end - p == PIXELS
-                    xp = x_at + 8 * (picture * image + g * x.shape[4])
-                    r, c = rows_at + 8 * p, classes_at + 4 * p
-                    at = (picture * pixels + p) * row + column
-                    s, s_row = (skip_at + at, row) if skips else (spare_at, 0)
-                    y, y_row = out_at + at, row
-                    if outputs < 8:  # a row is shorter than the block
-                        y, y_row = result_at, 32
-                        if skips:
-                            for q in range(min(PIXELS, end - p)):
-                                for i in range(outputs):
-                                    spare[q, i] = skip[picture * pixels + p + q, g * outputs + i]
-                            s, s_row = spare_at, 128
-                    # fmt: off
-                    if many and n == 4:
-                        _block44(xp, r, k_at, steps, wv, w_stride, cv, c, c_stride, av, bv, slopev, shiftv, s, s_row, y, y_row)
-                    elif many and n == 2:
-                        _block42(xp, r, k_at, steps, wv, w_stride, cv, c, c_stride, av, bv, slopev, shiftv, s, s_row, y, y_row)
-                    elif many:
-                        _block41(xp, r, k_at, steps, wv, w_stride, cv, c, c_stride, av, bv, slopev, shiftv, s, s_row, y, y_row)
-                    elif n == 4:
-                        _block14(xp, r, k_at, steps, wv, w_stride, cv, c, c_stride, av, bv, slopev, shiftv, s, s_row, y, y_row)
-                    elif n == 2:
-                        _block12(xp, r, k_at, steps, wv, w_stride, cv, c, c_stride, av, bv, slopev, shiftv, s, s_row, y, y_row)
-                    else:
-                        _block11(xp, r, k_at, steps, wv, w_stride, cv, c, c_stride, av, bv, slopev, shiftv, s, s_row, y, y_row)
-                    # fmt: on
                     done = PIXELS if many else 1
-                    if outputs < 8:
+                    at = (picture * pixels + p) * row + column
+                    s, s_row = (skip + at, row) if skip else (spare_at, 0)
+                    y, y_row = out + at, row
+                    if narrow:
+                        y, y_row = result_at, 32
+                        if skip:
+                            s, s_row = spare_at, 128
+                            for q in range(done):
+                                for i in range(outputs):
+                                    _copy(skip + at + q * row + 4 * i, spare_at + 128 * q + 4 * i)
+                    _block(
+                        many, n, x + 8 * (picture * image + g * words), rows + 8 * p, offsets, steps, w + o * w_stride, w_stride,
+                        corrections + 32 * o, classes + 4 * p, c_stride, a + 32 * o, b + 32 * o, slope + 32 * o, shift + 32 * o,
+                        s, s_row, y, y_row,
+                    )  # fmt: skip
+                    if narrow:
                         for q in range(done):
                             for i in range(outputs):
-                                out[picture * pixels + p + q, g * outputs + i] = result[q, i]
+                                _copy(result_at + 32 * q + 4 * i, out + at + q * row + 4 * i)
                     p += done
             v += n
+
+
+@cfunc(_ENTRY, cache=True)
+def convolve(job):
+    """Blocks (batch x ceil(pixels / 4)) of a convolution of packed signs and of what follows it. Fields: CONVOLVE.
+
+    x: words as `pack` leaves them, `image` of them a picture and `words` a group of a pixel; rows, classes (pixels): first word
+    of a pixel's window, and the row of `corrections` that knows which of its taps are padding; offsets (steps): words of a
+    window; w (groups, vectors, steps, 8); corrections (classes, groups, 8 vectors): int32; a, b, slope, shift (groups,
+    8 vectors); skip (0: none), out: floats (B pixels, groups outputs); outputs: of a group."""
+    fields = carray(job, len(CONVOLVE), np.int64)
+    at, parts, total = np.intp(fields.ctypes.data), fields[1], fields[2]
+    part = _take(at)
+    while part < parts:
+        _convolve(fields, total * part // parts, total * (part + 1) // parts)
+        part = _take(at)

@@ -1,9 +1,13 @@
 """Convolutions on bits: the compiled kernel, its float twin, and the network they came from, to the bit or to rounding."""
 
 import copy
+import ctypes
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,11 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+from common.quant import packed_conv
 from common.quant.packed_conv import (
     FoldedSignConv2d,
     PackedConv2d,
     SignWeightConv2d,
-    _spread,
     fold_norm_,
     fold_norms_,
     in_float_,
@@ -104,23 +108,57 @@ def test_the_border_counts_no_product_that_is_not_there():
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_threads_share_the_work_and_change_nothing(threads, monkeypatch):
-    monkeypatch.setattr("common.quant.packed_conv.GRAIN", 1e-6)
+@pytest.mark.parametrize("openmp", [True, False])
+def test_threads_share_the_work_and_change_nothing(threads, openmp, monkeypatch):
+    """OpenMP's threads, those of torch itself, or where torch has none a pool."""
+    monkeypatch.setattr(packed_conv, "GRAIN", 1e-6)
+    if not openmp:
+        monkeypatch.setattr(packed_conv, "_team", lambda: None)
     _, packed, _ = layer(*GEOMETRIES[1])
     x = torch.randn(2, 128, 11, 7)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = packed(x)
-        torch.set_num_threads(threads)
-        assert torch.equal(packed(x), expected)
-        ranges = []
-        _spread(lambda a, b: ranges.append((a, b)), 10, microseconds=1.0)
-        assert sorted(ranges)[0][0] == 0 and sorted(ranges)[-1][1] == 10 and len(ranges) == threads
-        with ThreadPoolExecutor(4) as pool:  # a server that answers several requests at once
-            assert all(torch.equal(y, expected) for y in pool.map(packed, [x] * 8))
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(1)  # the fixture `threads_as_before` sets it back
+    expected = packed(x)
+    torch.set_num_threads(threads)
+    assert torch.equal(packed(x), expected)
+    with ThreadPoolExecutor(4) as pool:  # a server that answers several requests at once
+        assert all(torch.equal(y, expected) for y in pool.map(packed, [x] * 8))
+
+
+class Kernel:
+    """Notes who took which part of a job, the way the compiled ones take them."""
+
+    def __init__(self):
+        self.threads, self.parts, self.lock = set(), [], threading.Lock()
+        self.ctypes = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.take)
+        self.address = ctypes.cast(self.ctypes, ctypes.c_void_p).value
+
+    def take(self, at):
+        self.threads.add(threading.get_native_id())
+        taken, parts, total = (ctypes.c_int64.from_address(at + 8 * i) for i in range(3))
+        while True:
+            with self.lock:
+                part, taken.value = taken.value, taken.value + 1
+            if part >= parts.value:
+                return
+            self.parts.append((total.value * part // parts.value, total.value * (part + 1) // parts.value))
+            time.sleep(1e-2)
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_a_job_is_done_once_and_by_as_many_threads_as_it_is_worth(openmp, monkeypatch):
+    if not openmp:
+        monkeypatch.setattr(packed_conv, "_team", lambda: None)
+    torch.set_num_threads(2)
+    assert packed_conv._team() is None or openmp
+    for microseconds, threads in ((1e-3, 1), (1e6, 2)):
+        kernel = Kernel()
+        packed_conv._run(kernel, 100, microseconds)
+        assert len(kernel.threads) == threads and len(kernel.parts) == (1 if threads == 1 else 2 * packed_conv.PARTS)
+        assert sorted(kernel.parts)[0][0] == 0 and sorted(kernel.parts)[-1][1] == 100
+        assert all(a[1] == b[0] for a, b in pairwise(sorted(kernel.parts)))
+    monkeypatch.setattr(packed_conv, "_PROCESS", -1)
+    packed_conv._run(forked := Kernel(), 100, 1e6)
+    assert len(forked.threads) == 1, "a forked process has no threads of OpenMP, and would wait for them"
 
 
 def test_a_layer_is_loaded_moved_copied_and_changed_without_a_stale_table():
