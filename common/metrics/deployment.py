@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.metrics.timing import Bench, Timing, interleaved
+from common.metrics.timing import COMPILE, Bench, Timing, interleaved
 from common.onnx_export import export_onnx
 from common.quant.packed_conv import PackedConv2d, in_float_
 
@@ -62,7 +62,7 @@ class Forms:
         if self.compiled:
             torch._dynamo.reset()  # the number of threads is compiled in
             for name, network, x in (("fp32 compiled", self.last, last), ("bf16 compiled", self.half, half)):
-                call = torch.compile(copy.deepcopy(network), dynamic=False, options={"freezing": True})
+                call = torch.compile(copy.deepcopy(network), dynamic=False, options=COMPILE)
                 try:
                     with torch.no_grad():
                         call(x)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from common.metrics import tables
-from common.metrics.timing import Bench, interleaved
+from common.metrics.timing import COMPILE, Bench, interleaved
 
 Call = Callable[[], object]
 SECONDS = 120.0  # of a measurement at most, once each form has run 3 times
@@ -39,7 +39,7 @@ def float_calls(
     if compiled:
         torch._dynamo.reset()  # the number of threads is compiled in
         for name, own, x in (("fp32 compiled", network, images), ("bf16 compiled", half, rows)):
-            call = torch.compile(copy.deepcopy(own), dynamic=False, options={"freezing": True})
+            call = torch.compile(copy.deepcopy(own), dynamic=False, options=COMPILE)
             try:
                 with torch.no_grad():
                     call(x)

@@ -57,6 +57,11 @@ def _timing(values: list[float]) -> Timing:
     return Timing(median, low, high, len(values))
 
 
+# of torch.compile. Nothing from its cache on disk: code that was compiled under a cap on the instructions is taken for weights
+# that are frozen in the order of others, and crashes.
+COMPILE = {"freezing": True, "force_disable_caches": True}
+
+
 class Bench:
     """The rows of bench.json: {name, ours, baseline, ratio, unit, threads, batch, isa, machine, quartiles, rounds}.
 
