@@ -1,7 +1,7 @@
 """The evidence as pages that open from disk:  make report, or python -m common.metrics.site [--out runs/site]
 
 index.html: what the ten abstracts claim, with the verdicts here; guide.html: which method to take, and what is wrong in published
-code and papers; <paper>.html: every claim of a paper with its interval, arms,
+code and papers; speed.html: every recorded bench; <paper>.html: every claim of a paper with its interval, arms,
 figures, decision table, deviations, equations, provenance. The record and what this machine made (runs/) stand side by side.
 """
 
@@ -175,6 +175,12 @@ def defects(document: dict[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
+def speed(paper: Path) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(file, rows as `timing.Bench` writes them) of every recorded bench of a paper."""
+    files = [*sorted((paper / "results/bench").glob("bench*.json")), *sorted((paper / "results/deploy").glob("bench*.json"))]
+    return [(file.relative_to(paper.parent).as_posix(), json.loads(file.read_text())) for file in files]
+
+
 def inline(text: str) -> str:
     """One paragraph of markdown as HTML without its <p>."""
     return markdown.markdown(text).removeprefix("<p>").removesuffix("</p>")
@@ -217,7 +223,7 @@ def page_of(paper: Path, out: Path) -> dict[str, Any]:
         "tallies": [(e.label, tally(e.claims.values())) for e in found],
         "exact": _exact(found), "deployment": html(deployment, up) if deployment else "",
         "outcome": html(section(readme, "What came out"), up), "deviations": html(section(readme, "Deviations"), up),
-        "advice": advice(document, found), "defects": defects(document),
+        "advice": advice(document, found), "defects": defects(document), "speed": speed(paper),
         "equations": [(r["source"], r["says"], *_code(r["code"])) for r in document["equations"]],
         "published": [p for p in document["published"] if p["source"] != "ours"],
     }  # fmt: skip
@@ -257,7 +263,8 @@ def build(root: Path, out: Path) -> Path:
     environment.globals["shown"] = sorted(together)
     for paper in papers:
         (out / f"{paper['name']}.html").write_text(template.render(paper=paper, papers=papers))
-    (out / "guide.html").write_text(template.render(paper=None, guide=True, papers=papers))
+    for page in ("guide", "speed"):
+        (out / f"{page}.html").write_text(template.render(paper=None, page=page, papers=papers))
     index = out / "index.html"
     index.write_text(template.render(paper=None, papers=papers))
     return index

@@ -65,6 +65,17 @@ def test_the_guide_has_all_advice_with_recorded_verdicts_and_every_defect_with_i
             assert f'<a href="../../{row["file"]}"><code>{row["name"]}</code></a>' in text
 
 
+def test_every_row_of_every_recorded_bench_is_on_the_page_of_speed(pages):
+    text = unescape((pages / "speed.html").read_text())
+    for paper in PAPERS:
+        files = sorted(p for kind in ("bench", "deploy") for p in (ROOT / paper / "results" / kind).glob("bench*.json"))
+        assert files, f"{paper} has no recorded bench"
+        for file in files:
+            assert file.relative_to(ROOT).as_posix() in text
+            for row in json.loads(file.read_text()):
+                assert f"<td>{row['name']}</td>" in text and f">{row['ratio']:.2f}</td>" in text
+
+
 def test_links_and_pictures_lead_somewhere(pages):
     for page in pages.glob("*.html"):
         text = page.read_text()
