@@ -177,7 +177,10 @@ def defects(document: dict[str, Any]) -> list[dict[str, str]]:
 
 def speed(paper: Path) -> list[tuple[str, list[dict[str, Any]]]]:
     """(file, rows as `timing.Bench` writes them) of every recorded bench of a paper."""
-    files = [*sorted((paper / "results/bench").glob("bench*.json")), *sorted((paper / "results/deploy").glob("bench*.json"))]
+    files = [
+        *sorted((paper / "results/bench").glob("bench*.json")),
+        *sorted((paper / "results/deploy").glob("bench*.json")),
+    ]
     return [(file.relative_to(paper.parent).as_posix(), json.loads(file.read_text())) for file in files]
 
 

@@ -446,8 +446,9 @@ def _kernels(backend: str, x: Tensor) -> Any:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> the float32 (B H W, C), without a copy where x is that already, channels last."""
-    return x.detach().float().permute(0, 2, 3, 1).contiguous().view(-1, x.shape[1])
+    """x (B, C, H, W) as float32 whose memory is (B H W, C): x itself where it is that already, channels last."""
+    own = x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
+    return x if own else x.float().contiguous(memory_format=torch.channels_last)
 
 
 def _words(signs: Tensor) -> Tensor:
