@@ -42,7 +42,9 @@ def measure(paper: Path, scale: str, extra: tuple[str, ...] = ()) -> list[dict[s
     rows = []
     for kind, env in (("native", dict.fromkeys(AVX2)), ("AVX2", AVX2)):
         old, new = reproduce.again(paper, scale, extra=extra, env=env)
-        there, here = (f"{r['machine']['cpu']}, {r['machine'].get('isa', 'instruction set not noted')}" for r in (old, new))
+        there, here = (
+            f"{r['machine']['cpu']}, {r['machine'].get('isa', 'instruction set not noted')}" for r in (old, new)
+        )
         row = {"kind": kind, "cell": old["cell"], "recorded_on": there, "here": here}
         rows.append(row | compare(old["metrics"], new["metrics"]))
         print(f"{paper.name} {old['cell']}, {kind}: {rows[-1]['same']} of {rows[-1]['metrics']} numbers as recorded")

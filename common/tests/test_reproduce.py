@@ -147,24 +147,41 @@ def test_from_nothing_to_recorded_and_verified_evidence(toy, monkeypatch, capfd)
     (target / "provenance.json").write_text(json.dumps(evidence))
     assert not reproduce.verify(toy, "mini"), "a number that differs must be noticed"
     assert "DIFFERENT" in capfd.readouterr().out
-    del evidence["cells"][0]["metrics"]["top1"]
-    (target / "provenance.json").write_text(json.dumps(evidence))
-    evidence["cells"][0]["metrics"]["gone"] = 1.0
-    assert len(evidence["cells"][0]["metrics"]) > 1, "what is measured since the record is no difference"
-    assert (
-        reproduce.verify(toy, "mini") and "top1                             not in the record" in capfd.readouterr().out
-    )
-    (target / "provenance.json").write_text(json.dumps(evidence))
-    assert not reproduce.verify(toy, "mini"), "a number that is no longer measured is one"
     with pytest.raises(RunError, match="no recorded cell 'plain/seed7'"):
         reproduce.verify(toy, "mini", "plain/seed7")
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "of here")
-    old, new = reproduce.again(toy, "mini", env={"ONEDNN_MAX_CPU_ISA": None})
-    assert new["machine"]["isa"] != "of here", "unset"
-    old, new = reproduce.again(toy, "mini", env={"ONEDNN_MAX_CPU_ISA": "AVX2"})
-    assert new["machine"]["isa"] == "AVX2" and new["metrics"]["top1"] == old["metrics"].get(
-        "top1", new["metrics"]["top1"]
+
+
+def test_what_is_measured_since_the_record_is_no_difference_and_what_is_no_longer_measured_is(monkeypatch, capsys):
+    machine = {"cpu": "a", "accelerator": "cpu"}, {"torch": "1"}
+    old, new = ({"cell": "a/seed1", "config_sha256": "", "machine": machine[0], "versions": machine[1]} for _ in "ab")
+    monkeypatch.setattr(reproduce, "again", lambda *given: (old, new))
+    for recorded, now, equal, said in (
+        ({"loss": 0.5}, {"loss": 0.5, "top1": 1.0}, True, "top1                             not in the record"),
+        ({"loss": 0.5, "gone": 1.0}, {"loss": 0.5}, False, "recorded 1.0  now None  DIFFERENT"),
+        ({"loss": 0.5}, {"loss": 0.50000005}, True, "same"), ({"loss": 0.5}, {"loss": 0.500001}, False, "DIFFERENT"),
+        ({}, {"loss": 0.5}, False, "not the recorded numbers"),
+    ):  # fmt: skip
+        old["metrics"], new["metrics"] = recorded, now
+        assert reproduce.verify(Path("ncl_pp"), "mini") is equal and said in capsys.readouterr().out
+
+
+def test_a_cell_is_run_again_in_the_environment_that_is_asked_for(toy, monkeypatch):
+    """In one thread, with what `env` sets and without what it unsets."""
+    (toy / "results/mini").mkdir(parents=True, exist_ok=True)
+    recorded = [{"cell": "plain/seed100", "stage": "20_train_arms", "metrics": {}}]
+    evidence = json.dumps({"code_sha256": "", "cells": recorded})
+    seen = []
+    monkeypatch.setattr(
+        reproduce, "read_json", lambda file: json.loads(evidence) if file.name == "provenance.json" else None
     )
+    monkeypatch.setattr(reproduce, "_call", lambda command, **options: seen.append(options["env"]) or 0)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "of here")
+    assert reproduce.again(toy, "mini", env={"ONEDNN_MAX_CPU_ISA": None, "MORE": "1"}) == (recorded[0], None)
+    reproduce.again(toy, "mini")
+    assert [e.get("ONEDNN_MAX_CPU_ISA") for e in seen] == [None, None, "of here", "of here"], (
+        "the teacher, then the cell"
+    )
+    assert [e.get("MORE") for e in seen] == ["1", "1", None, None] and all(e["OMP_NUM_THREADS"] == "1" for e in seen)
 
 
 def test_cells_follow_the_sweeps_in_name_order(toy):
