@@ -20,7 +20,7 @@ from adaptive_prune.class_attention_score import class_attention, token_score
 from adaptive_prune.model import PrunedViT
 from adaptive_prune.removal import finish_block, heads, run_dense
 from common.hub import publishable
-from common.onnx_export import difference, write_about
+from common.onnx_export import write_checked
 from common.scripts import script
 
 
@@ -96,21 +96,15 @@ def traced(
     """The older exporter: the other one handles data-dependent sizes poorly."""
     axes = {"images": {0: "batch"}, "logits": {0: "batch"}} if batch else None
     example = image.repeat(2, 1, 1, 1) if batch else image
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.tmp.onnx")
-    try:
+
+    def write(file: Path) -> None:
         torch.onnx.export(
-            network, (example,), str(beside), input_names=["images"], output_names=["logits"], dynamic_axes=axes,
+            network, (example,), str(file), input_names=["images"], output_names=["logits"], dynamic_axes=axes,
             opset_version=17, dynamo=False,
         )  # fmt: skip
-        write_about(beside, about)
-        worst = difference(network, beside, image, (1, 4) if batch else (1,) * 6)
-        if not worst < tolerance:
-            raise ValueError(f"onnxruntime differs from torch by {worst:.2g}, allowed: tolerance={tolerance:g}")
-        beside.replace(out)
-    finally:
-        beside.unlink(missing_ok=True)
-    return worst
+
+    batches = (1, 4) if batch else (1,) * 6
+    return write_checked(out, write, network, image, about=about, tolerance=tolerance, batches=batches)
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ python predict.py weights=my_as_deit.ckpt images=[cat.jpg,holiday/] top=3
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from adaptive_prune.checkpoint import load
 from adaptive_prune.data import prepare
-from common.data.files import ImageStream, Table, find_images, output_names
+from common.data.files import ImageStream, Table, find_images, output_names, ranked
 from common.scripts import script
 
 SIDE = 192  # pixels of one panel of a picture, at least
@@ -63,10 +62,9 @@ def run(cfg: DictConfig, fabric: Fabric) -> Path:
     with Table(cfg.out) as table:
         for files, images in stream:
             logits, info = model(images.to(fabric.device), details=True)
-            best = logits.float().softmax(-1).topk(cfg.top)
+            probabilities = logits.float().softmax(-1).cpu()
             for i, path in enumerate(files):
-                for p, label in zip(best.values[i].tolist(), best.indices[i].tolist(), strict=True):
-                    row: dict[str, Any] = {"path": path, "label": about["classes"][label], "probability": f"{p:.6f}"}
+                for row in ranked(path, probabilities[i], about["classes"], cfg.top):
                     row |= {f"kept_{s + 1}": int(k) for s, k in enumerate(info.kept[i].tolist())}
                     table.write(row | {"gmacs": f"{float(info.macs[i]) / 1e9:.4g}"})
                 if folder is not None:

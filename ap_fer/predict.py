@@ -22,7 +22,7 @@ from ap_fer.checkpoint import load
 from ap_fer.pooling_vit import Kept
 from ap_fer.token_selection import to_mask
 from ap_fer.transforms import check_image, inference_transform
-from common.data.files import ImageStream, Table, find_images, output_names
+from common.data.files import ImageStream, Table, find_images, output_names, ranked
 from common.scripts import script
 
 DROPPED = np.array([0.84, 0.15, 0.55])  # a colour that no face has: dark pixels stay dark pixels
@@ -106,14 +106,13 @@ def predict(cfg: DictConfig, fabric: Fabric) -> Path:
         for files, images in stream:
             logits, kept = model(images.to(fabric.device), details=True)
             p = logits.float().softmax(1).cpu()
-            best = p.topk(cfg.top)
             for i, path in enumerate(files):
-                labels = [classes[c] for c in best.indices[i].tolist()]
-                for label, value in zip(labels, best.values[i].tolist(), strict=True):
-                    table.write({"path": path, "label": label, "probability": f"{value:.6f}"})
+                rows = ranked(path, p[i], classes, cfg.top)
+                for row in rows:
+                    table.write(row)
                 if cfg.pictures and kept is not None and drawn < cfg.most_pictures:
                     columns = [(title, mask[i].cpu()) for title, mask in stages(kept, trained.model.patches)]  # type: ignore[arg-type]
-                    title = f"{path.name}\n{labels[0]} {p[i].max():.2f}"
+                    title = f"{path.name}\n{rows[0]['label']} {p[i].max():.2f}"
                     draw(
                         (images[i] * std + mean).clamp(0, 1), title, columns, Path(cfg.pictures) / f"{names[path]}.png"
                     )

@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,29 @@ def export_onnx(
     image: one example (1, C, H, W). translations: what custom operators become, see torch.onnx.export.
     Checked on random batches of sizes `batches`; ValueError, and no file, above `tolerance`."""
     quiet()
-    out, model = Path(out).expanduser(), model.cpu().eval()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.tmp.onnx")
-    try:
+    model = model.cpu().eval()
+
+    def write(file: Path) -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # the exporter reports its progress
             torch.onnx.export(
-                model, (image.repeat(2, 1, 1, 1),), beside, input_names=["images"], output_names=list(outputs),
+                model, (image.repeat(2, 1, 1, 1),), file, input_names=["images"], output_names=list(outputs),
                 dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, external_data=False, verbose=False,
                 custom_translation_table=None if translations is None else dict(translations),
             )  # fmt: skip
+
+    return write_checked(Path(out).expanduser(), write, model, image, about=about, tolerance=tolerance, batches=batches)
+
+
+def write_checked(
+    out: Path, write: Callable[[Path], Any], model: nn.Module, image: Tensor, *, about: Mapping[str, Any], tolerance: float,
+    batches: Sequence[int],
+) -> float:  # fmt: skip
+    """Moves the file of `write(file)` to `out` with `about` in it, and returns its difference to the model on random batches;
+    ValueError, and no file, above `tolerance`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f".{out.name}.tmp.onnx")
+    try:
+        write(beside)
         write_about(beside, about)
         worst = difference(model, beside, image, batches)
         if not worst < tolerance:

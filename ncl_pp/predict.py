@@ -12,7 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
-from common.data.files import ImageStream, Table, find_images
+from common.data.files import ImageStream, find_images, write_ranked
 from common.scripts import script
 from ncl_pp.checkpoint import load
 from ncl_pp.model import Ensemble
@@ -29,12 +29,7 @@ def classify(cfg: DictConfig, fabric: Fabric) -> Path:
     look = {key: about[key] for key in ("size", "crop", "normalise", "channels")}
     paths = find_images(cfg.images)
     stream = ImageStream(paths, inference_transform(**look), batch_size=cfg.batch_size, workers=cfg.workers)
-    with Table(cfg.out) as table:
-        for files, images in stream:
-            best = model(images.to(fabric.device)).float().softmax(-1).topk(cfg.top)
-            for path, probabilities, labels in zip(files, best.values.tolist(), best.indices.tolist(), strict=True):
-                for label, p in zip(labels, probabilities, strict=True):
-                    table.write({"path": path, "label": about["classes"][label], "probability": f"{p:.6f}"})
+    table = write_ranked(stream, lambda x: model(x.to(fabric.device)), cfg.out, about["classes"], cfg.top)
     who = f"expert {cfg.expert}" if cfg.expert is not None else f"ensemble of {len(experts.heads)}"  # type: ignore[arg-type]
     print(f"{stream.done} images, {who}, top {cfg.top}: {table.out}")
     stream.finish()

@@ -10,7 +10,7 @@ import torch
 from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
-from common.data.files import ImageStream, Table, find_images, folders, read_lines
+from common.data.files import ImageStream, find_images, folders, read_lines, write_ranked
 from common.scripts import script
 from q_vit.checkpoint import load
 from q_vit.data import test_transform
@@ -40,12 +40,7 @@ def classify(cfg: DictConfig, fabric: Fabric) -> Path:
     model = fabric.setup_module(model)
     transform = test_transform(**{k: about[k] for k in ("channels", "size", "crop_pct", "normalise")})
     stream = ImageStream(find_images(cfg.images), transform, batch_size=cfg.batch_size, workers=cfg.workers)
-    with Table(cfg.out) as table:
-        for files, images in stream:
-            best = model(images.to(fabric.device)).float().softmax(-1).topk(cfg.top)
-            for path, probabilities, labels in zip(files, best.values.tolist(), best.indices.tolist(), strict=True):
-                for label, p in zip(labels, probabilities, strict=True):
-                    table.write({"path": path, "label": names[label], "probability": f"{p:.6f}"})
+    table = write_ranked(stream, lambda x: model(x.to(fabric.device)), cfg.out, names, cfg.top)
     print(f"{stream.done} images, {about['network']['bits']} bit, top {cfg.top}: {table.out}")
     stream.finish()
     return table.out

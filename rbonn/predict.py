@@ -12,7 +12,7 @@ from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from torchvision.transforms import v2
 
-from common.data.files import ImageStream, Table, find_images
+from common.data.files import ImageStream, Table, find_images, ranked
 from common.scripts import script
 from rbonn.checkpoint import load
 from rbonn.data import inference_transform
@@ -43,10 +43,8 @@ def predict(cfg: DictConfig, fabric: Fabric) -> Path:
 def classes(model, about: dict, stream: ImageStream, fabric: Fabric, top: int) -> Iterator[dict]:
     """{path, label, probability} per image and rank, the most probable first."""
     for files, images in stream:
-        best = model(images.to(fabric.device)).float().softmax(-1).topk(top)
-        for path, probabilities, labels in zip(files, best.values.tolist(), best.indices.tolist(), strict=True):
-            for label, p in zip(labels, probabilities, strict=True):
-                yield {"path": path, "label": about["classes"][label], "probability": f"{p:.6f}"}
+        for path, p in zip(files, model(images.to(fabric.device)).float().softmax(-1).cpu(), strict=True):
+            yield from ranked(path, p, about["classes"], top)
 
 
 def boxes(model, about: dict, stream: ImageStream, fabric: Fabric, least: float) -> Iterator[dict]:

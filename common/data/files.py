@@ -368,5 +368,24 @@ class Table:
             self.beside.unlink(missing_ok=True)
 
 
+def ranked(path: Path, probabilities: Tensor, classes: Sequence[str], top: int) -> list[dict[str, Any]]:
+    """Rows {path, label, probability} of the `top` most probable classes of an image, best first; probabilities (classes,)."""
+    best = probabilities.topk(top)
+    found = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    return [{"path": path, "label": classes[label], "probability": f"{p:.6f}"} for p, label in found]
+
+
+def write_ranked(
+    stream: "ImageStream", logits: Callable[[Tensor], Tensor], out: str | Path, classes: Sequence[str], top: int
+) -> Table:
+    """A table of the `ranked` rows of every image; logits: images (B, C, H, W) -> (B, classes)."""
+    with Table(out) as table:
+        for files, images in stream:
+            for path, p in zip(files, logits(images).float().softmax(-1).cpu(), strict=True):
+                for row in ranked(path, p, classes, top):
+                    table.write(row)
+    return table
+
+
 def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, int | float | str | list | dict) else str(value)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.metrics.timing import COMPILE, Bench, Timing, interleaved
+from common.metrics.timing import Bench, Timing, compiled_calls, interleaved
 from common.onnx_export import export_onnx
 from common.quant.packed_conv import PackedConv2d, in_float_
 
@@ -60,15 +60,9 @@ class Forms:
             "fp32 channels_last": lambda: self.last(last), "bf16 channels_last": lambda: self.half(half),
         }  # fmt: skip
         if self.compiled:
-            torch._dynamo.reset()  # the number of threads is compiled in
-            for name, network, x in (("fp32 compiled", self.last, last), ("bf16 compiled", self.half, half)):
-                call = torch.compile(copy.deepcopy(network), dynamic=False, options=COMPILE)
-                try:
-                    with torch.no_grad():
-                        call(x)
-                    calls[name] = lambda call=call, x=x: call(x)
-                except Exception as error:  # no compiler, or whatever it has to say
-                    self.skipped[name] = (str(error).splitlines() or [type(error).__name__])[0]
+            calls |= compiled_calls(
+                {"fp32 compiled": (self.last, last), "bf16 compiled": (self.half, half)}, self.skipped
+            )
         if self.onnx is not None:
             import onnxruntime
 

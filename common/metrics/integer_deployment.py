@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from common.metrics import tables
-from common.metrics.timing import COMPILE, Bench, interleaved
+from common.metrics.timing import Bench, compiled_calls, interleaved
 
 Call = Callable[[], object]
 SECONDS = 120.0  # of a measurement at most, once each form has run 3 times
@@ -37,15 +37,7 @@ def float_calls(
             "bf16 channels_last": lambda: networks[1](inputs[1]),
         }
     if compiled:
-        torch._dynamo.reset()  # the number of threads is compiled in
-        for name, own, x in (("fp32 compiled", network, images), ("bf16 compiled", half, rows)):
-            call = torch.compile(copy.deepcopy(own), dynamic=False, options=COMPILE)
-            try:
-                with torch.no_grad():
-                    call(x)
-                calls[name] = lambda call=call, x=x: call(x)
-            except Exception as error:  # no compiler, or whatever it has to say
-                skipped[name] = (str(error).splitlines() or [type(error).__name__])[0]
+        calls |= compiled_calls({"fp32 compiled": (network, images), "bf16 compiled": (half, rows)}, skipped)
     return calls
 
 

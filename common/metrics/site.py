@@ -140,13 +140,18 @@ def anchor(claim: str, label: str) -> str:
     return f"{claim}-{label.replace(', ', '-').replace(' ', '-')}"
 
 
+def _tests(ids: list[str], by_id: dict[str, Any], found: list[Evidence]) -> list[tuple[Any, str, Result]]:
+    """(claim, label, result) of the claims that were run, at every scale."""
+    tests = [(by_id[i], e.label, e.claims[i]) for i in ids for e in found if i in e.claims]
+    return [t for t in tests if t[2]["verdict"] != "not_run"]
+
+
 def sentences(document: dict[str, Any], found: list[Evidence]) -> list[dict[str, Any]]:
     """What the abstract claims, each with [(claim, label, result)] of every test of it at every scale where there is one."""
     by_id = {c["id"]: c for c in document["claims"]}
     rows = []
     for row in document["abstract"]:
-        tests = [(by_id[i], e.label, e.claims[i]) for i in row["claims"] for e in found if i in e.claims]
-        tests = [t for t in tests if t[2]["verdict"] != "not_run"]
+        tests = _tests(row["claims"], by_id, found)
         waiting = [by_id[i] for i in row["claims"] if all(i != claim["id"] for claim, _, _ in tests)]
         verdicts = {result["verdict"] for _, _, result in tests} | ({"not_run"} if waiting else set())
         rows.append(
@@ -160,8 +165,7 @@ def advice(document: dict[str, Any], found: list[Evidence]) -> list[dict[str, An
     by_id = {c["id"]: c for c in document["claims"]}
     rows = []
     for row in document["advice"]:
-        tests = [(by_id[i], e.label, e.claims[i]) for i in row["claims"] for e in found if i in e.claims]
-        tests = [t for t in tests if t[2]["verdict"] != "not_run"]
+        tests = _tests(row["claims"], by_id, found)
         rows.append({**row, "take": inline(row["take"]), "says": inline(row["says"]), "tests": tests})
     return rows
 

@@ -1,5 +1,6 @@
 """Times that can be compared: interleaved rounds in one process, medians with quartiles, and what they were measured on."""
 
+import copy
 import json
 import os
 import statistics
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from common.runs import provenance
 
@@ -60,6 +62,23 @@ def _timing(values: list[float]) -> Timing:
 # of torch.compile. Nothing from its cache on disk: code that was compiled under a cap on the instructions is taken for weights
 # that are frozen in the order of others, and crashes.
 COMPILE = {"freezing": True, "force_disable_caches": True}
+
+
+def compiled_calls(
+    networks: Mapping[str, tuple[nn.Module, Tensor]], skipped: dict[str, str]
+) -> dict[str, Callable[[], object]]:
+    """{name: a call of the network compiled for its input}; what does not compile goes to `skipped`, with the reason."""
+    torch._dynamo.reset()  # the number of threads is compiled in
+    calls: dict[str, Callable[[], object]] = {}
+    for name, (network, x) in networks.items():
+        call = torch.compile(copy.deepcopy(network), dynamic=False, options=COMPILE)  # type: ignore[call-overload]
+        try:
+            with torch.no_grad():
+                call(x)
+            calls[name] = lambda call=call, x=x: call(x)
+        except Exception as error:  # no compiler, or whatever it has to say
+            skipped[name] = (str(error).splitlines() or [type(error).__name__])[0]
+    return calls
 
 
 class Bench:

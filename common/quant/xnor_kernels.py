@@ -8,7 +8,7 @@ outputs stay in registers over all taps, each step being one exclusive or, one p
 for both (`JOB`). Any number of threads may call one with the same job: each takes parts until there are none.
 """
 
-# pyright: reportReturnType=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportReturnType=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # (llvmlite's builder and types are not typed)
 
 from typing import Any
@@ -217,6 +217,16 @@ _ENTRY = types.void(types.voidptr)
 
 
 @njit(nogil=True)
+def _shares(job):
+    """(first, last) of one part after the other that no other thread has taken."""
+    at, parts, total = np.intp(job.ctypes.data), job[1], job[2]
+    part = _take(at)
+    while part < parts:
+        yield total * part // parts, total * (part + 1) // parts
+        part = _take(at)
+
+
+@njit(nogil=True)
 def _pack(job, first, last):
     x, shift, strict, channels, top, left, height, width, out, rows, columns, groups, words = to_fixed_tuple(
         job[3:], _PACK
@@ -249,11 +259,8 @@ def pack(job):
     """Rows (batch x height) of x, floats (B H W, groups channels), as the words `out` (B, rows, columns, groups, words), which
     begin `top` and `left` of the image; the border is left alone. Fields: PACK; channels: of a group."""
     fields = carray(job, len(PACK), np.int64)
-    at, parts, total = np.intp(fields.ctypes.data), fields[1], fields[2]
-    part = _take(at)
-    while part < parts:
-        _pack(fields, total * part // parts, total * (part + 1) // parts)
-        part = _take(at)
+    for first, last in _shares(fields):
+        _pack(fields, first, last)
 
 
 @njit(nogil=True)
@@ -328,8 +335,5 @@ def convolve(job):
     window; w (groups, vectors, steps, 8); corrections (classes, groups, 8 vectors): int32; a, b, slope, shift (groups,
     8 vectors); skip (0: none), out: floats (B pixels, groups outputs); outputs: of a group."""
     fields = carray(job, len(CONVOLVE), np.int64)
-    at, parts, total = np.intp(fields.ctypes.data), fields[1], fields[2]
-    part = _take(at)
-    while part < parts:
-        _convolve(fields, total * part // parts, total * (part + 1) // parts)
-        part = _take(at)
+    for first, last in _shares(fields):
+        _convolve(fields, first, last)
