@@ -174,9 +174,15 @@ def preflight(
     where = "on the card" if cuda else "of main memory at most"
     fabric.print(
         f"preflight: data found, {what} per device and step, {parameters:,} parameters, {memory / 2**30:.2f} GiB {where}, "
-        f"{median:.3f} s per step without data loading, about {hours:.2g} h for {steps:,} steps{f'; {note}' if note else ''}"
+        f"{median:.3f} s per step without data loading, about {two_digits(hours)} h for {steps:,} "
+        f"steps{f'; {note}' if note else ''}"
     )
     return {"seconds": median, "hours": hours, "memory": memory}
+
+
+def two_digits(x: float) -> str:
+    """0.0123 as 0.012, 172.4 as 170."""
+    return f"{float(f'{x:.2g}'):g}"
 
 
 def peak_memory() -> int:

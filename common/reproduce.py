@@ -36,6 +36,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from common.loop import two_digits
 from common.metrics import report, tables
 from common.metrics.claims import load_claims, load_document
 from common.runs import RunError, fingerprint, git_commit, hash_files, read_json
@@ -225,7 +226,7 @@ def _measured_hours(cell: Cell, command: list[str], paper: Path) -> str | None:
     if process.returncode:
         raise RunError(f"{cell.name()}: {(process.stderr.strip().splitlines() or ['the preflight failed'])[-1]}")
     hours = [float(h) for h in re.findall(r"about (\S+) h for [\d,]+ steps", process.stdout)]
-    return f"about {sum(hours):.2g} h, an estimate from steps measured on this machine" if hours else None
+    return f"about {two_digits(sum(hours))} h, an estimate from steps measured on this machine" if hours else None
 
 
 _RUNNING: set[subprocess.Popen] = set()

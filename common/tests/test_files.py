@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -306,3 +307,14 @@ def test_a_table_is_whole_or_not_there(tmp_path, ending):
     assert [p.name for p in out.parent.iterdir()] == [out.name]
     with pytest.raises(ValueError, match=r"\.csv or \.json"):
         files.Table(tmp_path / "t.txt")
+
+
+def test_the_most_probable_classes_come_first(tmp_path):
+    logits = {"a.png": [0.0, 2.0, 1.0], "b.png": [3.0, 0.0, 0.0]}
+    stream = [([Path(name)], torch.tensor([row])) for name, row in logits.items()]
+    table = files.write_ranked(stream, lambda images: images, tmp_path / "p.csv", ["x", "y", "z"], 2)
+    rows = [line.split(",") for line in table.out.read_text().splitlines()]
+    assert rows[0] == ["path", "label", "probability"] and table.rows == 4
+    assert [row[:2] for row in rows[1:]] == [["a.png", "y"], ["a.png", "z"], ["b.png", "x"], ["b.png", "y"]]
+    expected = torch.tensor(logits["a.png"]).softmax(0)
+    assert [float(row[2]) for row in rows[1:3]] == pytest.approx([float(expected[1]), float(expected[2])], abs=1e-6)

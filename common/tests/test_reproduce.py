@@ -238,7 +238,7 @@ def test_dry_can_measure_an_arm_once_by_its_preflight(toy, capsys, monkeypatch):
 
     def fake(command, **options):
         started.append(command)
-        said = "preflight: data found, 0.1 s per step without data loading, about 3.5 h for 1,200 steps\n"
+        said = "preflight: data found, 0.1 s per step without data loading, about 172.4 h for 1,200 steps\n"
         return subprocess.CompletedProcess(command, 0, said, "")
 
     monkeypatch.setattr(reproduce.subprocess, "run", fake)
@@ -246,7 +246,7 @@ def test_dry_can_measure_an_arm_once_by_its_preflight(toy, capsys, monkeypatch):
     config.write_text(config.read_text() + "preflight: false\n")
     lines = dry(toy, capsys, dry="measure")
     assert len(lines) == 7 and all(
-        line.endswith("# about 3.5 h, an estimate from steps measured on this machine") for line in lines
+        line.endswith("# about 170 h, an estimate from steps measured on this machine") for line in lines
     )
     assert len(started) == len({line.split("method=")[1].split()[0] for line in lines}) < 7
     assert all(command[-1] == "preflight=true" for command in started)
