@@ -12,17 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from common import reproduce
+from common.reproduce import AVX2
 from common.runs import RunError
 from common.scripts import one_line, override
-
-AVX2 = {
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "OPENBLAS_CORETYPE": "Haswell",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    "NUMBA_CPU_NAME": "haswell",  # alone it leaves AVX-512 on where the machine has it
-    "NUMBA_CPU_FEATURES": "+avx2,+avx,+bmi,+bmi2,+popcnt,+fma,+sse4.2,+sse4.1,+ssse3,+sse3,+lzcnt,+cx16",
-}
 
 
 def compare(recorded: dict[str, float], now: dict[str, float]) -> dict[str, Any]:

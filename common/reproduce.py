@@ -43,6 +43,15 @@ from common.runs import RunError, fingerprint, git_commit, hash_files, read_json
 from common.scripts import one_line, override
 
 ROOT = Path(__file__).resolve().parents[1]
+# What keeps each library from what lies above AVX2.
+AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "OPENBLAS_CORETYPE": "Haswell",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "NUMBA_CPU_NAME": "haswell",  # alone it leaves AVX-512 on where the machine has it
+    "NUMBA_CPU_FEATURES": "+avx2,+avx,+bmi,+bmi2,+popcnt,+fma,+sse4.2,+sse4.1,+ssse3,+sse3,+lzcnt,+cx16",
+}
 
 
 @dataclass(frozen=True)
@@ -414,6 +423,8 @@ def verify(paper: Path, scale: str, name: str = "", extra: tuple[str, ...] = ())
             f"here: {here}. With the code as recorded, another processor or library sums in another order, and a training that "
             "amplifies it ends elsewhere: judge by the verdicts of a whole run, not by one cell"
         )
+        if caps := [f"{name}={os.environ[name]}" for name in AVX2 if name in os.environ]:
+            print(f"set here: {', '.join(caps)}, which chooses among the instructions; unset it and verify again")
     return equal
 
 
