@@ -268,9 +268,7 @@ def _given_elsewhere(configs: Path | None, key: str) -> list[Any]:
     found = []
     for file in configs.rglob("*.yaml") if configs else ():
         text = file.read_text()
-        if (
-            key.rpartition(".")[2] not in text
-        ):  # reading all of them as YAML takes longer than all else before the first image
+        if key.rpartition(".")[2] not in text:  # as YAML, all of them take longer than all else before the first image
             continue
         node: Any = yaml.load(text, Loader=_Loader) or {}
         group = file.parent.relative_to(configs).as_posix()  # type: ignore[arg-type]

@@ -324,6 +324,7 @@ def _convolve(job, first, last):
                                 _copy(result_at + 32 * q + 4 * i, out + at + q * row + 4 * i)
                     p += done
             v += n
+    return spare[0, 0] + result[0, 0]  # used here, or numba would free both after their addresses are taken
 
 
 @cfunc(_ENTRY, cache=True)

@@ -175,4 +175,4 @@ def test_adaptive_weights_move_the_fixed_point_toward_the_harder_task():
 def test_no_warning_with_a_known_number_of_tasks():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        step_size(2, 4)
+        assert step_size(2, 4) == pytest.approx(math.exp(-0.5))
