@@ -107,7 +107,23 @@ def statuses(paper):
     return {c.name(): c.status() for c in reproduce.cells(paper, "mini")}
 
 
-def test_from_nothing_to_recorded_and_verified_evidence(toy, monkeypatch, capfd):
+@pytest.fixture
+def in_this_process(toy, started, monkeypatch):
+    """in_this_process(): from then on sweeps and cells run here, one after the other, in place of processes of their own."""
+
+    def call():
+        sweep = toy / "configs/reproduce/mini/20_train_arms.yaml"
+        if "joblib" in sweep.read_text():
+            sweep.write_text(sweep.read_text().replace("joblib", "basic"))
+            commit = ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qam", "one after the other"]
+            subprocess.run(["git", *commit], cwd=toy, check=True)
+        monkeypatch.chdir(toy)
+        monkeypatch.setattr(reproduce, "_call", lambda command, **_: started(toy / command[1], command[2:]))
+
+    return call
+
+
+def test_from_nothing_to_recorded_and_verified_evidence(toy, in_this_process, monkeypatch, capfd):
     assert set(statuses(toy).values()) == {"missing"}
     assert reproduce.run(toy, "mini") == 2, "the two broken cells are counted, the others go on"
     found = statuses(toy)
@@ -119,6 +135,7 @@ def test_from_nothing_to_recorded_and_verified_evidence(toy, monkeypatch, capfd)
         reproduce.record(toy, "mini")
 
     (toy / "break").unlink()
+    in_this_process()
     before = (toy / "runs/mini/plain/seed100/result.json").read_text()
     assert reproduce.run(toy, "mini") == 0 and set(statuses(toy).values()) == {"finished"}
     assert (toy / "runs/mini/plain/seed100/result.json").read_text() == before, "finished cells are not run again"

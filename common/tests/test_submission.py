@@ -3,24 +3,18 @@
 import csv
 import json
 import shutil
-import subprocess
 
 import pytest
 
 from common import reproduce, submission
 from common.metrics import report
-from common.tests.test_reproduce import toy  # noqa: F401  # a paper of seven cells
+from common.tests.test_reproduce import in_this_process, toy  # noqa: F401  # a paper of seven cells
 
 
 @pytest.fixture
-def run(toy, tmp_path):  # noqa: F811
+def run(toy, in_this_process):  # noqa: F811
     (toy / "break").unlink(missing_ok=True)
-    sweep = toy / "configs/reproduce/mini/20_train_arms.yaml"
-    if "joblib" in sweep.read_text():  # one process in place of three
-        sweep.write_text(sweep.read_text().replace("joblib", "basic"))
-        subprocess.run(
-            ["git", "-c", "user.name=n", "-c", "user.email=e", "commit", "-qam", "basic"], cwd=toy, check=True
-        )
+    in_this_process()
     assert reproduce.run(toy, "mini") == 0
     theirs = reproduce.record(toy, "mini", name="someone")
     assert theirs == toy / "results/external/someone/mini"
