@@ -498,21 +498,6 @@ def test_a_misspelt_key_fails_with_its_name(override, error, fabric, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-WRONG_LINES = [
-    (["train.py", "train.epochs=abc"], "train.epochs"),
-    (["evaluate.py", "weights=/nowhere.ckpt"], "no checkpoint at"),
-]
-
-
-@pytest.mark.parametrize(("line", "says"), WRONG_LINES)
-def test_a_wrong_command_is_one_line(line, says, tmp_path):
-    """As a process; the other kinds of wrong lines are tested above and in test_scripts.py without one."""
-    where = [f"run_root={tmp_path / 'runs'}"] if line[0] == "train.py" else []
-    found = subprocess.run([sys.executable, *line, *where], cwd=PAPER, env=ENV, capture_output=True, text=True)
-    assert found.returncode == 1 and says in found.stderr and found.stderr.count("\n") == 1, found.stderr
-    assert not list(tmp_path.iterdir())
-
-
 def test_nan_loss_stops_the_run_and_names_the_term(fabric, tmp_path):
     with pytest.raises(FloatingPointError, match=r"step \d+: .*(ce|norm)=(nan|inf)"):
         fit(config("optim.lr=1e18", "train.epochs=20"), fabric, tmp_path)

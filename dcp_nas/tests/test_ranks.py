@@ -28,7 +28,7 @@ RULES = [
 def supernet(**bits):
     """With real-valued activations: a channel of signs that is constant is zero up to rounding after its norm, and rounding would
     decide the next sign."""
-    shape = {"num_classes": 4, "in_channels": 1, "channels": 2, "cells": 2, "nodes": 2, "reductions": [1]}
+    shape = {"num_classes": 4, "in_channels": 1, "channels": 2, "cells": 2, "nodes": 1, "reductions": [1]}
     return Supernet(**shape, bits=Bits(**bits, affine=False))
 
 
@@ -45,7 +45,7 @@ def by_rule(rank, world):
     """{rule: every number of a step on alpha} on the rank's share."""
     torch.manual_seed(0)
     parent, child = supernet(), supernet(weights="beta")
-    alphas = [torch.randn(5, 8).requires_grad_() for _ in range(2)]
+    alphas = [torch.randn(2, 8).requires_grad_() for _ in range(2)]
     images, labels = batch(1, rank, world)
     target = parent(images, tuple(alphas)).softmax(1).detach()
     found = {}

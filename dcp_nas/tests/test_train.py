@@ -493,17 +493,15 @@ def test_a_preflight_never_searches(fabric, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_two_ranks_train_one_network_and_evaluate_reads_it(tmp_path):
+def test_two_ranks_train_one_network_and_evaluate_reads_it(started, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     extra = ["genotype=random", "train.epochs=1", "fabric.accelerator=cpu", f"hydra.run.dir={tmp_path / 'two'}"]
     done = run_script(*torchrun, *SHORT, *extra)
     assert done.returncode == 0 and "2 devices x 1 micro-steps x 16" in done.stdout, done.stderr
     assert "notice: batch norm uses the statistics of each of the 2 ranks" in done.stdout
     weights = tmp_path / "two/last.ckpt"
-    done = run_script(
-        "evaluate.py", f"weights={weights}", "record=true", f"record_to={tmp_path}", "fabric.accelerator=cpu"
-    )
-    assert done.returncode == 0, done.stderr
+    record = ["record=true", f"record_to={tmp_path}", "fabric.accelerator=cpu"]
+    assert started(PAPER / "evaluate.py", [f"weights={weights}", *record]) == 0
     record = json.loads(next(tmp_path.glob("*_digits.json")).read_text())
     assert record["value"] == pytest.approx(result(tmp_path / "two")["metrics"]["top1"]) and record["n"] == 1797 - 96
     assert record["counts"]["macs_w1a32"] > 0

@@ -39,7 +39,10 @@ def test_students_of_the_bench_have_slopes_and_shifts_as_training_leaves_them():
 
 
 def test_the_rows_of_the_bench_make_the_table(tmp_path, monkeypatch):
-    monkeypatch.setattr("q_detr.deployment.parts", lambda m: {"backbone": m.backbone[0].body, "decoder": m.input_proj})
+    def layers(m):  # two parts, of a layer each: what the parts are is tested above
+        return {"backbone": m.backbone[0].body.layers[0], "decoder": m.backbone[0].body.layers[1]}
+
+    monkeypatch.setattr("q_detr.deployment.parts", layers)
     table, images = Bench(tmp_path / "bench.json"), torch.randn(1, 3, 64, 64)
     add_deployment(table, "DETR", real(), images, tmp_path, widths=[4], rounds=1, compiled=False)
     rows = json.loads(json.dumps(table.write()))

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
 
-from common import runs
+from common import reproduce, runs
 from common.data.shapes import coco_to_voc
 from common.reproduce import stages
 from q_detr.building import build_real, build_student, cross_attention_statistics
@@ -48,22 +49,37 @@ def official(tmp_path_factory):
     return path
 
 
-def test_make_evaluates_official_weights_on_a_coco_folder_and_records(official, folder, tmp_path):
+def test_make_evaluates_official_weights_on_a_coco_folder_and_records(
+    official, folder, started, tmp_path, monkeypatch, capsys
+):
+    """The line of the Makefile and the script that it comes to, both in this process."""
     (folder / "annotations/instances_train.json").unlink()  # the training set need not be there
     options = f"data.test=val data.test_side=64 record=true claim=released_detr_r50 record_to={tmp_path / 'records'}"
     make = [
         "make",
+        "--just-print",
         "evaluate-q_detr",
         f"PY={sys.executable}",
         f"WEIGHTS={official}",
         f"DATA={folder}",
         f"ARGS={options}",
     ]
-    done = subprocess.run(make, cwd=HERE.parent, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    rows = dict(line.split() for line in done.stdout.splitlines() if line.startswith(("AP", "AR", "map")))
+    line = subprocess.run(make, cwd=HERE.parent, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    start, module, *arguments = shlex.split(line)[1:]
+    assert (start, module) == ("-m", "common.reproduce")
+
+    def call(command, cwd):
+        assert command[0] == sys.executable
+        monkeypatch.chdir(cwd)
+        return started(Path(command[1]), command[2:])
+
+    monkeypatch.setattr(reproduce, "_call", call)
+    monkeypatch.setattr(reproduce.signal, "signal", lambda *_: None)  # those of this process stay
+    assert reproduce.main(arguments) == 0
+    out = capsys.readouterr().out
+    rows = dict(line.split() for line in out.splitlines() if line.startswith(("AP", "AR", "map")))
     assert 8 <= len(rows) <= 12 and {"AP", "AR1", "AR10", "AR100"} <= rows.keys() and 0 <= float(rows["AP"]) < 20
-    assert "6 images" in done.stdout and "1 boxes without extent" in done.stdout
+    assert "6 images" in out and "1 boxes without extent" in out
     (file,) = (tmp_path / "records").iterdir()
     record = json.loads(file.read_text())
     assert record["claim"] == "released_detr_r50" and record["n"] == 6 and record["data"] == "coco"

@@ -106,14 +106,15 @@ def test_two_ranks_are_one_process_at_the_same_global_batch(tmp_path, monkeypatc
     assert len(steps) > 40 and all(bool(expected[k.replace(".step", ".calibrated")]) for k in steps)
 
 
-def test_a_killed_student_goes_on_to_the_numbers_of_an_uninterrupted_one(tmp_path):
+def test_a_killed_student_goes_on_to_the_numbers_of_an_uninterrupted_one(started, tmp_path, monkeypatch, capsys):
     base = [*SMALL, f"run_root={tmp_path}", "scale=mini", "fabric.accelerator=cpu", "data.train=32"]
     cfg = config(*base, "method=teacher", "train.epochs=1")
     fit(cfg, runs.launch(cfg.fabric), tmp_path / "teacher")
     overrides = [*base, "method.start=teacher", "train.epochs=8", f"teacher.weights={tmp_path / 'teacher/last.ckpt'}"]
     cfg = config(*overrides, "method=drd")
     fit(cfg, runs.launch(cfg.fabric), tmp_path / "whole")
-    command = [sys.executable, "train.py", *overrides, f"hydra.run.dir={tmp_path / 'cut'}"]
+    overrides += [f"hydra.run.dir={tmp_path / 'cut'}"]
+    command = [sys.executable, "train.py", *overrides]
     process = subprocess.Popen(command, cwd=PAPER, env=environment(), stdout=subprocess.DEVNULL)
     checkpoint, deadline = tmp_path / "cut/last.ckpt", time.monotonic() + 120
     while not checkpoint.exists() and time.monotonic() < deadline:
@@ -122,8 +123,9 @@ def test_a_killed_student_goes_on_to_the_numbers_of_an_uninterrupted_one(tmp_pat
     process.wait()
     reached = runs.load_checkpoint(checkpoint)["epoch"]
     assert reached < 8 and runs.read_json(tmp_path / "cut/result.json")["status"] == "running"
-    again = subprocess.run(command, cwd=PAPER, env=environment(), capture_output=True, text=True)
-    assert again.returncode == 0 and f"epochs {reached + 1}..8" in again.stdout, again.stdout + again.stderr
+    monkeypatch.chdir(PAPER)
+    capsys.readouterr()
+    assert started(Path("train.py"), overrides) == 0 and f"epochs {reached + 1}..8" in capsys.readouterr().out
     cut, whole = (runs.read_json(tmp_path / n / "result.json")["metrics"] for n in ("cut", "whole"))
     assert cut == whole
     a, b = (runs.load_checkpoint(tmp_path / n / "last.ckpt")["model"] for n in ("cut", "whole"))
