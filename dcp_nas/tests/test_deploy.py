@@ -27,19 +27,27 @@ from dcp_nas.predict import classify
 from dcp_nas.search_space import GENOTYPES
 from dcp_nas.tests.layouts import SHORT, composed, config, write_class_folders
 
+CELLS = ["model.cells=2", "model.reductions=[1]"]  # one of each kind: exports take as long as a network has nodes
+
 
 @pytest.fixture(scope="module")
 def step2(fabric, tmp_path_factory):
     folder = tmp_path_factory.mktemp("step2")
     first = _strict(fabric, tmp_path_factory)
-    options = [f"init.weights={first}", "train.epochs=1", "parity.official_m_grad=true", "stage.strict_1bit=true"]
+    options = [
+        *CELLS,
+        f"init.weights={first}",
+        "train.epochs=1",
+        "parity.official_m_grad=true",
+        "stage.strict_1bit=true",
+    ]
     train.fit(config("stage=step2", *options), fabric, folder)
     return folder / "last.ckpt"
 
 
 def _strict(fabric, tmp_path_factory):
     folder = tmp_path_factory.mktemp("strict")
-    train.fit(config("stage=step1", "stage.strict_1bit=true", "train.epochs=1"), fabric, folder)
+    train.fit(config("stage=step1", "stage.strict_1bit=true", "train.epochs=1", *CELLS), fabric, folder)
     return folder / "last.ckpt"
 
 

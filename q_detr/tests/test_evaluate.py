@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -224,13 +225,13 @@ def test_sweeps_start_from_what_earlier_stages_write(scale):
         script = file.stem.split("_")[1]
         name = "config" if script == "train" else script
         sweep = [f"+reproduce/{scale}={file.stem}", *([] if scale == "gpu_scenes" else ["data.root=/datasets"])]
+        params = yaml.safe_load(file.read_text())["hydra"]["sweeper"]["params"]
+        swept = [OverridesParser.create().parse_override(f"{k}={v}") for k, v in params.items()]
+        last = [
+            f"{o.key_or_group}={list(o.sweep_string_iterator())[-1]}" if o.is_sweep_override() else o.input_line
+            for o in swept
+        ]
         with initialize_config_dir(str(HERE / "configs"), version_base="1.3"):
-            first = compose(name, sweep, return_hydra_config=True)
-            swept = [OverridesParser.create().parse_override(f"{k}={v}") for k, v in first.hydra.sweeper.params.items()]
-            last = [
-                f"{o.key_or_group}={list(o.sweep_string_iterator())[-1]}" if o.is_sweep_override() else o.input_line
-                for o in swept
-            ]
             cfg = compose(name, [*sweep, *last], return_hydra_config=True)
             HydraConfig.instance().set_config(cfg)
         folder = any_bits(Path(cfg.run_root) / cfg.scale / cfg.hydra.sweep.subdir)
