@@ -1,5 +1,6 @@
 """Fixtures that the tests of all folders share (pytest loads them as a plugin, see pyproject.toml)."""
 
+import functools
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from lightning_fabric import Fabric
 from omegaconf import DictConfig
@@ -85,6 +87,13 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, Sequence[str]], 
     return call
 
 
+@functools.cache
+def _defaults(paper: Path, name: str, overrides: tuple[str, ...]) -> DictConfig:
+    return compose(
+        name, overrides=list(overrides)
+    )  # a tenth of a second, read only, the same for most lines of a paper
+
+
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
     """refused(paper, script, overrides) -> the one line with which `python <script>.py <overrides>` ends, from an empty folder.
@@ -96,6 +105,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         place.mkdir(exist_ok=True)
         monkeypatch.chdir(place)
         monkeypatch.setattr(scripts, "_terminate_cleanly", lambda: None)
+        monkeypatch.setattr(scripts, "compose", lambda name, overrides=(): _defaults(paper, name, tuple(overrides)))
         monkeypatch.setattr(sys, "argv", [str(paper / f"{script}.py"), *overrides])
         GlobalHydra.instance().clear()
         with pytest.raises(SystemExit) as stopped:

@@ -148,7 +148,7 @@ def test_gradients_of_two_ranks_average_to_those_of_one_process(name, fabric, mo
     torch.testing.assert_close((parts[0] + parts[1]) / 2, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
 
 
-def test_a_killed_training_goes_on_from_inside_its_folder(tmp_path):
+def test_a_killed_training_goes_on_from_inside_its_folder(started, tmp_path, monkeypatch, capsys):
     args = [*SMALL, "method=unique", "networks.unique.epochs=40", f"hydra.run.dir={tmp_path / 'run'}"]
     process = subprocess.Popen(
         [sys.executable, "train.py", *args],
@@ -164,8 +164,8 @@ def test_a_killed_training_goes_on_from_inside_its_folder(tmp_path):
     process.wait()
     assert checkpoint is not None, "no checkpoint within two minutes"
     reached = runs.load_checkpoint(checkpoint)["epoch"]
-    again = script("train.py", *args)
-    assert again.returncode == 0 and f"epochs {reached + 1}..40" in again.stdout, again.stdout + again.stderr
+    monkeypatch.chdir(PAPER)
+    assert started(PAPER / "train.py", args) == 0 and f"epochs {reached + 1}..40" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,4 @@
-"""Files as people have them: class folders, lists, checkpoints and command lines."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Files as people have them: class folders, lists and checkpoints."""
 
 import numpy as np
 import pytest
@@ -110,55 +104,6 @@ def test_lists_of_cub200_from_windows(tmp_path):
 def test_a_grey_or_wide_photograph_is_stored_as_training_stores_it():
     image = Image.new("RGB", (40, 20), (10, 20, 30))
     assert stored(image, 8, 3).shape == (3, 8, 8) and stored(image, 8, 1).shape == (1, 8, 8)
-
-
-# ------------------------------------------------------------------------------------------------------- command lines
-PAPER = Path(__file__).resolve().parents[1]
-LINES = {
-    "train.py": [
-        ("train.epochs=abc", "train.epochs"), ("train.epochs=0", "epochs"), ("seed=-1", "seed"), ("seed=null", "seed"),
-        ("optim.lr=fast", "optim.lr"), ("optim.lr=-1", "optim.lr"), ("optim.name=adam", "allowed: sgd, radam"),
-        ("optim.momentum=2", "momentum"), ("force=maybe", "force"), ("preflight=no_thanks", "preflight"),
-        ("method=arii", "ari"), ("method.meta.atack=null", "attack"), ("method.meta.eps=-1", "eps"),
-        ("method.meta.constant=0", "constant"), ("method.learner=gem", "allowed: meta"), ("memory.budget=5", "budget"),
-        ("memory.policy=best", "policy"), ("data.root=/tmp", "embedded"), ("data=mnist", "data.root"),
-        ("data.tasks=3", "divide"), ("evaluate.p=0", "evaluate.p"), ("evaluate.batch_size=0", "batch_size"),
-        ("fabric.precision=16-true", "precision"), ("scale=../x", "scale"), ("schedule.kind=poly", "allowed: constant"),
-        ("train.last_batch=pad", "allowed: merge"), ("model=vgg", "mlp"), ("train.save_every=0", "save_every"),
-        ("prepare.std=[0.0]", "std"),
-    ],
-    "predict.py": [("weights=no.ckpt images=.", "no checkpoint"), ("images=x.png", "weights"), ("weights=a.ckpt", "images")],
-}  # fmt: skip
-DRIVER = """
-import contextlib, io, json, runpy, sys
-script, lines, root = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-for line in lines:
-    sys.argv = [script, *line.split(), *([f"run_root={root}/runs"] if script == "train.py" else [])]
-    status, err = 0, io.StringIO()
-    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except SystemExit as stop:
-            status = stop.code
-    print(json.dumps([line, status, err.getvalue()]), flush=True)
-"""
-
-
-@pytest.mark.parametrize("name", LINES)
-def test_wrong_lines_end_in_one_line_each_and_leave_nothing(name, tmp_path):
-    lines = [line for line, _ in LINES[name]]
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, name, json.dumps(lines), str(tmp_path)], cwd=PAPER, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    found = [json.loads(row) for row in done.stdout.splitlines()]
-    assert [line for line, _, _ in found] == lines, done.stderr
-    wrong = []
-    for (line, status, text), (_, says) in zip(found, LINES[name], strict=True):
-        text = text.strip()
-        if status != 1 or text.count("\n") or not text.startswith("error: ") or says not in text:
-            wrong.append((line, status, text))
-    assert not wrong and not list(tmp_path.iterdir())
 
 
 def test_a_half_written_checkpoint_is_named(tmp_path):

@@ -144,7 +144,7 @@ def test_the_script_can_be_sent_to_the_workers_of_a_sweep():
     cloudpickle.dumps(runpy.run_path(str(PAPER / "train.py"), run_name="script")["main"])
 
 
-def test_a_killed_run_goes_on_from_inside_its_folder(tmp_path):
+def test_a_killed_run_goes_on_from_inside_its_folder(started, tmp_path, monkeypatch, capsys):
     args = [*FAST, "method=er", "train.epochs=60", f"run_root={tmp_path}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -159,9 +159,9 @@ def test_a_killed_run_goes_on_from_inside_its_folder(tmp_path):
     process.wait()
     assert checkpoint is not None, "no checkpoint within a minute"
     state = runs.load_checkpoint(checkpoint)
-    again = script(*args)
-    assert again.returncode == 0, again.stderr
-    assert f"from task {state['task']} epoch {state['epoch'] + 1} of" in again.stdout
+    monkeypatch.chdir(PAPER)
+    assert started(PAPER / "train.py", args) == 0
+    assert f"from task {state['task']} epoch {state['epoch'] + 1} of" in capsys.readouterr().out
 
 
 def composed(verb, *overrides):
@@ -365,13 +365,14 @@ def test_nan_loss_stops_the_run_and_names_the_term(fabric, tmp_path):
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "failed"
 
 
-def test_preflight_writes_nothing_and_missing_data_says_where(fabric, tmp_path, capsys):
+def test_preflight_writes_nothing(fabric, tmp_path, capsys):
     fit(config("preflight=true"), fabric, tmp_path / "runs")
     assert "preflight: data found" in capsys.readouterr().out and not (tmp_path / "runs").exists()
-    missing = script(
-        "data=cifar100", "model=rps_net", f"data.root={tmp_path / 'nowhere'}", f"run_root={tmp_path / 'runs'}"
-    )
-    assert missing.returncode != 0 and str(tmp_path / "nowhere") in missing.stderr and not (tmp_path / "runs").exists()
+
+
+def test_missing_data_says_where(refused, tmp_path):
+    root = tmp_path / "nowhere"
+    assert str(root) in refused(PAPER, "train", ["data=cifar100", "model=rps_net", f"data.root={root}"])
 
 
 def test_every_config_composes_and_builds():

@@ -188,10 +188,11 @@ def test_two_ranks_equal_one_process_at_equal_global_batch(fabric, tmp_path):
     assert metrics[0] == pytest.approx(metrics[1], abs=1e-3)
 
 
-def test_a_killed_run_goes_on_from_inside_its_folder(fabric, tmp_path, capsys):
-    args = [sys.executable, "train.py", *SHORT, *DIGITS, "method=bsce", "train.epochs=60", f"run_root={tmp_path}"]
+def test_a_killed_run_goes_on_from_inside_its_folder(fabric, started, tmp_path, monkeypatch, capsys):
+    args = [*SHORT, *DIGITS, "method=bsce", "train.epochs=60", f"run_root={tmp_path}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(args, cwd=PAPER, env=environment, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "train.py", *args]
+    process = subprocess.Popen(command, cwd=PAPER, env=environment, stdout=subprocess.DEVNULL)
     checkpoint, deadline = None, time.monotonic() + 120
     while checkpoint is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -201,8 +202,8 @@ def test_a_killed_run_goes_on_from_inside_its_folder(fabric, tmp_path, capsys):
     assert checkpoint is not None, "no checkpoint within two minutes"
     reached = runs.load_checkpoint(checkpoint)["epoch"]
     assert 1 <= reached < 60
-    again = script(*args)
-    assert again.returncode == 0 and f"epochs {reached + 1}..60" in again.stdout, again.stdout + again.stderr
+    monkeypatch.chdir(PAPER)
+    assert started(PAPER / "train.py", args) == 0 and f"epochs {reached + 1}..60" in capsys.readouterr().out
     assert runs.load_checkpoint(checkpoint)["epoch"] == 60
     fit(OmegaConf.load(checkpoint.parent / "config.yaml"), fabric, checkpoint.parent)
     assert "finished already" in capsys.readouterr().out
@@ -259,10 +260,9 @@ def test_preflight_writes_nothing(fabric, tmp_path, capsys):
     assert "preflight: data found, 32 images x 4 copies" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
-def test_missing_data_ends_the_script_and_leaves_nothing_behind(tmp_path):
+def test_missing_data_ends_the_script_and_leaves_nothing_behind(refused, tmp_path):
     root = tmp_path / "nowhere"
-    missing = script(sys.executable, "train.py", "data=folder", f"data.root={root}", f"run_root={tmp_path / 'runs'}")
-    assert missing.returncode != 0 and str(root) in missing.stderr and not (tmp_path / "runs").exists()
+    assert str(root) in refused(PAPER, "train", ["data=folder", f"data.root={root}"])
 
 
 def test_build_draws_the_same_weights_for_a_seed():
