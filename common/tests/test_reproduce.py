@@ -5,10 +5,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from common import reproduce
 from common.metrics.readme import BEGIN, END
-from common.runs import RunError
+from common.runs import RunError, fingerprint
 
 TRAIN = """
 import random, sys
@@ -211,6 +214,18 @@ def test_cells_follow_the_sweeps_in_name_order(toy):
     assert len({c.sha for c in found}) == 7
     with_data = reproduce.cells(toy, "mini", ("data.root=/datasets",))
     assert [c.sha for c in with_data] == [c.sha for c in found] and with_data[1].dir == found[1].dir
+
+
+def test_a_cell_is_what_hydra_composes_for_it(toy):
+    """`cells` composes an arm once and changes the seed."""
+    found = [c for c in reproduce.cells(toy, "mini") if c.stage == "20_train_arms"]
+    with initialize_config_dir(config_dir=str(toy / "configs"), version_base="1.3"):
+        for cell in found:
+            cfg = compose("config", ["+reproduce/mini=20_train_arms", *cell.overrides], return_hydra_config=True)
+            HydraConfig.instance().set_config(cfg)
+            task = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+            assert cell.sha == fingerprint(task) and cell.dir == toy / "runs/mini" / cfg.hydra.sweep.subdir
+    assert [c.name() for c in found] == [f"{arm}/seed{k}" for arm in ("plain", "student") for k in (100, 101, 102)]
 
 
 def test_the_code_hash_sees_code_and_claims_but_not_tests_or_results(toy):
