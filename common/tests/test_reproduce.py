@@ -1,6 +1,7 @@
 """Sweeps of a toy paper: cells, skipping, kill and rerun, commands at paper scale, record and verify."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -216,16 +217,27 @@ def test_cells_follow_the_sweeps_in_name_order(toy):
     assert [c.sha for c in with_data] == [c.sha for c in found] and with_data[1].dir == found[1].dir
 
 
-def test_a_cell_is_what_hydra_composes_for_it(toy):
-    """`cells` composes an arm once and changes the seed."""
-    found = [c for c in reproduce.cells(toy, "mini") if c.stage == "20_train_arms"]
-    with initialize_config_dir(config_dir=str(toy / "configs"), version_base="1.3"):
-        for cell in found:
-            cfg = compose("config", ["+reproduce/mini=20_train_arms", *cell.overrides], return_hydra_config=True)
-            HydraConfig.instance().set_config(cfg)
-            task = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-            assert cell.sha == fingerprint(task) and cell.dir == toy / "runs/mini" / cfg.hydra.sweep.subdir
-    assert [c.name() for c in found] == [f"{arm}/seed{k}" for arm in ("plain", "student") for k in (100, 101, 102)]
+@pytest.mark.parametrize(
+    "params", ['{method: "plain,student", seed: "100,101"}', '{seed: "100,101", method: "plain,student"}']
+)
+def test_a_cell_is_what_hydra_composes_for_it(toy, params):
+    """`cells` composes an arm once and changes the seed, in whichever order a sweep goes through them."""
+    file = toy / "configs/reproduce/turned/20_train_arms.yaml"
+    file.parent.mkdir()
+    file.write_text(SWEEP % ("basic", "turned", params))
+    try:
+        found = reproduce.cells(toy, "turned", ("estimate.gpu_hours=9",))
+        with initialize_config_dir(config_dir=str(toy / "configs"), version_base="1.3"):
+            for cell in found:
+                cfg = compose("config", ["+reproduce/turned=20_train_arms", *cell.overrides], return_hydra_config=True)
+                HydraConfig.instance().set_config(cfg)
+                task = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+                assert cell.sha == fingerprint(task) and cell.dir == toy / "runs/turned" / cfg.hydra.sweep.subdir
+                assert cell.gpu_hours == 9
+    finally:
+        shutil.rmtree(file.parent)
+    names = {f"{arm}/seed{k}" for arm in ("plain", "student") for k in (100, 101)}
+    assert {c.name() for c in found} == names and len(found) == 4
 
 
 def test_the_code_hash_sees_code_and_claims_but_not_tests_or_results(toy):
