@@ -59,6 +59,7 @@ def test_make_evaluates_official_weights_on_a_coco_folder_and_records(
     make = [
         "make",
         "--just-print",
+        "--no-print-directory",  # said where make runs the tests
         "evaluate-q_detr",
         f"PY={sys.executable}",
         f"WEIGHTS={official}",
