@@ -1,6 +1,7 @@
 """Files as people have them, through training, evaluation and prediction: pixels, names, text, folders, paths."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -52,6 +53,7 @@ def test_a_class_folder_of_every_mode_trains(fabric, tmp_path):
             root / f"train/blue/{i}.{'jpg' if mode == 'CMYK' else 'png'}"
         )
     fit(folder_arm(root, "method=fp", "train.batch_size=4"), fabric, tmp_path / "run")
+    assert json.loads((tmp_path / "run/result.json").read_text())["status"] == "finished"
 
 
 # --------------------------------------------------------------------------------------------------------------- names
