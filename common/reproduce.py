@@ -114,12 +114,12 @@ def _cells_of(paper: Path, scale: str, file: Path, extra: tuple[str, ...]) -> li
         seeds = [o for o in overrides if o.startswith("seed=")]
         arm = tuple(o for o in overrides if o not in seeds)
         if arm not in composed:  # Hydra takes a tenth of a second for each: the seeds of an arm differ in nothing else
-            composed[arm] = _compose(config, (*sweep, *extra, *overrides))
-        cfg = composed[arm]
+            cfg = _compose(config, (*sweep, *extra, *overrides))
+            task = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])  # type: ignore[arg-type]
+            composed[arm] = cfg, task, HydraConfig.instance().cfg
+        cfg, task, HydraConfig.instance().cfg = composed[arm]
         for seed in seeds:
-            cfg.seed = OverridesParser.create().parse_override(seed).value()
-        HydraConfig.instance().set_config(cfg)
-        task = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])  # type: ignore[arg-type]
+            cfg.seed = task.seed = OverridesParser.create().parse_override(seed).value()
         subdir = Path(cfg.hydra.sweep.subdir)
         found.append(
             Cell(

@@ -26,8 +26,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def vgg16_trunk() -> nn.Sequential:
-    """The layers of VGG-16 up to relu5_3, without weights of anyone."""
-    return torchvision.models.vgg16(weights=None).features[:30]  # type: ignore[index]
+    """The layers of VGG-16 up to relu5_3, on the device "meta": names and shapes, no weights yet."""
+    with torch.device("meta"):
+        return torchvision.models.vgg16(weights=None).features[:30]  # type: ignore[index]
 
 
 def vgg16_features(weights_path: str | Path | None) -> nn.Sequential:
@@ -44,12 +45,12 @@ def vgg16_features(weights_path: str | Path | None) -> nn.Sequential:
     features = {k.removeprefix("features."): v for k, v in state.items() if not k.startswith("classifier.")}
     vgg = vgg16_trunk()
     try:
-        vgg.load_state_dict(features)
+        vgg.load_state_dict(features, assign=True)
     except RuntimeError as error:
         raise ValueError(
             f"{weights_path} holds no weights of torchvision's vgg16: {str(error).splitlines()[0]}"
         ) from error
-    return vgg.eval().requires_grad_(False)
+    return vgg.float().eval().requires_grad_(False)
 
 
 class _VGGDistance(nn.Module):

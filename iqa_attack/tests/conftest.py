@@ -1,9 +1,11 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from iqa_attack.photographs import data as data_of_scripts
 from iqa_attack.photographs.photos import graded_photos
 from iqa_attack.quality_models.brisque import Brisque, fit_brisque
 from iqa_attack.quality_models.cornia import fit_cornia
@@ -38,6 +40,24 @@ def attack_config(*overrides):
     with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
         fr = next((o.split("=")[1] for o in overrides if o.startswith("fr=")), "chebyshev")
         return compose("attack", overrides=["arm=test", f"fr_name={fr}", *FAST, *overrides])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def embedded_photographs_are_distorted_once():
+    """Trainings and attacks of the tests ask for the same few sets; test_data calls the function itself."""
+    made = {}
+
+    def kept(**options):
+        if options.get("root") is not None:
+            return graded_photos(**options)
+        key = repr(sorted((k, v if isinstance(v, (int, str)) or v is None else tuple(v)) for k, v in options.items()))
+        if key not in made:
+            made[key] = graded_photos(**options)
+        return {name: replace(data) for name, data in made[key].items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_of_scripts, "graded_photos", kept)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,10 @@ def test_ms_ssim_equals_torchmetrics():
 def vgg_file(tmp_path_factory):
     """Random weights in torchvision's format: what is computed with them must agree with torchmetrics, whatever they are."""
     torch.manual_seed(0)
-    state = {f"features.{k}": v for k, v in vgg16_trunk().state_dict().items()}
+    trunk = vgg16_trunk().to_empty(device="cpu")
+    for layer in [m for m in trunk if isinstance(m, torch.nn.Conv2d)]:
+        layer.reset_parameters()
+    state = {f"features.{k}": v for k, v in trunk.state_dict().items()}
     path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
     torch.save({**state, "classifier.0.weight": torch.zeros(2, 2)}, path)
     return path
@@ -150,13 +153,16 @@ def test_chebyshev_is_the_largest_change_of_any_value():
     torch.testing.assert_close(Chebyshev()(y, x) * 255, torch.tensor([3.0, 1.0]), rtol=1e-4, atol=1e-4)
 
 
-def test_lpips_and_dists_are_refused_without_the_weights(tmp_path):
+def test_lpips_and_dists_are_refused_without_the_weights(tmp_path, vgg_file):
     for name in ("lpips", "dists"):
         with pytest.raises(
             ValueError, match=r"need the ImageNet weights of VGG-16: fr.weights_path=.*random features are refused"
         ):
             build_fr(kind=name, weights_path=None)
-    torch.save({"features.0.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    half = {name: value.half() for name, value in torch.load(vgg_file, weights_only=True).items()}
+    torch.save(half, tmp_path / "half.pth")
+    assert next(build_fr(kind="lpips", weights_path=str(tmp_path / "half.pth")).parameters()).dtype == torch.float32
+    torch.save({"features.0.weight": torch.zeros(2), "epoch": 3}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="holds no weights of torchvision's vgg16"):
         build_fr(kind="lpips", weights_path=str(tmp_path / "other.pth"))
     with pytest.raises(ValueError, match="fr.kind='psnr', allowed: chebyshev, ssim, ms_ssim, lpips, dists"):

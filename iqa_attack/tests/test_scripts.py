@@ -66,10 +66,17 @@ def test_niqe_is_fitted(fabric, tmp_path):
     assert "srcc_test_niqe" in result(tmp_path)["metrics"]
 
 
+@pytest.fixture(scope="module")
+def whole(fabric, tmp_path_factory):
+    """A training that nobody interrupts: (its configuration, its folder)."""
+    cfg, out = train_config("method.models=[cornia,ma19,unique]", *NETS), tmp_path_factory.mktemp("whole")
+    train.fit(cfg, fabric, out)
+    return cfg, out
+
+
 @pytest.mark.parametrize("stop", [("ma19", 2), ("unique", 1)])
-def test_resumed_training_equals_uninterrupted_bit_for_bit(stop, fabric, tmp_path, monkeypatch):
-    cfg = train_config("method.models=[cornia,ma19,unique]", *NETS)
-    train.fit(cfg, fabric, tmp_path / "whole")
+def test_resumed_training_equals_uninterrupted_bit_for_bit(stop, fabric, tmp_path, monkeypatch, whole):
+    cfg, uninterrupted = whole
     log = runs.Run.log
 
     def killed(self, **row):
@@ -82,12 +89,12 @@ def test_resumed_training_equals_uninterrupted_bit_for_bit(stop, fabric, tmp_pat
         train.fit(cfg, fabric, tmp_path / "parts")
     monkeypatch.setattr(runs.Run, "log", log)
     train.fit(cfg, fabric, tmp_path / "parts")
-    whole, parts = (runs.load_checkpoint(tmp_path / n / "last.ckpt")["model"] for n in ("whole", "parts"))
-    for name, model in whole.items():
+    expected, parts = (runs.load_checkpoint(d / "last.ckpt")["model"] for d in (uninterrupted, tmp_path / "parts"))
+    for name, model in expected.items():
         torch.testing.assert_close(parts[name]["state"], model["state"], rtol=0, atol=0)
         assert parts[name]["calibration"] == model["calibration"]
-    assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
-    assert result(tmp_path / "whole")["metrics"] == result(tmp_path / "parts")["metrics"]
+    assert (uninterrupted / "metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
+    assert result(uninterrupted)["metrics"] == result(tmp_path / "parts")["metrics"]
 
 
 def test_a_resting_trunk_does_not_move(fabric, tmp_path):
