@@ -1,5 +1,6 @@
 """Images in and out: RGB in 0..1 on the 8-bit lattice, PNG files, and one clear error for everything else."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,6 @@ def check_images(x: Tensor, minimum: int, who: str, *, flat: bool = False) -> No
         )
 
 
-def luma(x: Tensor) -> Tensor:
+def luma(x: Tensor, weights: Sequence[float] = (0.2989, 0.5870, 0.1140)) -> Tensor:
     """(B, 3, H, W) in 0..1 -> (B, 1, H, W) in 0..255, not rounded: rounding has no gradient."""
-    weights = x.new_tensor([0.2989, 0.5870, 0.1140]).view(1, 3, 1, 1)
-    return 255 * (x * weights).sum(1, keepdim=True)
+    return 255 * (x * x.new_tensor(weights).view(1, 3, 1, 1)).sum(1, keepdim=True)

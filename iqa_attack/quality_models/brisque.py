@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from common.data.files import read_text
 from iqa_attack.photographs.images import check_images, luma
-from iqa_attack.quality_models.natural_scene_statistics import ShapeGradient, brisque_features
+from iqa_attack.quality_models.natural_scene_statistics import ShapeGradient, brisque_features, opencv_features
 
 RANGE_HINT = "(36, 2) or (2, 36) numbers: minimum and maximum of every feature"
 
@@ -24,7 +24,11 @@ class Brisque(nn.Module):
 
     quality = sign * (sum_i c_i exp(-gamma |f - v_i|^2) - rho), f the features scaled to [-1, 1]. The sum is computed in
     float64: its terms are up to a thousand times larger. precision: of the features, double or single; in single precision
-    rounding decides how flat areas count (a photograph with a white sky may get -6.0 for -1.6)."""
+    rounding decides how flat areas count (a photograph with a white sky may get -6.0 for -1.6).
+
+    features: "paper", of the paper's code, or "opencv", of OpenCV's quality module, which also rounds the luma (the gradient
+    passes straight through). A regression belongs to the features that it was trained on: OpenCV's own score is 0..100 minus
+    the quality clamped there. resize: the second scale of the paper's features."""
 
     minimum = 32
     vectors: Tensor
@@ -42,14 +46,19 @@ class Brisque(nn.Module):
         shape_gradient: ShapeGradient = "none",
         resize: str = "torch_aligned",
         precision: str = "double",
+        features: str = "paper",
     ):
         super().__init__()
+        if features not in ("paper", "opencv"):
+            raise ValueError(f"features={features!r}, allowed: paper, opencv")
+        if features == "opencv" and resize != "torch_aligned":
+            raise ValueError(f"resize={resize!r} belongs to features=paper; OpenCV has one of its own")
         if precision not in ("double", "single"):
             raise ValueError(f"precision={precision!r}, allowed: double, single")
         if sign not in (1, -1):
             raise ValueError(f"sign={sign}, allowed: 1 (larger raw score = better) or -1")
         self.gamma, self.sign, self.shape_gradient, self.resize = gamma, sign, shape_gradient, resize
-        self.precision = precision
+        self.precision, self.convention = precision, features
         self.register_buffer("vectors", torch.zeros(support, 36, dtype=torch.float64))
         self.register_buffer("coefficients", torch.zeros(support, dtype=torch.float64))
         self.register_buffer("rho", torch.zeros((), dtype=torch.float64))
@@ -59,6 +68,9 @@ class Brisque(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         check_images(x, self.minimum, "BRISQUE")
         x = x.double() if self.precision == "double" else x
+        if self.convention == "opencv":
+            y = luma(x, (0.299, 0.587, 0.114))
+            return opencv_features(y + (y.round() - y).detach(), shape_gradient=self.shape_gradient)
         return brisque_features(luma(x), shape_gradient=self.shape_gradient, resize=self.resize)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,6 +83,7 @@ class Brisque(nn.Module):
         return {
             "support": len(self.vectors), "gamma": self.gamma, "sign": self.sign,  # type: ignore[arg-type]
             "shape_gradient": self.shape_gradient, "resize": self.resize, "precision": self.precision,
+            "features": self.convention,
         }  # fmt: skip
 
 
@@ -115,13 +128,15 @@ def load_brisque(
 
     range_path: file of the feature ranges; null looks for `range` in place of `model` in the name (.yml) or scale.mat
     beside. higher_is_better: whether the raw score is; the published models predict DMOS (false), the paper's own is
-    flipped (true). Raises FileNotFoundError or ValueError naming the file and what it lacks."""
+    flipped (true). features: OpenCV's own for its .yml, else the paper's, unless said. Raises FileNotFoundError or
+    ValueError naming the file and what it lacks."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no BRISQUE model {path}")
     readers = {".npz": _read_npz, ".yml": _read_yml, ".yaml": _read_yml, ".mat": _read_mat}
     if path.suffix not in readers:
         raise ValueError(f"{path}: suffix {path.suffix!r}, allowed are {', '.join(readers)}")
+    options = {"features": "opencv" if readers[path.suffix] is _read_yml else "paper", **options}
     vectors, coefficients, rho, gamma, ranges = readers[path.suffix](path, range_path)
     ranges = np.asarray(ranges, dtype=np.float64)
     ranges = ranges if ranges.shape == (2, 36) else ranges.T

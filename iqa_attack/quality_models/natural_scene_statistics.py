@@ -24,16 +24,16 @@ def local_moments(luma: Tensor, padding: str) -> tuple[Tensor, Tensor]:
     return mu, (variance.abs() + 1e-8).sqrt()  # flat areas: the root has no finite slope at 0
 
 
-def mscn(luma: Tensor, *, padding: str = "constant", c: float = 1.0) -> Tensor:
+def mscn(luma: Tensor, *, padding: str = "constant", c: float = 1.0, flat: float = FLAT) -> Tensor:
     """Mean-subtracted contrast-normalised coefficients (L - mu) / (sigma + c) of luma (B, 1, H, W) in 0..255.
 
     In a flat area L - mu is 0 and what remains is rounding, whose sign then decides on which side of an asymmetric Gaussian
-    its products count. In float64 every such value is taken as FLAT, which is what most of a 2-D window's roundings are: the
-    same on every machine. In float32 the rounding decides."""
+    its products count. In float64 every such value is taken as `flat` (FLAT is what most of a 2-D window's roundings are; 0 is
+    on neither side): the same on every machine. In float32 the rounding decides."""
     mu, sigma = local_moments(luma, padding)
     difference = luma - mu
     if luma.dtype == torch.float64:
-        difference = torch.where(difference.abs() < ROUNDING, torch.full_like(difference, FLAT), difference)
+        difference = torch.where(difference.abs() < ROUNDING, torch.full_like(difference, flat), difference)
     return difference / (sigma + c)
 
 
@@ -100,6 +100,29 @@ def neighbour_products(m: Tensor) -> list[Tensor]:
     return [(m * torch.roll(m, shift, dims=(2, 3))).flatten(1) for shift in SHIFTS]
 
 
+def shifted(m: Tensor, dy: int, dx: int) -> Tensor:
+    """(B, 1, H, W) moved so that place (i, j) holds what was at (i + dy, j + dx), dy and dx in -1..1; 0 where that is outside."""
+    height, width = m.shape[2:]
+    return F.pad(m, (1, 1, 1, 1))[:, :, 1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width]
+
+
+def opencv_features(luma: Tensor, *, shape_gradient: ShapeGradient = "none") -> Tensor:
+    """The 36 features as OpenCV's quality module computes them, (B, 36), of luma (B, 1, H, W) in whole gray levels 0..255.
+
+    Unlike `brisque_features`: the borders are replicated, neighbours outside count as 0, the coefficients themselves are fitted
+    by an asymmetric Gaussian, the second scale is OpenCV's INTER_CUBIC, and flat areas are on neither side."""
+    features = []
+    for scale in range(2):
+        if scale:
+            luma = halve(luma, "opencv")
+        m = mscn(luma, padding="replicate", flat=0.0)
+        alpha, _, left, right = fit_aggd(m.flatten(1), shape_gradient)
+        features += [alpha, (left + right) / 2]
+        for dy, dx in SHIFTS:
+            features += fit_aggd((m * shifted(m, dy, dx)).flatten(1), shape_gradient)
+    return torch.stack(features, dim=1)
+
+
 def brisque_features(
     luma: Tensor,
     *,
@@ -122,10 +145,10 @@ def brisque_features(
 
 
 def halve(x: Tensor, resize: str) -> Tensor:
-    """Bicubic reduction to floor(H/2) x floor(W/2)."""
-    if resize not in ("torch_aligned", "antialias"):
-        raise ValueError(f"resize={resize!r}, allowed: torch_aligned, antialias")
+    """Bicubic reduction to floor(H/2) x floor(W/2). opencv: INTER_CUBIC, neither aligned nor antialiased."""
+    if resize not in ("torch_aligned", "antialias", "opencv"):
+        raise ValueError(f"resize={resize!r}, allowed: torch_aligned, antialias, opencv")
     size = [x.shape[2] // 2, x.shape[3] // 2]
     if resize == "antialias":
         return F.interpolate(x, size=size, mode="bicubic", antialias=True)
-    return F.interpolate(x, size=size, mode="bicubic", align_corners=True)
+    return F.interpolate(x, size=size, mode="bicubic", align_corners=resize == "torch_aligned")

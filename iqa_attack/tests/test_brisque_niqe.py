@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import scipy.io
+import skimage.data
 import torch
 from scipy.stats import spearmanr
 
 from iqa_attack.quality_models.brisque import Brisque, load_brisque
+from iqa_attack.quality_models.natural_scene_statistics import mscn
 from iqa_attack.quality_models.niqe import Niqe, fit_niqe, load_niqe
 
 
@@ -68,6 +70,40 @@ def test_published_formats_give_the_formula(kind, tmp_path, images):
     np.testing.assert_allclose(model(images), -(raw - r["rho"]), rtol=1e-4)
     turned = load_brisque(tmp_path / write(r, tmp_path, kind).name, higher_is_better=True)
     torch.testing.assert_close(turned(images), -model(images))
+
+
+# QualityBRISQUE_computeFeatures of OpenCV 5.0.0 (opencv_contrib, module quality) of scikit-image's chelsea()[40:200, 100:300].
+OPENCV = [
+    2.433, 0.3742347, 0.761, 0.0570879, 0.1214055, 0.1899476, 0.766, 0.0382126, 0.1337073, 0.1798039, 0.75, -0.0295052,
+    0.1750934, 0.1391659, 0.77, -0.0409118, 0.1753924, 0.1270283, 2.659, 0.4309445, 0.794, -0.0081073, 0.2040615, 0.1931525,
+    0.78, -0.0386258, 0.2379248, 0.1841455, 0.77, -0.0061924, 0.2029888, 0.194569, 0.796, -0.0487303, 0.2226596, 0.1586855,
+]  # fmt: skip
+
+
+def test_opencvs_parameters_meet_opencvs_features(tmp_path):
+    photo = torch.from_numpy(skimage.data.chelsea()[40:200, 100:300].copy()).permute(2, 0, 1)[None] / 255
+    found = Brisque(support=1, features="opencv").features(photo)[0]
+    torch.testing.assert_close(found, torch.tensor(OPENCV, dtype=torch.float64), rtol=0, atol=2e-6)
+    r = regression()
+    models = {kind: load_brisque(write(r, tmp_path, kind)) for kind in ("yml", "npz", "mat")}
+    for kind, model in models.items():
+        assert torch.equal(model.features(photo)[0], found) == (kind == "yml")
+    asked = load_brisque(tmp_path / "svr.npz", features="opencv")
+    assert torch.equal(asked(photo), models["yml"](photo)) and asked.options()["features"] == "opencv"
+    with pytest.raises(ValueError, match="resize='antialias' belongs to features=paper"):
+        Brisque(support=1, features="opencv", resize="antialias")
+    with pytest.raises(ValueError, match="features='cv', allowed: paper, opencv"):
+        Brisque(support=1, features="cv")
+    leaf = photo.clone().requires_grad_()
+    asked(leaf).sum().backward()
+    assert float(leaf.grad.abs().max()) > 0  # rounding the luma lets the gradient through
+
+
+def test_a_flat_area_is_on_neither_side_in_opencvs_features():
+    m = torch.zeros(1, 1, 40, 40, dtype=torch.float64)
+    m[..., 20:] = torch.rand(40, 20, generator=torch.Generator().manual_seed(0)).double() * 255
+    flat = mscn(m, padding="replicate", flat=0.0)[..., :16]
+    assert float(flat.abs().max()) == 0 and float(mscn(m, padding="replicate")[..., :16].min()) > 0
 
 
 def test_files_of_another_model_are_refused_by_name(tmp_path):
