@@ -70,6 +70,15 @@ def cub(root):
     return build_stream(name="cub200", seed=0, root=str(root), tasks=2, stored_size=16, workers=0)
 
 
+def drawings(root):
+    for c, drawer in ((1, 1), (1, 20), (2, 3), (2, 18)):
+        save(root / f"images_background/Greek/character{c:02d}/{c:04d}_{drawer:02d}.png")
+
+
+def omniglot(root):
+    return build_stream(name="omniglot", seed=0, root=str(root), tasks=None, stored_size=16, workers=0)
+
+
 # set: (make the folder, read it as train.py does, a file whose text is spoilt and how, an image that is taken away, a line)
 SETS = {
     "ap_fer.raf_db": (
@@ -86,6 +95,7 @@ SETS = {
     ),
     "lifelong.cub200": (birds, cub, ("CUB_200_2011/image_class_labels.txt", "1 2", "1 0"),
         "CUB_200_2011/images/1/1.jpg", "wren 2"),
+    "lifelong.omniglot": (drawings, omniglot, None, "images_background/Greek/character01/*", "test: 2 images, 2 classes"),
 }  # fmt: skip
 
 

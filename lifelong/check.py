@@ -6,7 +6,7 @@ from pathlib import Path
 from common.data.check import Found, data_choices
 from lifelong.streams import files_of
 
-SETS = {name: text for name, text in data_choices(__file__).items() if name in ("cub200", "folder")}
+SETS = {name: text for name, text in data_choices(__file__).items() if name in ("cub200", "omniglot", "folder")}
 
 
 def read(name: str, root: Path) -> Iterator[Found]:

@@ -1,9 +1,10 @@
-"""Streams of tasks with disjoint classes: embedded digits and shapes, torchvision sets, CUB-200, class folders.
+"""Streams of tasks with disjoint classes: embedded digits and shapes, torchvision sets, CUB-200, Omniglot, class folders.
 
 Labels are positions in the class order: task 0 holds 0 .. s_0 - 1, and so on, in training, test and memory alike. The images
 of a task are tensors, decoded when the task begins.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,12 +19,15 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from common.data.batches import stream as random_stream
 from common.data.dataset import Dataset
-from common.data.files import identity, label, open_image, read_lines, readable, tensor_identity
+from common.data.files import identity, images_below, label, open_image, read_lines, readable, tensor_identity
 from common.data.objects import OBJECTS, digits_on_backgrounds, objects_on_backgrounds
 from common.data.vision import KNOWN, data_root, image_folder, in_memory, torchvision_set
 
 EMBEDDED = {"digits20": 20, "digits10": 10, "shapes": 10}  # and their classes
-SETS = (*EMBEDDED, *KNOWN, "cub200", "folder")
+SETS = (*EMBEDDED, *KNOWN, "cub200", "omniglot", "folder")
+# A class is a character of an alphabet; in the root, omniglot-py/ (torchvision's) or omniglot/, as many of these as are there.
+OMNIGLOT = ("images_background", "images_evaluation", "images_background_small1", "images_background_small2")
+TRAINING_DRAWERS = 15  # of Omniglot's twenty; it has no split of its own within a character
 SPLITS = ("train", "test")
 
 Decode = Callable[[str, Tensor], Tensor]  # (split, indices) -> raw images
@@ -134,7 +138,7 @@ def build_stream(
     *,
     name: str,
     seed: int,
-    tasks: int | Sequence[int] = 10,
+    tasks: int | Sequence[int] | None = 10,
     order: str | Sequence[str] = "natural",
     order_seed: int | None = None,
     root: str | None = None,
@@ -156,7 +160,8 @@ def build_stream(
     class), amplitude, swapped (test textures of the next class): see common.data.objects. They show reliance on
     backgrounds and forgetting, with known foreground; they cannot show accuracy on photographs.
     mnist, fashion_mnist, cifar10, cifar100: `root` in torchvision's layout. cub200: root/CUB_200_2011/images.txt, ....
-    folder: root/train/<class>/ and root/val/<class>/ (or test/). The last two are decoded per task by `workers` threads, short
+    omniglot: the folders of `OMNIGLOT`; tasks null: an alphabet each.
+    folder: root/train/<class>/ and root/val/<class>/ (or test/). The last three are decoded per task by `workers` threads, short
     side and centre `stored_size` pixels. per_class: at most so many training images of a class, the first; null: all.
     splits: those that are needed. ValueError for an unknown name, a root for an embedded set, or classes that do not fit,
     FileNotFoundError for missing files."""
@@ -169,7 +174,8 @@ def build_stream(
         made = _files(name, root, stored_size, workers, splits)
     names = made.names
     chosen = class_order(names, order, seed if order_seed is None else order_seed)
-    groups = task_groups(len(chosen), list(tasks) if not isinstance(tasks, int) else tasks)
+    alphabets = list(Counter(name.partition("/")[0] for name in names).values())
+    groups = task_groups(len(chosen), alphabets if tasks is None else tasks)
     position = torch.full((len(names),), -1)  # classes that the order leaves out belong to no task
     position[torch.tensor(chosen)] = torch.arange(len(chosen))
     targets = {s: position[made.targets[s]] for s in splits}
@@ -201,9 +207,14 @@ def _check_request(name: str, root: Any, tasks: Any, order: Any, per_class: int 
         )
     if (per_class is not None and per_class < 1) or stored_size < 1:
         raise ValueError(f"data.per_class={per_class}, data.stored_size={stored_size}, allowed: >= 1 (or null)")
+    if tasks is None and (name != "omniglot" or order != "natural"):
+        raise ValueError(
+            f"data.tasks=null with data={name}, data.order={order}: give a number of tasks or a list of sizes (null is one "
+            "alphabet per task, for omniglot in its natural order)"
+        )
     classes = EMBEDDED.get(name) or (KNOWN[name].classes if name in KNOWN else None)
-    if classes and order in ("natural", "random"):
-        task_groups(classes, tasks if isinstance(tasks, int) else list(tasks))
+    if classes and tasks is not None and order in ("natural", "random"):
+        task_groups(classes, tasks)
 
 
 def _first_of_each_class(labels: Tensor, count: int) -> Tensor:
@@ -253,19 +264,22 @@ def stored(image: Image, size: int, channels: int = 3) -> Tensor:
 
 def _files(name: str, root: str | None, size: int, workers: int, splits: Sequence[str]) -> _Loaded:
     names, paths, targets = files_of(name, root, splits)
+    channels = 1 if name == "omniglot" else 3
 
     def decode(split: str, at: Tensor) -> Tensor:
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            return torch.stack([*pool.map(lambda i: stored(open_image(paths[split][i]), size), at.tolist())])
+            return torch.stack([*pool.map(lambda i: stored(open_image(paths[split][i]), size, channels), at.tolist())])
 
     source = identity(name, [p for s in splits for p in paths[s]], root=root, classes=len(names))
-    return _Loaded(names, targets, (3, size, size), decode, source)
+    return _Loaded(names, targets, (channels, size, size), decode, source)
 
 
 def files_of(
     name: str, root: str | None, splits: Sequence[str]
 ) -> tuple[list[str], dict[str, list[Path]], dict[str, Tensor]]:
-    """(class names, files by split, labels by split) of cub200 or of one's own class folders."""
+    """(class names, files by split, labels by split) of cub200, omniglot or one's own class folders."""
+    if name == "omniglot":
+        return _omniglot(root)
     return _cub200(root) if name == "cub200" else _folder(root, splits)
 
 
@@ -317,6 +331,37 @@ def _cub200(root: str | None) -> tuple[list[str], dict[str, list[Path]], dict[st
         kept = readable(found)
         paths[s], labels[s] = [found[i] for i in kept], [labels[s][i] for i in kept]
     return [names[i][0] for i in sorted(names)], paths, {s: torch.tensor(v) for s, v in labels.items()}
+
+
+def _omniglot(root: str | None) -> tuple[list[str], dict[str, list[Path]], dict[str, Tensor]]:
+    places = [data_root(root) / inner / part for inner in ("omniglot-py", "omniglot", "") for part in OMNIGLOT]
+    characters: dict[
+        str, Path
+    ] = {}  # the small sets share Greek and Latin: the first folder that holds a character counts
+    for place in places:
+        for folder in sorted(place.glob("*/character*")) if place.is_dir() else ():
+            characters.setdefault(f"{folder.parent.name}/{folder.name}", folder)
+    if not characters:
+        raise FileNotFoundError(
+            f"omniglot not found under {root}: expected images_background/<alphabet>/character01/0709_01.png, ... (also "
+            "images_evaluation, images_background_small1, images_background_small2), in the root or in omniglot-py/"
+        )
+    names = sorted(characters)
+    paths: dict[str, list[Path]] = {s: [] for s in SPLITS}
+    labels: dict[str, list[int]] = {s: [] for s in SPLITS}
+    drawn = [images_below(characters[name]) for name in names]
+    if not all(drawn):
+        raise ValueError(f"{characters[names[drawn.index([])]]} holds no drawing")
+    files = [(c, path) for c, found in enumerate(drawn) for path in found]
+    for i in readable([path for _, path in files]):
+        c, path = files[i]
+        drawer = path.stem.rpartition("_")[2]
+        if not (drawer.isdecimal() and 1 <= int(drawer) <= 20):
+            raise ValueError(f"{path}: the name of a drawing ends in its drawer, _01 to _20")
+        split = "train" if int(drawer) <= TRAINING_DRAWERS else "test"
+        paths[split].append(path)
+        labels[split].append(c)
+    return names, paths, {s: torch.tensor(v) for s, v in labels.items()}
 
 
 def _folder(root: str | None, splits: Sequence[str]) -> tuple[list[str], dict[str, list[Path]], dict[str, Tensor]]:

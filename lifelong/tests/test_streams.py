@@ -132,6 +132,41 @@ def test_cub200(tmp_path):
     assert stream.task("test", 2)[0][0, 0, 0, 0].item() == pytest.approx(50, abs=2)
 
 
+def test_omniglot(tmp_path):
+    """Two alphabets, of two parts that share one; twenty drawings of each character."""
+    for part, alphabet, count in (
+        ("background_small1", "Latin", 2),
+        ("background_small2", "Latin", 2),
+        ("evaluation", "Ge", 3),
+    ):
+        for c in range(1, count + 1):
+            for drawer in range(1, 21):
+                shade = 10 * c + drawer + 100 * (part == "background_small2")
+                picture(
+                    tmp_path / f"omniglot-py/images_{part}/{alphabet}/character{c:02d}/{c:04d}_{drawer:02d}.png", shade
+                )
+    options = {"name": "omniglot", "seed": 0, "root": str(tmp_path), "stored_size": 8}
+    stream = build_stream(**options, tasks=None)
+    assert stream.sizes == [3, 2] and stream.class_names[::3] == ["Ge/character01", "Latin/character01"]
+    assert (stream.channels, stream.size) == (1, 8)
+    for split, drawers in (("train", range(1, 16)), ("test", range(16, 21))):
+        images, labels = stream.task(split, 1)
+        assert images.shape[1:] == (1, 8, 8) and labels.unique().tolist() == [3, 4]
+        assert images[labels == 3][:, 0, 0, 0].tolist() == [10 + d for d in drawers]  # of the first part that has it
+    assert build_stream(**options, tasks=5, order="random").sizes == [1] * 5
+    for more in ({"order": "random"}, {"name": "mnist"}):
+        with pytest.raises(ValueError, match=r"data\.tasks=null .* one alphabet per task"):
+            build_stream(**{**options, **more}, tasks=None)
+    for wrong in (0, []):
+        with pytest.raises(ValueError, match=r"data\.tasks="):
+            build_stream(**options, tasks=wrong)
+    picture(tmp_path / "omniglot-py/images_evaluation/Ge/character01/0001_21.png", 1)
+    with pytest.raises(ValueError, match=r"0001_21\.png: the name of a drawing ends in its drawer"):
+        build_stream(**options, tasks=None)
+    with pytest.raises(FileNotFoundError, match="omniglot not found under .*expected images_background/"):
+        build_stream(**{**options, "root": str(tmp_path / "omniglot-py/images_evaluation")}, tasks=None)
+
+
 def test_cifar100_layout(tmp_path):
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
