@@ -174,8 +174,7 @@ def build_stream(
         made = _files(name, root, stored_size, workers, splits)
     names = made.names
     chosen = class_order(names, order, seed if order_seed is None else order_seed)
-    alphabets = list(Counter(name.partition("/")[0] for name in names).values())
-    groups = task_groups(len(chosen), alphabets if tasks is None else tasks)
+    groups = task_groups(len(chosen), _alphabets(names) if tasks is None else tasks)
     position = torch.full((len(names),), -1)  # classes that the order leaves out belong to no task
     position[torch.tensor(chosen)] = torch.arange(len(chosen))
     targets = {s: position[made.targets[s]] for s in splits}
@@ -215,6 +214,11 @@ def _check_request(name: str, root: Any, tasks: Any, order: Any, per_class: int 
     classes = EMBEDDED.get(name) or (KNOWN[name].classes if name in KNOWN else None)
     if classes and tasks is not None and order in ("natural", "random"):
         task_groups(classes, tasks)
+
+
+def _alphabets(names: Sequence[str]) -> list[int]:
+    """Characters of every alphabet; natural order keeps an alphabet together."""
+    return list(Counter(name.partition("/")[0] for name in names).values())
 
 
 def _first_of_each_class(labels: Tensor, count: int) -> Tensor:
