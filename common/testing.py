@@ -2,10 +2,17 @@
 
 import functools
 import gc
+import multiprocessing
+import os
 import runpy
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import connection, forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -95,6 +102,71 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, Sequence[str]], 
         finally:
             GlobalHydra.instance().clear()
         return 0
+
+    return call
+
+
+# What most scripts import: half of the time in which a short one is done.
+PRELOADED = ["common.testing", "torchvision.transforms.v2", "timm", "scipy.optimize", "scipy.stats", "sklearn.datasets"]
+
+
+@functools.cache
+def _server() -> ForkServerContext:
+    """Processes that are forked from one that has imported PRELOADED and computed nothing: seconds faster than new ones."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        forkserver.ensure_running()
+    return context
+
+
+def _as_script(file: str, arguments: Sequence[str], environment: dict[str, str], out: str, err: str) -> None:
+    for stream, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), stream)
+    os.environ |= environment
+    os.chdir(Path(file).parent)
+    sys.path.insert(0, str(Path(file).parent))
+    sys.argv = [file, *arguments]
+    runpy.run_path(file, run_name="__main__")
+
+
+def process(script: Path, arguments: Sequence[str], place: Path, **environment: str) -> ForkServerProcess:
+    """`python <script> <arguments>` from inside its folder, begun; what it says is added to the files out and err of `place`."""
+    words, out, err = [str(a) for a in arguments], str(place / "out"), str(place / "err")
+    begun = _server().Process(target=_as_script, args=(str(script), words, {**os.environ, **environment}, out, err))
+    begun.start()
+    return begun
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., CompletedProcess]:
+    """ranks(script file, arguments, count=2) -> what `torchrun --standalone --nproc_per_node=2 <script> <arguments>` ends with.
+
+    The processes have the variables that torchrun gives them, without torchrun's own process. One that fails ends the others."""
+
+    def call(script: Path, arguments: Sequence[str], count: int = 2) -> CompletedProcess:
+        place = tmp_path_factory.mktemp("ranks")
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        shared = {
+            "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test",
+        }  # fmt: skip
+        begun = [process(script, arguments, place, **shared, RANK=str(r), LOCAL_RANK=str(r)) for r in range(count)]
+        deadline = time.monotonic() + 300
+        while (
+            any(p.exitcode is None for p in begun)
+            and not any(p.exitcode for p in begun)
+            and time.monotonic() < deadline
+        ):
+            connection.wait([p.sentinel for p in begun if p.exitcode is None], timeout=1)
+        for p in begun:
+            p.kill()
+            p.join()
+        status = next((p.exitcode for p in begun if p.exitcode), 0)
+        return CompletedProcess([str(script), *arguments], status, *((place / n).read_text() for n in ("out", "err")))
 
     return call
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -418,14 +416,11 @@ def test_the_losses_of_the_tokens_are_their_formulas_times_their_weights(fabric)
     torch.testing.assert_close(terms["aux"], 0.2 * (-0.9 * log.gather(1, y[:, None]).mean() - 0.1 * log.mean()))
 
 
-def test_two_ranks_equal_one_process_at_equal_global_batch(fabric, tmp_path):
+def test_two_ranks_equal_one_process_at_equal_global_batch(fabric, ranks, tmp_path):
     args = [f"start.checkpoint={contract.start()}", "budget.target=0.9", CUT, "data.test_images=15"]
     fit(composed(*SMALL[:1], *SMALL[2:], *args, "arm=as"), fabric, tmp_path / "one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    two = subprocess.run(
-        [*torchrun, *SMALL[:1], *SMALL[2:], *args, "fabric.accelerator=cpu", f"run_root={tmp_path / 'two'}"],
-        cwd=PAPER, env=ENV, capture_output=True, text=True,
-    )  # fmt: skip
+    args += ["fabric.accelerator=cpu", f"run_root={tmp_path / 'two'}"]
+    two = ranks(PAPER / "train.py", [*SMALL[:1], *SMALL[2:], *args])
     assert two.returncode == 0, two.stderr
     assert "2 devices x 1 micro-steps x 16" in two.stdout
     found = [tmp_path / "one/last.ckpt", next((tmp_path / "two").rglob("last.ckpt"))]

@@ -1,9 +1,6 @@
 """The script as people run it: every arm, resume, two ranks, errors, and what it leaves behind."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -26,12 +23,6 @@ PATCHES = [
     "model.start=1",
     "model.heads=2",
 ]  # no batch statistics
-
-
-def script(*args):
-    """A script as people call it, from inside the folder."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *args], cwd=PAPER, env=environment, capture_output=True, text=True)
 
 
 def read(path):
@@ -120,12 +111,11 @@ def test_accumulation_equals_the_whole_batch_without_batch_statistics(fabric, tm
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_two_ranks_equal_one_process_at_equal_global_batch(fabric, tmp_path):
+def test_two_ranks_equal_one_process_at_equal_global_batch(fabric, ranks, tmp_path):
     root = folders(tmp_path / "data")
     args = [*FOLDER, *folder_arm(root), "optim.name=sgd", "optim.lr=0.05", "fabric.accelerator=cpu"]
     fit(folder_config(root, *args), fabric, tmp_path / "one")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    two = script(*torchrun, *args, f"hydra.run.dir={tmp_path / 'two'}")
+    two = ranks(PAPER / "train.py", [*args, f"hydra.run.dir={tmp_path / 'two'}"])
     assert two.returncode == 0, two.stderr
     assert "2 devices x 1 micro-steps x 2" in two.stdout
     a, b = (runs.load_checkpoint(tmp_path / n / "last.ckpt")["model"] for n in ("one", "two"))
@@ -254,13 +244,12 @@ def test_nan_loss_stops_the_run_and_names_the_term(fabric, tmp_path):
     assert read(tmp_path)["status"] == "failed"
 
 
-def test_preflight_and_missing_data_leave_nothing_behind(fabric, tmp_path, capsys):
+def test_preflight_and_missing_data_leave_nothing_behind(fabric, started, tmp_path, capsys):
     fit(short_config("preflight=true"), fabric, tmp_path / "run")
     assert "preflight: data found, 32 images" in capsys.readouterr().out and not (tmp_path / "run").exists()
-    missing = script(
-        "train.py", "experiment=raf_db", f"data.root={tmp_path / 'nowhere'}", f"run_root={tmp_path / 'runs'}"
-    )
-    assert missing.returncode != 0 and "nowhere" in missing.stderr and not (tmp_path / "runs").exists()
+    missing = ["experiment=raf_db", f"data.root={tmp_path / 'nowhere'}", f"run_root={tmp_path / 'runs'}"]
+    assert started(PAPER / "train.py", missing) != 0
+    assert "nowhere" in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------- the pieces

@@ -2,11 +2,7 @@ import copy
 import io
 import itertools
 import math
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +11,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-import common
 from common.quant.lsq import (
     LSQQuantizer,
     calibrate,
@@ -471,9 +466,9 @@ def test_bad_input_is_named(call, message):
 
 
 WORKER = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from common.quant.lsq import LSQQuantizer, calibrate
-rank, store = int(sys.argv[1]), sys.argv[2]
+rank, store = int(os.environ["RANK"]), sys.argv[1]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 x = torch.load(store + ".pt", weights_only=True)[rank]
 q = LSQQuantizer(4, "activation", axis=1, groups=3, init="per_group", zero_point="integer", zp_init="lsqplus")
@@ -486,13 +481,13 @@ dist.destroy_process_group()
 """
 
 
-def test_two_ranks_with_different_first_batches_get_the_same_state(tmp_path):
+def test_two_ranks_with_different_first_batches_get_the_same_state(ranks, tmp_path):
     first, second = torch.rand(4, 3, 5), 7 * torch.randn(2, 3, 5)  # only the second rank sees negative values
     store = str(tmp_path / "store")
     torch.save([first, second], store + ".pt")
-    env = os.environ | {"PYTHONPATH": str(Path(common.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([sys.executable, "-c", WORKER, str(r), store], env=env) for r in (0, 1)]
-    assert [p.wait(timeout=120) for p in ranks] == [0, 0]
+    (tmp_path / "worker.py").write_text(WORKER)
+    done = ranks(tmp_path / "worker.py", [store])
+    assert done.returncode == 0, done.stderr
     a, b = (torch.load(f"{store}.{r}", weights_only=True) for r in (0, 1))
     for k in ("step", "zero_point", "is_signed", "calibrated", "percentile"):
         assert torch.equal(a[k], b[k]), k

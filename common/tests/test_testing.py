@@ -1,5 +1,6 @@
 """What the shared plugin of the tests prints."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -20,3 +21,33 @@ def test_what_tests_measured_is_printed_once_however_they_ended():
     lines: list[str] = []
     pytest_terminal_summary(SimpleNamespace(stats=stats, write_line=lines.append))  # type: ignore[arg-type]
     assert lines == ["ncl_pp: 20 kills", "rbonn: 3 lines"]
+
+
+SCRIPT = """
+import os, sys
+import torch.distributed as dist
+from common import runs
+
+rank = int(os.environ["RANK"])
+if sys.argv[1] == "fails" and rank == 1:
+    raise SystemExit("no such thing")
+fabric = runs.launch({"accelerator": "cpu", "devices": int(os.environ["LOCAL_WORLD_SIZE"])})
+print(f"rank {fabric.global_rank} of {fabric.world_size} in {os.getcwd()}, torchrun: {dist.is_torchelastic_launched()}")
+fabric.barrier()
+runs.leave()
+"""
+
+
+def test_ranks_are_those_of_torchrun(ranks, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = ranks(tmp_path / "script.py", ["works"])
+    assert done.returncode == 0, done.stderr
+    said = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+    assert said == [f"rank {r} of 2 in {tmp_path}, torchrun: True" for r in (0, 1)]
+    assert "RANK" not in os.environ
+
+
+def test_a_rank_that_fails_ends_the_others(ranks, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = ranks(tmp_path / "script.py", ["fails"])  # rank 0 waits for rank 1 in vain
+    assert done.returncode not in (0, None) and "no such thing" in done.stderr

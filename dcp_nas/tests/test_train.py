@@ -1,7 +1,6 @@
 """The scripts as people run them: searches and trainings, resume in the middle, budget, two ranks, errors."""
 
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -392,13 +391,6 @@ def test_means_of_random_cells(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
-def run_script(*command, **more):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *command], cwd=PAPER, env=environment, capture_output=True, text=True, **more
-    )
-
-
 def test_search_and_train_run_from_inside_their_folder(tmp_path, monkeypatch, capfd):
     """What the README says, shortened: the search that train.py makes by itself, on its own digits, then the training."""
     start = subprocess.run
@@ -493,10 +485,9 @@ def test_a_preflight_never_searches(fabric, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_two_ranks_train_one_network_and_evaluate_reads_it(started, tmp_path):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+def test_two_ranks_train_one_network_and_evaluate_reads_it(ranks, started, tmp_path):
     extra = ["genotype=random", "train.epochs=1", "fabric.accelerator=cpu", f"hydra.run.dir={tmp_path / 'two'}"]
-    done = run_script(*torchrun, *SHORT, *extra)
+    done = ranks(PAPER / "train.py", [*SHORT, *extra])
     assert done.returncode == 0 and "2 devices x 1 micro-steps x 16" in done.stdout, done.stderr
     assert "notice: batch norm uses the statistics of each of the 2 ranks" in done.stdout
     weights = tmp_path / "two/last.ckpt"

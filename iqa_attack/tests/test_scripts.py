@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -20,6 +17,7 @@ from PIL import Image
 
 from common import runs
 from common.data.batches import stream
+from common.testing import process
 from iqa_attack import attack, evaluate, train
 from iqa_attack.jnd import CsvObserver
 from iqa_attack.photographs.images import read_image
@@ -32,17 +30,6 @@ from iqa_attack.tables import read_cells, summarise, write_tables
 from iqa_attack.tests.conftest import CONFIGS, PAPER, SMALL, attack_config, config, train_config
 
 NETS = ["networks.ma19.epochs=3", "networks.unique.epochs=3"]
-
-
-def script(name, *args, **kwargs):
-    return subprocess.run(
-        [sys.executable, name, *args],
-        cwd=PAPER,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        **kwargs,
-    )
 
 
 def result(folder):
@@ -112,11 +99,10 @@ def test_a_resting_trunk_does_not_move(fabric, tmp_path):
     assert not found[0]["fc.weight"]
 
 
-def test_two_ranks_equal_one_process(fabric, tmp_path):
+def test_two_ranks_equal_one_process(fabric, ranks, tmp_path):
     """Ma19 has no batch norm: every pair of the batch counts, those between images of two ranks as well."""
     args = ["method=ma19", "train.epochs=1", "train.batch_size=16", "fabric.accelerator=cpu"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    done = script(*torchrun, *SMALL, "arm=test", *args, f"hydra.run.dir={tmp_path / 'two'}")
+    done = ranks(PAPER / "train.py", [*SMALL, "arm=test", *args, f"hydra.run.dir={tmp_path / 'two'}"])
     assert done.returncode == 0, done.stderr
     assert "2 devices x 1 micro-steps x 8" in done.stdout and result(tmp_path / "two")["status"] == "finished"
     train.fit(train_config(*args), fabric, tmp_path / "one")
@@ -157,18 +143,13 @@ def test_gradients_of_two_ranks_average_to_those_of_one_process(name, fabric, mo
 
 def test_a_killed_training_goes_on_from_inside_its_folder(started, tmp_path, monkeypatch, capsys):
     args = [*SMALL, "method=unique", "networks.unique.epochs=40", f"hydra.run.dir={tmp_path / 'run'}"]
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *args],
-        cwd=PAPER,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-    )
+    begun = process(PAPER / "train.py", args, tmp_path)
     checkpoint, deadline = None, time.monotonic() + 120
     while checkpoint is None and time.monotonic() < deadline:
         time.sleep(0.02)
         checkpoint = next(tmp_path.rglob("last.ckpt"), None)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    begun.kill()
+    begun.join()
     assert checkpoint is not None, "no checkpoint within two minutes"
     reached = runs.load_checkpoint(checkpoint)["epoch"]
     monkeypatch.chdir(PAPER)

@@ -1,9 +1,6 @@
 """Several processes on one batch: shares that add up, and two ranks that train the network of one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,13 +14,10 @@ from lifelong.train import check, fit
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(ranks, tmp_path_factory):
     """The folder that two ranks have left."""
     out = tmp_path_factory.mktemp("two")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    child = [str(Path(__file__).with_name("two_ranks.py")), str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    done = subprocess.run([*torchrun, *child], env=environment, capture_output=True, text=True)
+    done = ranks(Path(__file__).with_name("two_ranks.py"), [str(out)])
     assert done.returncode == 0, done.stderr
     return out
 

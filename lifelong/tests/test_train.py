@@ -1,11 +1,7 @@
 """The script as people run it: every arm, resume in the middle of the stream, errors, the other entries."""
 
 import json
-import os
 import runpy
-import signal
-import subprocess
-import sys
 import time
 from itertools import product
 from pathlib import Path
@@ -20,6 +16,7 @@ from PIL import Image
 from common import runs
 from common.metrics.claims import load_claims
 from common.scripts import arm_name
+from common.testing import process
 from lifelong import evaluate as evaluation
 from lifelong import export, picture, predict
 from lifelong.build import build
@@ -43,11 +40,6 @@ def config(*overrides):
 @pytest.fixture(scope="module")
 def fabric():
     return runs.launch({"accelerator": "cpu", "devices": 1})
-
-
-def script(*args, name="train.py", cwd=PAPER):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, name, *args], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("method", ARMS)
@@ -146,17 +138,14 @@ def test_the_script_can_be_sent_to_the_workers_of_a_sweep():
 
 def test_a_killed_run_goes_on_from_inside_its_folder(started, tmp_path, monkeypatch, capsys):
     args = [*FAST, "method=er", "train.epochs=60", f"run_root={tmp_path}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *args], cwd=PAPER, env=environment, stdout=subprocess.DEVNULL
-    )
+    begun = process(PAPER / "train.py", args, tmp_path)
     checkpoint = None
     for _ in range(4000):
         time.sleep(0.05)
         if checkpoint := next(tmp_path.rglob("last.ckpt"), None):
             break
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    begun.kill()
+    begun.join()
     assert checkpoint is not None, "no checkpoint within a minute"
     state = runs.load_checkpoint(checkpoint)
     monkeypatch.chdir(PAPER)

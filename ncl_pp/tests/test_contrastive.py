@@ -1,9 +1,7 @@
 import math
-import os
-import subprocess
+import runpy
 import sys
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -157,13 +155,14 @@ def test_bad_batches():
 
 
 RANK = """
+import os
 import sys
 import torch
 import torch.distributed as dist
 from torch import nn
 from ncl_pp.contrastive import MomentumContrast
 
-rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+rank, world, folder = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), sys.argv[1]
 torch.manual_seed(0)
 nets = [nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.Tanh()) for _ in range(2)]
 contrast = MomentumContrast(nets, 8, dim=4, queue=8)
@@ -179,14 +178,15 @@ if world > 1:
 """
 
 
-def test_two_ranks_equal_one_process(tmp_path):
+def test_two_ranks_equal_one_process(ranks, tmp_path, monkeypatch):
     """Without batch statistics the shuffle cancels out: same queue on every rank, mean loss of the ranks."""
-    root = str(Path(__file__).parents[2])
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    calls = [("0", "1"), ("0", "2"), ("1", "2")]
-    running = [subprocess.Popen([sys.executable, "-c", RANK, *call, str(tmp_path)], env=env) for call in calls]
-    assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
-    one, first, second = (torch.load(tmp_path / f"{w}_{r}.pt", weights_only=True) for r, w in calls)
+    file = tmp_path / "rank.py"
+    file.write_text(RANK)
+    monkeypatch.setattr(sys, "argv", [str(file), str(tmp_path)])
+    runpy.run_path(str(file))
+    done = ranks(file, [str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1_0", "2_0", "2_1"))
     assert_close(first["queue"], one["queue"])
     assert torch.equal(first["queue"], second["queue"])
     means = (torch.tensor(first["losses"]) + torch.tensor(second["losses"])) / 2

@@ -2,11 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from copy import deepcopy
 
@@ -18,6 +14,7 @@ from PIL import Image
 
 from common import runs
 from common.data.batches import eval_batches
+from common.testing import process
 from ncl_pp import evaluate, train
 from ncl_pp.checkpoint import data_of, load
 from ncl_pp.contrastive import MomentumContrast
@@ -28,12 +25,6 @@ from ncl_pp.train import build, fit, losses
 
 PAPER = CONFIGS.parent
 ARMS = sorted(p.stem for p in (CONFIGS / "method").glob("*.yaml"))
-
-
-def script(*args, **kwargs):
-    """train.py as people call it, from inside its folder."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*args], cwd=PAPER, env=environment, capture_output=True, text=True, **kwargs)
 
 
 @pytest.mark.parametrize("method", ARMS)
@@ -173,13 +164,12 @@ def test_a_resumed_run_keeps_the_best_of_the_epochs_before(fabric, tmp_path, mon
     assert (best["epoch"], best["best"], last["epoch"], last["best"]) == (1, 50.0, 2, 50.0)
 
 
-def test_two_ranks_equal_one_process_at_equal_global_batch(fabric, tmp_path):
+def test_two_ranks_equal_one_process_at_equal_global_batch(fabric, ranks, tmp_path):
     """NCL++ with the MoCo branch on top, so that every term passes through DDP."""
     extra = ["train.epochs=2", "method.w_con=1.0", "moco.queue=16", "moco.dim=8", "fabric.accelerator=cpu"]
     args = [*SHORT, *folder_arm(images(tmp_path / "data")), *extra]
     fit(short_config(*args), fabric, tmp_path / "one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    two = script(*torchrun, *args, f"hydra.run.dir={tmp_path / 'two'}")
+    two = ranks(PAPER / "train.py", [*args, f"hydra.run.dir={tmp_path / 'two'}"])
     assert two.returncode == 0, two.stderr
     assert "2 devices x 1 micro-steps x 4" in two.stdout
     a, b = (runs.load_checkpoint(tmp_path / n / "last.ckpt")["model"] for n in ("one", "two"))
@@ -190,15 +180,13 @@ def test_two_ranks_equal_one_process_at_equal_global_batch(fabric, tmp_path):
 
 def test_a_killed_run_goes_on_from_inside_its_folder(fabric, started, tmp_path, monkeypatch, capsys):
     args = [*SHORT, *DIGITS, "method=bsce", "train.epochs=60", f"run_root={tmp_path}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "train.py", *args]
-    process = subprocess.Popen(command, cwd=PAPER, env=environment, stdout=subprocess.DEVNULL)
+    begun = process(PAPER / "train.py", args, tmp_path)
     checkpoint, deadline = None, time.monotonic() + 120
     while checkpoint is None and time.monotonic() < deadline:
         time.sleep(0.02)
         checkpoint = next(tmp_path.rglob("last.ckpt"), None)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    begun.kill()
+    begun.join()
     assert checkpoint is not None, "no checkpoint within two minutes"
     reached = runs.load_checkpoint(checkpoint)["epoch"]
     assert 1 <= reached < 60

@@ -1,10 +1,6 @@
 """Two processes are one training, a killed run goes on as if nothing had happened, an image of crowds alone does no harm."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from common import runs
 from common.data.detection import coco_detection
 from common.data.shapes import shape_scenes
+from common.testing import process
 from q_detr.building import build_real
 from q_detr.data import Prepared
 from q_detr.detr import pad_images
@@ -58,11 +55,7 @@ def config(*overrides):
     return cfg
 
 
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def test_two_ranks_are_one_process_at_the_same_global_batch(tmp_path, monkeypatch):
+def test_two_ranks_are_one_process_at_the_same_global_batch(ranks, tmp_path, monkeypatch):
     """With the focal loss every term is a sum over the global number of targets. The weighted mean of DETR's cross-entropy, the
     mean of L_DRD and LSQ's gradient scale 1 / sqrt(n qp) belong to a device's share of the batch, as in the published codes."""
     base = [*SMALL, "scale=mini", f"run_root={tmp_path}", "fabric.accelerator=cpu", "model.kind=smca", "train.epochs=2"]
@@ -80,26 +73,16 @@ def test_two_ranks_are_one_process_at_the_same_global_batch(tmp_path, monkeypatc
         cfg = config(*overrides)
         fit(cfg, runs.launch(cfg.fabric), tmp_path / name)
     (tmp_path / "ranks.py").write_text(RANKS)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(tmp_path / "ranks.py"),
-    ]
     two = {str(tmp_path / f"two_{name}"): overrides for name, overrides in arms.items()}
-    done = subprocess.run(
-        [*command, str(PAPER), json.dumps(two)], cwd=PAPER.parent, env=environment(), capture_output=True, text=True
-    )
+    done = ranks(tmp_path / "ranks.py", [str(PAPER), json.dumps(two)])
     assert done.returncode == 0, done.stderr
     assert "global batch 8 = 2 devices" in done.stdout
     for name in arms:
-        ranks = [torch.load(tmp_path / f"two_{name}/rank{r}.pt", weights_only=True) for r in (0, 1)]
-        assert all(torch.equal(v, ranks[1][k]) for k, v in ranks[0].items()), name
+        found = [torch.load(tmp_path / f"two_{name}/rank{r}.pt", weights_only=True) for r in (0, 1)]
+        assert all(torch.equal(v, found[1][k]) for k, v in found[0].items()), name
         expected = runs.load_checkpoint(tmp_path / name / "last.ckpt")["model"]
         for key, value in expected.items():
-            torch.testing.assert_close(ranks[0][key], value, rtol=1e-3, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+            torch.testing.assert_close(found[0][key], value, rtol=1e-3, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
         rows = [runs.read_json(tmp_path / f"{n}{name}/result.json")["metrics"] for n in ("", "two_")]
         assert rows[1] == pytest.approx(rows[0], rel=1e-2, abs=1e-3), rows
     steps = [k for k in expected if k.endswith(".step")]
@@ -114,13 +97,12 @@ def test_a_killed_student_goes_on_to_the_numbers_of_an_uninterrupted_one(started
     cfg = config(*overrides, "method=drd")
     fit(cfg, runs.launch(cfg.fabric), tmp_path / "whole")
     overrides += [f"hydra.run.dir={tmp_path / 'cut'}"]
-    command = [sys.executable, "train.py", *overrides]
-    process = subprocess.Popen(command, cwd=PAPER, env=environment(), stdout=subprocess.DEVNULL)
+    begun = process(PAPER / "train.py", overrides, tmp_path)
     checkpoint, deadline = tmp_path / "cut/last.ckpt", time.monotonic() + 120
     while not checkpoint.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    begun.kill()
+    begun.join()
     reached = runs.load_checkpoint(checkpoint)["epoch"]
     assert reached < 8 and runs.read_json(tmp_path / "cut/result.json")["status"] == "running"
     monkeypatch.chdir(PAPER)

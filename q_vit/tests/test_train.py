@@ -5,7 +5,6 @@ import json
 import math
 import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -79,18 +78,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(arm, resumed):
     resumed(fit, arm("train.epochs=3"))
 
 
-def script(*args, launcher=(), file="train.py"):
-    command = [sys.executable, *launcher, file, *args]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=PAPER, env=environment, capture_output=True, text=True)
-
-
-def test_two_ranks_equal_one_process(fabric, root, arm, tmp_path):
+def test_two_ranks_equal_one_process(fabric, ranks, root, arm, tmp_path):
     own = ["train.epochs=1", "method.quant.grad_scale=none", "data.test_images=41"]
     fit(arm(*own, "arm=both"), fabric, tmp_path / "one")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     given = [*SHORT, *own, "scale=mini", f"run_root={root}", "fabric.accelerator=cpu"]
-    two = script(*given, f"hydra.run.dir={tmp_path / 'two'}", launcher=torchrun)
+    two = ranks(PAPER / "train.py", [*given, f"hydra.run.dir={tmp_path / 'two'}"])
     assert two.returncode == 0, two.stderr
     assert "2 devices x 1 micro-steps x 8" in two.stdout and "notice" not in two.stdout
     a, b = (runs.load_checkpoint(tmp_path / n / "last.ckpt")["model"] for n in ("one", "two"))

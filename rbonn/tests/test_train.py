@@ -159,18 +159,14 @@ runs.leave()
 """
 
 
-def test_two_ranks_snapshot_the_averaged_gradient(tmp_path, monkeypatch):
+def test_two_ranks_snapshot_the_averaged_gradient(ranks, tmp_path, monkeypatch):
     file = tmp_path / "ranks.py"
     file.write_text(RANKS)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*torchrun, file, "2", tmp_path / "2"], cwd=PAPER.parent, env=environment, capture_output=True, text=True
-    )
+    done = ranks(file, ["2", str(tmp_path / "2")])
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(sys, "argv", ["ranks.py", "1", str(tmp_path / "1")])
     runpy.run_path(str(file))
-    one, two = (torch.load(tmp_path / ranks, weights_only=True) for ranks in ("1", "2"))
+    one, two = (torch.load(tmp_path / world, weights_only=True) for world in ("1", "2"))
     torch.testing.assert_close(one["previous"], two["previous"])
     torch.testing.assert_close(one["model"], two["model"])
     assert torch.equal(one["signs"], two["signs"])
