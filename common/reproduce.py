@@ -119,7 +119,8 @@ def _cells_of(paper: Path, scale: str, file: Path, extra: tuple[str, ...]) -> li
             composed[arm] = cfg, task, HydraConfig.instance().cfg
         cfg, task, HydraConfig.instance().cfg = composed[arm]
         for seed in seeds:
-            cfg.seed = task.seed = OverridesParser.create().parse_override(seed).value()
+            value: Any = OverridesParser.create().parse_override(seed).value()
+            cfg.seed = task.seed = value
         subdir = Path(cfg.hydra.sweep.subdir)
         found.append(
             Cell(
