@@ -339,9 +339,8 @@ def _cub200(root: str | None) -> tuple[list[str], dict[str, list[Path]], dict[st
 
 def _omniglot(root: str | None) -> tuple[list[str], dict[str, list[Path]], dict[str, Tensor]]:
     places = [data_root(root) / inner / part for inner in ("omniglot-py", "omniglot", "") for part in OMNIGLOT]
-    characters: dict[
-        str, Path
-    ] = {}  # the small sets share Greek and Latin: the first folder that holds a character counts
+    # The small sets share Greek and Latin: the first folder that holds a character counts.
+    characters: dict[str, Path] = {}
     for place in places:
         for folder in sorted(place.glob("*/character*")) if place.is_dir() else ():
             characters.setdefault(f"{folder.parent.name}/{folder.name}", folder)

@@ -27,8 +27,8 @@ class Brisque(nn.Module):
     rounding decides how flat areas count (a photograph with a white sky may get -6.0 for -1.6).
 
     features: "paper", of the paper's code, or "opencv", of OpenCV's quality module, which also rounds the luma (the gradient
-    passes straight through). A regression belongs to the features that it was trained on: OpenCV's own score is 0..100 minus
-    the quality clamped there. resize: the second scale of the paper's features."""
+    passes straight through). A regression belongs to the features that it was trained on: OpenCV's own score is minus
+    this quality, clamped to 0..100. resize: the second scale of the paper's features."""
 
     minimum = 32
     vectors: Tensor
