@@ -24,7 +24,7 @@ JOBS ?= 2
 # A value in double quotes for the shell, whatever is in it.
 q = "$(subst `,\`,$(subst $$,\$$,$(subst ",\",$(subst \,\\,$1))))"
 # One torch thread per worker.
-PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
 # A notebook's backend is for the notebook; figures here go to files.
 unexport MPLBACKEND

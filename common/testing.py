@@ -1,9 +1,11 @@
 """Fixtures that the tests of all folders share (pytest loads them as a plugin, see pyproject.toml)."""
 
+import dataclasses
 import functools
 import gc
 import multiprocessing
 import os
+import pickle
 import runpy
 import socket
 import sys
@@ -17,12 +19,63 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose
+from hydra._internal import config_loader_impl as loader
+from hydra._internal.config_repository import ConfigRepository, IConfigRepository
 from hydra.core.global_hydra import GlobalHydra
 from lightning_fabric import Fabric
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from common import runs, scripts
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _ours(repo: IConfigRepository) -> tuple[tuple[str, str], ...] | None:
+    """Where a configuration is looked for; None where that is a folder of a test, whose files may change."""
+    sources = tuple((s.provider, s.path) for s in repo.get_sources())
+    inside = all(Path(s.path).is_relative_to(ROOT) for s in repo.get_sources() if s.scheme() == "file")
+    return sources if inside else None
+
+
+def pytest_configure() -> None:
+    """Hydra composes a configuration of ours once for each choice of groups; on a copy of that, values are set as ever.
+
+    Reading the files, listing the defaults and merging them again for every command line was a fifth of the suite's time."""
+    load, listed, merge = (
+        ConfigRepository.load_config,
+        loader.create_defaults_list,
+        loader.ConfigLoaderImpl._compose_config_from_defaults_list,
+    )
+    known: dict[Any, Any] = {}
+
+    def once(key: tuple, call: Callable[[], Any]) -> Any:
+        if key[1] is None:
+            return call()
+        if key not in known:
+            known[key] = call()
+        return known[key]
+
+    def load_config(self: ConfigRepository, config_path: str) -> Any:
+        return pickle.loads(once(("load", _ours(self), config_path), lambda: pickle.dumps(load(self, config_path))))
+
+    def create_defaults_list(repo: IConfigRepository, config_name: str, overrides_list: list, **options: Any) -> Any:
+        values = [
+            o for o in overrides_list
+            if not o.is_sweep_override() and (isinstance(o.value(), dict) or not repo.group_exists(o.key_or_group))
+        ]  # fmt: skip
+        groups = [o for o in overrides_list if o not in values]
+        key = ("list", _ours(repo), config_name, *(o.input_line for o in groups), *sorted(options.items()))
+        found = once(key, lambda: listed(repo, config_name, groups, **options))
+        return dataclasses.replace(found, config_overrides=values)
+
+    def compose_(self: loader.ConfigLoaderImpl, defaults: list, repo: IConfigRepository) -> DictConfig:
+        key = ("merge", _ours(repo), *(dataclasses.astuple(d) for d in defaults))
+        return pickle.loads(once(key, lambda: pickle.dumps(merge(self, defaults, repo))))
+
+    ConfigRepository.load_config = load_config
+    loader.create_defaults_list = create_defaults_list
+    loader.ConfigLoaderImpl._compose_config_from_defaults_list = compose_
 
 
 def pytest_collection_finish() -> None:
@@ -49,6 +102,12 @@ def threads_as_before() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made and their files exist, without the seconds of painting them: for tests of what surrounds a figure."""
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).touch())
 
 
 @pytest.fixture(scope="session")
@@ -154,7 +213,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., CompletedPr
             "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test",
         }  # fmt: skip
-        begun = [process(script, arguments, place, **shared, RANK=str(r), LOCAL_RANK=str(r)) for r in range(count)]
+        places = [place / str(r) for r in range(count)]  # one file for all would cut lines in two
+        for own in places:
+            own.mkdir()
+        begun = [process(script, arguments, p, **shared, RANK=p.name, LOCAL_RANK=p.name) for p in places]
         deadline = time.monotonic() + 300
         while (
             any(p.exitcode is None for p in begun)
@@ -166,16 +228,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., CompletedPr
             p.kill()
             p.join()
         status = next((p.exitcode for p in begun if p.exitcode), 0)
-        return CompletedProcess([str(script), *arguments], status, *((place / n).read_text() for n in ("out", "err")))
+        said = ["".join((own / n).read_text() for own in places if (own / n).exists()) for n in ("out", "err")]
+        return CompletedProcess([str(script), *arguments], status, *said)
 
     return call
-
-
-@functools.cache
-def _defaults(paper: Path, name: str, overrides: tuple[str, ...]) -> DictConfig:
-    return compose(
-        name, overrides=list(overrides)
-    )  # a tenth of a second, read only, the same for most lines of a paper
 
 
 @pytest.fixture
@@ -189,7 +245,6 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         place.mkdir(exist_ok=True)
         monkeypatch.chdir(place)
         monkeypatch.setattr(scripts, "_terminate_cleanly", lambda: None)
-        monkeypatch.setattr(scripts, "compose", lambda name, overrides=(): _defaults(paper, name, tuple(overrides)))
         monkeypatch.setattr(sys, "argv", [str(paper / f"{script}.py"), *overrides])
         GlobalHydra.instance().clear()
         with pytest.raises(SystemExit) as stopped:

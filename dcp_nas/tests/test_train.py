@@ -21,6 +21,7 @@ from dcp_nas.genotypes import PAPER
 from dcp_nas.search_space import GENOTYPES, Genotype
 from dcp_nas.tests.layouts import CONFIGS, SHORT, composed, config, search_config, write_class_folders
 
+pytestmark = pytest.mark.usefixtures("unpainted")  # one search is a process of its own, and paints
 METHODS = sorted(p.stem for p in (CONFIGS / "method").glob("*.yaml"))
 
 

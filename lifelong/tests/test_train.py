@@ -25,6 +25,7 @@ from lifelong.learner import Learner
 from lifelong.model import build_model
 from lifelong.train import fit
 
+pytestmark = pytest.mark.usefixtures("unpainted")  # the run that is killed is a process of its own, and paints
 PAPER = Path(__file__).resolve().parents[1]
 CONFIGS = PAPER / "configs"
 ARMS = sorted(p.stem for p in (CONFIGS / "method").glob("*.yaml"))

@@ -10,6 +10,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from common.quant.binary import RPReLU
 from common.quant.integer_onnx import IntegerConv2d, IntegerLinear, Operand
 from common.quant.lsq import LSQQuantizer
+from q_detr.detr import DETR
 from q_detr.export import OUTPUTS, SIZES, Deployed, example, export_onnx, onnx_differences
 from q_detr.integer import IntegerAttention, why_not_integer
 from q_detr.integer_backbone import Bend, IntegerBlock
@@ -54,21 +55,6 @@ def test_every_product_of_an_8_bit_student_runs_on_integers():
     assert [a.q.left for a in attentions] == [True] * 3 and [a.k.left for a in attentions] == [False] * 3
 
 
-def test_onnxruntime_computes_the_integers_at_any_size(tmp_path):
-    """Of SMCA-DETR behind plain convolutions; DETR behind a ResNet: below."""
-    network = quantize_detr(real(SMCADETR), bits=8, **WHOLE)
-    calibrate_student(network, *example(SIZES[0]))
-    said = export_onnx(network, tmp_path / "model.onnx", form="integer")
-    assert "products on integers" in said
-    for row in onnx_differences(network, tmp_path / "model.onnx"):
-        assert max(row[n][1] for n in OUTPUTS) < 0.02, row
-    graph = onnx.load(tmp_path / "model.onnx").graph
-    kinds = [n.op_type for n in graph.node]
-    assert kinds.count("MatMulInteger") >= 3 + 11 + 4 + 6
-    stored = [t for t in graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 2]
-    assert len(stored) >= 3 + 11 + 4 and all(len(t.raw_data) == t.dims[0] * t.dims[1] for t in stored)
-
-
 def lived_in(network, *, steepest=0.9):
     """Norms, slopes and shifts as training leaves them: not 0 or 1, a variance of the size of its eps, scales below 0."""
     g = torch.Generator().manual_seed(1)
@@ -88,10 +74,10 @@ def lived_in(network, *, steepest=0.9):
     return network
 
 
-def resnet_student(block=Bottleneck, *, stages=4, steepest=0.9, **options):
+def resnet_student(block=Bottleneck, *, cls=DETR, stages=4, steepest=0.9, **options):
     """A DETR behind a small ResNet with a stage of two blocks; the last stages may be empty."""
     thin: dict = {"width_per_group": 8} if block is Bottleneck else {}
-    net, network = ResNet(block, [2, 1, 1, 1], norm_layer=FrozenBatchNorm2d, **thin), real(backbone="resnet18")
+    net, network = ResNet(block, [2, 1, 1, 1], norm_layer=FrozenBatchNorm2d, **thin), real(cls, backbone="resnet18")
     for i in range(1, 5):
         stage = getattr(net, f"layer{i}") if i <= stages else nn.Sequential()
         setattr(network.backbone[0].body, f"layer{i}", stage)
@@ -130,10 +116,9 @@ def test_a_resnet_with_norms_and_shifts_folded_in_gives_what_the_simulation_give
         assert sum(b.acts[-1].shift_out is None for b in blocks) == len(blocks) - 4  # those of a stage's end stay
 
 
-def test_onnxruntime_computes_a_resnet_on_integers_channels_last(tmp_path):
-    network = resnet_student(
-        bits=8, stages=2
-    )  # every kind of block: with and without a convolution on its shortcut, stride 2
+def test_onnxruntime_computes_smca_behind_a_resnet_on_integers_channels_last_at_any_size(tmp_path):
+    # every kind of block: with and without a convolution on its shortcut, stride 2
+    network = resnet_student(cls=SMCADETR, bits=8, stages=2)
     assert "products on integers" in export_onnx(network, tmp_path / "model.onnx", form="integer")
     for row in onnx_differences(network, tmp_path / "model.onnx"):
         assert max(row[n][1] for n in OUTPUTS) < 0.02, row
