@@ -1,11 +1,11 @@
 """Fixtures that the tests of all folders share (pytest loads them as a plugin, see pyproject.toml)."""
 
+import copy
 import dataclasses
 import functools
 import gc
 import multiprocessing
 import os
-import pickle
 import runpy
 import socket
 import sys
@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from hydra._internal import config_loader_impl as loader
+from hydra._internal import defaults_list
 from hydra._internal.config_repository import ConfigRepository, IConfigRepository
 from hydra.core.global_hydra import GlobalHydra
 from lightning_fabric import Fabric
@@ -42,12 +43,9 @@ def pytest_configure() -> None:
     """Hydra composes a configuration of ours once for each choice of groups; on a copy of that, values are set as ever.
 
     Reading the files, listing the defaults and merging them again for every command line was a fifth of the suite's time."""
-    load, listed, merge = (
-        ConfigRepository.load_config,
-        loader.create_defaults_list,
-        loader.ConfigLoaderImpl._compose_config_from_defaults_list,
-    )
-    known: dict[Any, Any] = {}
+    load, merge = ConfigRepository.load_config, loader.ConfigLoaderImpl._compose_config_from_defaults_list
+    known: dict[tuple, Any] = {}
+    merging: list[bool] = []
 
     def once(key: tuple, call: Callable[[], Any]) -> Any:
         if key[1] is None:
@@ -57,25 +55,35 @@ def pytest_configure() -> None:
         return known[key]
 
     def load_config(self: ConfigRepository, config_path: str) -> Any:
-        return pickle.loads(once(("load", _ours(self), config_path), lambda: pickle.dumps(load(self, config_path))))
+        found = once(("load", _ours(self), config_path), lambda: load(self, config_path))
+        return copy.deepcopy(found) if merging else found
 
     def create_defaults_list(repo: IConfigRepository, config_name: str, overrides_list: list, **options: Any) -> Any:
+        if (sources := _ours(repo)) is None:
+            return defaults_list.create_defaults_list(repo, config_name, overrides_list, **options)
         values = [
             o for o in overrides_list
             if not o.is_sweep_override() and (isinstance(o.value(), dict) or not repo.group_exists(o.key_or_group))
         ]  # fmt: skip
         groups = [o for o in overrides_list if o not in values]
-        key = ("list", _ours(repo), config_name, *(o.input_line for o in groups), *sorted(options.items()))
-        found = once(key, lambda: listed(repo, config_name, groups, **options))
+        key = ("list", sources, config_name, *(o.input_line for o in groups), *sorted(options.items()))
+        found = once(key, lambda: defaults_list.create_defaults_list(repo, config_name, groups, **options))
         return dataclasses.replace(found, config_overrides=values)
 
-    def compose_(self: loader.ConfigLoaderImpl, defaults: list, repo: IConfigRepository) -> DictConfig:
+    def merged(self: loader.ConfigLoaderImpl, defaults: list, repo: IConfigRepository) -> DictConfig:
+        merging.append(True)  # which changes what was read: it needs copies
+        try:
+            return merge(self, defaults, copy.deepcopy(repo))
+        finally:
+            merging.pop()
+
+    def compose(self: loader.ConfigLoaderImpl, defaults: list, repo: IConfigRepository) -> DictConfig:
         key = ("merge", _ours(repo), *(dataclasses.astuple(d) for d in defaults))
-        return pickle.loads(once(key, lambda: pickle.dumps(merge(self, defaults, repo))))
+        return copy.deepcopy(once(key, lambda: merged(self, defaults, repo)))
 
     ConfigRepository.load_config = load_config
-    loader.create_defaults_list = create_defaults_list
-    loader.ConfigLoaderImpl._compose_config_from_defaults_list = compose_
+    loader.create_defaults_list = create_defaults_list  # type: ignore[reportPrivateImportUsage]
+    loader.ConfigLoaderImpl._compose_config_from_defaults_list = compose
 
 
 def pytest_collection_finish() -> None:

@@ -1,11 +1,14 @@
 """What the shared plugin of the tests prints."""
 
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
-from common.testing import pytest_terminal_summary
+from common.testing import ROOT, pytest_terminal_summary
 
 
 def test_what_tests_measured_is_printed_once_however_they_ended():
@@ -51,3 +54,28 @@ def test_a_rank_that_fails_ends_the_others(ranks, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     done = ranks(tmp_path / "script.py", ["fails"])  # rank 0 waits for rank 1 in vain
     assert done.returncode not in (0, None) and "no such thing" in done.stderr
+
+
+CHOICES = [
+    [], ["seed=3"], ["method=xnor", "seed=3"], ["method=xnor", "seed=4", "optim.lr=0.5"], ["data=fashion_mnist"],
+    ["+new={a: 1}"], ["+reproduce/mini=20_train_arms"],
+]  # fmt: skip
+
+
+def test_what_the_suite_composes_once_is_what_hydra_composes(tmp_path):
+    """In a folder of a test, where files may change, it reads them each time."""
+    ours, copied = ROOT / "rbonn/configs", tmp_path / "configs"
+    shutil.copytree(ours, copied)
+
+    def composed(folder, overrides, **options):
+        with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
+            text = OmegaConf.to_yaml(compose("config", overrides=overrides, **options))
+        return text.replace(str(folder), "")
+
+    for overrides in [*CHOICES, *CHOICES]:
+        assert composed(ours, overrides) == composed(copied, overrides)
+        whole = {"return_hydra_config": True}
+        assert composed(ours, overrides, **whole) == composed(copied, overrides, **whole)
+    file = copied / "config.yaml"
+    file.write_text(file.read_text() + "another: 1\n")
+    assert "another: 1" in composed(copied, []) and "another: 1" not in composed(ours, [])
