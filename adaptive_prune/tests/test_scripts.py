@@ -402,6 +402,7 @@ def one_image(seed=0):
     return models, x, cost
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_bench_rows_are_complete_and_at_equal_cost(script_config, fabric, tmp_path, monkeypatch):
     monkeypatch.setattr(bench.timm, "create_model", small_vit)
     monkeypatch.setattr(bench, "PAPER", tmp_path)

@@ -127,6 +127,7 @@ def in_this_process(toy, started, monkeypatch):
     return call
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_from_nothing_to_recorded_and_verified_evidence(toy, started, in_this_process, monkeypatch, capfd):
     assert set(statuses(toy).values()) == {"missing"}
     begin = reproduce._call

@@ -10,6 +10,8 @@ from common import reproduce, submission
 from common.metrics import report
 from common.tests.test_reproduce import in_this_process, toy  # noqa: F401  # a paper of seven cells
 
+pytestmark = pytest.mark.usefixtures("unpainted")
+
 
 @pytest.fixture
 def run(toy, in_this_process):  # noqa: F811

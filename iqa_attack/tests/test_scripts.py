@@ -142,7 +142,7 @@ def test_gradients_of_two_ranks_average_to_those_of_one_process(name, fabric, mo
 
 
 def test_a_killed_training_goes_on_from_inside_its_folder(started, tmp_path, monkeypatch, capsys):
-    args = [*SMALL, "method=unique", "networks.unique.epochs=40", f"hydra.run.dir={tmp_path / 'run'}"]
+    args = [*SMALL, "method=unique", "networks.unique.epochs=10", f"hydra.run.dir={tmp_path / 'run'}"]
     begun = process(PAPER / "train.py", args, tmp_path)
     checkpoint, deadline = None, time.monotonic() + 120
     while checkpoint is None and time.monotonic() < deadline:
@@ -153,7 +153,7 @@ def test_a_killed_training_goes_on_from_inside_its_folder(started, tmp_path, mon
     assert checkpoint is not None, "no checkpoint within two minutes"
     reached = runs.load_checkpoint(checkpoint)["epoch"]
     monkeypatch.chdir(PAPER)
-    assert started(PAPER / "train.py", args) == 0 and f"epochs {reached + 1}..40" in capsys.readouterr().out
+    assert started(PAPER / "train.py", args) == 0 and f"epochs {reached + 1}..10" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -292,6 +292,7 @@ def test_a_control_finds_the_attack_with_the_same_overrides(tmp_path):
         attack_of(cfg, own / "recipe.steps-6/seed0")
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_an_interrupted_attack_equals_an_uninterrupted_one(trained_root, fabric, tmp_path, monkeypatch):
     cfg = attack_config(f"run_root={trained_root}", "images_per_batch=1", "strengths=[2]")
     attack.fit(cfg, fabric, tmp_path / "whole")
@@ -312,6 +313,7 @@ def test_an_interrupted_attack_equals_an_uninterrupted_one(trained_root, fabric,
     assert result(tmp_path / "whole")["metrics"] == result(tmp_path / "parts")["metrics"]
 
 
+@pytest.mark.usefixtures("unpainted")
 @pytest.mark.parametrize("arm", ["random_jnd", "enhance", "both", "fgsm", "threshold", "spsa", "square"])
 def test_every_arm_of_the_attack_runs(arm, trained_root, fabric, tmp_path):
     few = ["strengths=[0]"] if arm == "enhance" else ["strengths=[2]"]
@@ -338,6 +340,7 @@ def test_bisection_and_presets_run(trained_root, fabric, tmp_path):
         attack.fit(attack_config(f"run_root={trained_root}", "bisect=2", "strengths=[2]"), fabric, tmp_path / "b")
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_a_persons_own_folder(trained_root, fabric, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
