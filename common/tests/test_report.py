@@ -2,7 +2,7 @@
 
 import csv
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -180,10 +180,12 @@ def test_missing_or_bad_input_is_one_line_and_status_1(root, capsys):
         report.main(["ncl_pp"])
 
 
-def test_module_runs_and_out_moves_the_report(root):
-    command = [sys.executable, "-m", "common.metrics.report", "ncl_pp", "mini", "--root", str(root), "--out"]
-    done = subprocess.run([*command, str(root / "elsewhere")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_module_runs_and_out_moves_the_report(root, monkeypatch):
+    out = ["--root", str(root), "--out", str(root / "elsewhere")]
+    monkeypatch.setattr(sys, "argv", ["report", "ncl_pp", "mini", *out])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("common.metrics.report", run_name="__main__")
+    assert not ended.value.code
     assert (root / "elsewhere/claims.json").exists() and not (root / "ncl_pp/runs/mini/report").exists()
 
 

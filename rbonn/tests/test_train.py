@@ -1,9 +1,7 @@
 """The scripts as people run them: every arm, stages, resume, two ranks, errors, and what they leave behind."""
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from common import runs
+from common.testing import process
 from rbonn import train
 from rbonn.data import build_data
 from rbonn.tests.layouts import CONFIGS, SHORT, config, folder_config, interrupted
@@ -176,10 +175,9 @@ def test_two_ranks_snapshot_the_averaged_gradient(ranks, tmp_path, monkeypatch):
 
 
 def test_the_script_runs_from_inside_its_folder(tmp_path):
-    command = [sys.executable, "train.py", *SHORT, "method=bilinear", "train.epochs=1", f"run_root={tmp_path}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=PAPER, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "epochs 1..1" in done.stdout, done.stderr
+    begun = process(PAPER / "train.py", [*SHORT, "method=bilinear", "train.epochs=1", f"run_root={tmp_path}"], tmp_path)
+    begun.join()
+    assert begun.exitcode == 0 and "epochs 1..1" in (tmp_path / "out").read_text(), (tmp_path / "err").read_text()
     checkpoint = next(tmp_path.rglob("last.ckpt"))
     assert checkpoint.parent.name == "seed0" and checkpoint.parents[2].name == "bilinear"
 
