@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 PATHS = ("single", "partial", "cross")
 
@@ -65,3 +65,13 @@ def check_weights(weights: Mapping[str, float]) -> None:
     """ValueError for the weight of an unknown path, or a negative one."""
     if wrong := {k: w for k, w in weights.items() if k not in PATHS or not w >= 0}:
         raise ValueError(f"method.loss.weights={wrong}, allowed: numbers >= 0 for {', '.join(PATHS)}")
+
+
+def losses(
+    model: nn.Module, images: Mapping[str, Tensor], labels: Tensor, loss: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The named terms of one batch. images: modality -> (B, 3, H, W); loss: the node `method.loss`."""
+    module: Any = getattr(model, "module", model)
+    kinds, paths = zip(*training_paths(module.modalities, loss["paths"]), strict=True)
+    outputs = model(images, paths)
+    return path_losses(module, outputs, kinds, labels, **{k: v for k, v in loss.items() if k != "paths"})

@@ -6,8 +6,10 @@ python train.py experiment=casia_surf data.root=/datasets/CASIA_SURF
 torchrun --nproc_per_node=4 train.py experiment=casia_surf data.root=/datasets/CASIA_SURF
 """
 
+import functools
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +24,12 @@ from common.loop import Means, Progress, bar, compiled, gather, preflight, sync_
 from common.scripts import script
 from fm_vit.checkpoint import build, state, untrained
 from fm_vit.data import Data, build_data, check_data, checksum
-from fm_vit.losses import path_losses, subsets, training_paths
+from fm_vit.losses import losses, subsets
 from fm_vit.pad_metrics import Scored, check_threshold, measure, over_subsets
 from fm_vit.schedule import lr_factor
 from fm_vit.triplets import unpack
 
 KEPT = ("acer", "apcer", "apcer_worst", "bpcer", "auc")  # of every subset, in result.json
-
-
-def losses(
-    model: nn.Module, images: Mapping[str, Tensor], labels: Tensor, loss: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """The named terms of one batch. images: modality -> (B, 3, H, W); loss: the node `method.loss`."""
-    module = getattr(model, "module", model)
-    kinds, paths = zip(*training_paths(module.modalities, loss["paths"]), strict=True)
-    outputs = model(images, paths)
-    return path_losses(module, outputs, kinds, labels, **{k: v for k, v in loss.items() if k != "paths"})
 
 
 def train_one_epoch(
@@ -128,10 +120,16 @@ def check(cfg: DictConfig) -> None:
     check_data(**cfg.data)
     check_threshold(cfg.evaluate.threshold)
     learning_rate(cfg, 0, 1)
-    config, size = runs.plain(cfg), cfg.data.size
-    names: Sequence[str] = cfg.data.modalities
+    network = json.dumps({"seed": 0} | {key: runs.plain(cfg)[key] for key in ("method", "model")})
+    _step_on_shapes(network, tuple(cfg.data.modalities), cfg.data.size)
+
+
+@functools.lru_cache
+def _step_on_shapes(network: str, modalities: tuple[str, ...], size: int) -> None:
+    """A third of a second, and the same for all seeds and rates of a sweep."""
+    config = json.loads(network)
     with torch.device("meta"):
-        model = untrained(config, names)
+        model = untrained(config, modalities)
         images = {m: torch.zeros(2, 3, size, size) for m in model.modalities}  # type: ignore[union-attr]
         losses(model, images, torch.zeros(2, dtype=torch.long), config["method"]["loss"])
 
