@@ -13,7 +13,7 @@ from common import reproduce, runs
 from common.metrics.claims import load_claims
 from fm_vit import train
 from fm_vit.checkpoint import build, load
-from fm_vit.losses import PATHS, training_paths
+from fm_vit.losses import PATHS, losses, training_paths
 from fm_vit.model import FMViT
 from fm_vit.pad_metrics import Scored
 from fm_vit.schedule import lr_factor
@@ -249,3 +249,40 @@ def test_sweeps_compose_and_claims_name_arms_that_are_run():
         assert wanted <= arms, (scale, wanted - arms)
         assert len({c.dir for c in found}) == len(found)
     assert sum(c["primary"] for c in claims if "mini" in c["scale"]) == 3
+
+
+def test_a_step_on_shapes_is_made_once_for_each_network_whatever_the_seed(monkeypatch):
+    made = []
+    monkeypatch.setattr(train, "losses", lambda model, images, labels, loss: made.append(type(model).__name__))
+    train._step_on_shapes.cache_clear()
+    for overrides in (
+        ["seed=1"],
+        ["seed=2", "optim.lr=0.5"],
+        ["method=shared"],
+        ["seed=1"],
+        ["data.size=32", "model.vit.img_size=32"],
+    ):
+        check(short(*overrides))
+    train._step_on_shapes.cache_clear()
+    assert made == ["FMViT", "SharedViT", "FMViT"]
+
+
+def test_every_term_of_the_loss_is_that_of_its_own_paths():
+    """With a loss that is the number of modalities of the path, summed over the modalities of each path."""
+
+    class Counting:
+        modalities = ("rgb", "depth", "ir")
+
+        def __call__(self, images, paths):
+            return [{m: torch.tensor(float(len(p))) for m in p} for p in paths]
+
+        def loss(self, logits, labels, **options):
+            return sum(logits.values())
+
+    loss = {"paths": ["single", "partial", "cross"], "weights": {"cross": 0.5}}
+    terms = losses(Counting(), {}, torch.zeros(2, dtype=torch.long), loss)  # type: ignore[arg-type]
+    assert {k: float(v) for k, v in terms.items()} == {
+        "loss_single": 3,
+        "loss_partial": 3 * 2 * 2,
+        "loss_cross": 0.5 * 3 * 3,
+    }
