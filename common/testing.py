@@ -97,13 +97,6 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()  # else extensions report at the exit what they leave behind
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints what tests have measured: record_property("measured", "a line"). Workers of xdist have no terminal of their own."""
-    reports = [r for found in terminalreporter.stats.values() for r in found if isinstance(r, pytest.TestReport)]
-    for line in [value for r in reports if r.when == "call" for name, value in r.user_properties if name == "measured"]:
-        terminalreporter.write_line(str(line))
-
-
 @pytest.fixture(autouse=True)
 def threads_as_before() -> Iterator[None]:
     """A test that sets the number of torch threads must not change the sums of the next one."""

@@ -8,7 +8,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from common.testing import ROOT, pytest_terminal_summary
+from common.pytest_plugin import pytest_configure, pytest_terminal_summary
+from common.testing import ROOT
 
 
 def test_what_tests_measured_is_printed_once_however_they_ended():
@@ -24,6 +25,14 @@ def test_what_tests_measured_is_printed_once_however_they_ended():
     lines: list[str] = []
     pytest_terminal_summary(SimpleNamespace(stats=stats, write_line=lines.append))  # type: ignore[arg-type]
     assert lines == ["ncl_pp: 20 kills", "rbonn: 3 lines"]
+
+
+@pytest.mark.parametrize(("workers", "loaded"), [(2, []), (None, ["common.testing"])])
+def test_only_what_runs_tests_loads_the_fixtures(workers, loaded):
+    found: list[str] = []
+    config = SimpleNamespace(getoption=lambda *_: workers, pluginmanager=SimpleNamespace(import_plugin=found.append))
+    pytest_configure(config)  # type: ignore[arg-type]
+    assert found == loaded
 
 
 SCRIPT = """
