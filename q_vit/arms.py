@@ -1,5 +1,7 @@
 """What an arm is made of: a configuration that was checked before anything is read, a float teacher, a student."""
 
+import functools
+import json
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -56,7 +58,7 @@ def check(cfg: DictConfig) -> None:
 
     The networks are built on the meta device, so that names, sizes and options meet the code that uses them."""
     config: Any = OmegaConf.to_container(cfg, resolve=True)
-    method, options = config["method"], config["model"]
+    method = config["method"]
     for key, allowed in CHOICES.items():
         if method[key] not in allowed:
             raise ValueError(f"method.{key}={method[key]}, allowed: {', '.join(allowed)}")
@@ -74,15 +76,33 @@ def check(cfg: DictConfig) -> None:
             f"train.eval_every={cfg.train.eval_every}: there is no validation split; set images aside with data.validation"
         )
     seen = look(cfg.data.name, **{k: v for k, v in config["data"].items() if k in ("size", "crop_pct")})
-    model = _on_meta(options, seen)
+    if not is_float(method):
+        _check_teacher_is_there(config)
+    _step_on_shapes(json.dumps({"seen": seen} | {key: config[key] for key in ("method", "model", "optim", "teacher")}))
+
+
+@functools.lru_cache
+def _step_on_shapes(parts: str) -> None:
+    """A tenth of a second, and the same for all seeds and rates of a sweep."""
+    config = json.loads(parts)
+    method, seen = config["method"], config["seen"]
+    model = _on_meta(config["model"], seen)
     student = quantize_vit(model, bits=method["bits"], irm=method["irm"], **method["quant"])
     try:
         make_optimizer(nn.Linear(1, 1), config["optim"])
     except ValueError as error:
-        raise ValueError(f"optim.name={cfg.optim.name}: {error}") from error
+        raise ValueError(f"optim.name={config['optim']['name']}: {error}") from error
     if not is_float(method):
         Tapped(student, method["dgd"]["student_tap"])
         _check_teacher(config, seen, model)
+
+
+def _check_teacher_is_there(config: Mapping[str, Any]) -> None:
+    weights, options = config["teacher"]["weights"], config["model"] | (config["teacher"]["model"] or {})
+    if weights not in (None, "auto") and not Path(weights).expanduser().is_file():
+        raise FileNotFoundError(f"no teacher at {weights} (teacher.weights): give a checkpoint, auto or null")
+    if weights is None and not options.get("pretrained", False):
+        raise ValueError("teacher.weights is null and the model is not pretrained: the teacher would be random")
 
 
 def _on_meta(options: Mapping[str, Any], seen: Mapping[str, Any]) -> nn.Module:
@@ -105,12 +125,7 @@ def _on_meta(options: Mapping[str, Any], seen: Mapping[str, Any]) -> nn.Module:
 
 def _check_teacher(config: Mapping[str, Any], seen: Mapping[str, Any], model: nn.Module) -> None:
     method, teacher, options = config["method"], config["teacher"], config["model"]
-    weights, dgd = teacher["weights"], dict(method["dgd"])
-    if weights not in (None, "auto") and not Path(weights).expanduser().is_file():
-        raise FileNotFoundError(f"no teacher at {weights} (teacher.weights): give a checkpoint, auto or null")
-    pretrained = (options | (teacher["model"] or {})).get("pretrained", False)
-    if weights is None and not pretrained:
-        raise ValueError("teacher.weights is null and the model is not pretrained: the teacher would be random")
+    dgd = dict(method["dgd"])
     if teacher["model"] and method["start"] == "teacher" and not options.get("pretrained"):
         raise ValueError(
             "method.start=teacher, but teacher.model makes the teacher another network: use method.start=random, or a student "
