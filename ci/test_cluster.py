@@ -2,13 +2,12 @@
 
 import os
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from common.runs import read_json
+from common.testing import process
 
 ROOT = Path(__file__).resolve().parents[1]
 pytest.importorskip("submitit")
@@ -38,11 +37,10 @@ def test_a_sweep_goes_through_slurm(tmp_path):
         (tmp_path / name).chmod(stat.S_IRWXU)
     line = ["-m", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.timeout_min=90", "seed=0,1",
         "train.epochs=1", "schedule.warmup=0", "train.batch_size=64", f"run_root={tmp_path / 'runs'}"]  # fmt: skip
-    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "train.py", *line], cwd=ROOT / "ncl_pp", env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    begun = process(ROOT / "ncl_pp/train.py", line, tmp_path, **env)
+    begun.join(300)
+    assert begun.exitcode == 0, (tmp_path / "err").read_text()[-2000:]
     script = (tmp_path / "submitted.sh").read_text()
     assert "#SBATCH --partition=gpu\n" in script and "#SBATCH --time=90\n" in script and "--array=0-1" in script
     found = [read_json(f) for f in (tmp_path / "runs").rglob("result.json")]
