@@ -12,37 +12,34 @@ from lifelong.tests.test_train import composed, config
 from lifelong.tests.two_ranks import CASES, learn
 from lifelong.train import check, fit
 
-
-@pytest.fixture(scope="module")
-def two(ranks, tmp_path_factory):
-    """The folder that two ranks have left."""
-    out = tmp_path_factory.mktemp("two")
-    done = ranks(Path(__file__).with_name("two_ranks.py"), [str(out)])
-    assert done.returncode == 0, done.stderr
-    return out
+TWO_RANKS = Path(__file__).with_name("two_ranks.py")
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_ranks_learn_what_one_process_learns(case, two):
+def test_two_ranks_learn_what_one_process_learns(ranks, tmp_path):
     """Every term and weight: a mean over a rank's own rows would weigh uneven shares alike, or divide by two."""
-    ranks = [torch.load(two / f"rank{r}.pt", weights_only=True)[case] for r in (0, 1)]
-    torch.testing.assert_close(ranks[0], ranks[1], rtol=0, atol=0)
-    torch.testing.assert_close(ranks[0], learn(case, None), rtol=1e-4, atol=1e-4)
+    done = ranks(TWO_RANKS, ["cases", str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    found = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
+    for case in CASES:
+        torch.testing.assert_close(found[0][case], found[1][case], rtol=0, atol=0, msg=lambda m, c=case: f"{c}: {m}")
+        one = learn(case, None)
+        torch.testing.assert_close(found[0][case], one, rtol=1e-4, atol=1e-4, msg=lambda m, c=case: f"{c}: {m}")
 
 
-def test_a_run_of_two_ranks_is_that_of_one(two, tmp_path):
-    fit(config("method=ari", "data.tasks=2"), runs.launch({"accelerator": "cpu", "devices": 1}), tmp_path)
-    found, expected = (json.loads((d / "result.json").read_text())["metrics"] for d in (two / "run", tmp_path))
+def test_a_run_of_two_ranks_is_that_of_one(ranks, tmp_path):
+    two, one = tmp_path / "two", tmp_path / "one"
+    done = ranks(TWO_RANKS, ["run", str(two)])
+    assert done.returncode == 0, done.stderr
+    fit(config("method=ari", "data.tasks=2"), runs.launch({"accelerator": "cpu", "devices": 1}), one)
+    found, expected = (json.loads((d / "result.json").read_text())["metrics"] for d in (two, one))
     assert found.keys() == expected.keys()
     assert {k: v for k, v in found.items() if "spread" in k} == pytest.approx(
         {k: v for k, v in expected.items() if "spread" in k}, rel=1e-3
     )
     assert found == pytest.approx(expected, abs=1.5)  # a rounding may flip one of 80 test images
-    a, b = (runs.load_checkpoint(d / "last.ckpt")["model"] for d in (two / "run", tmp_path))
+    a, b = (runs.load_checkpoint(d / "last.ckpt")["model"] for d in (two, one))
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    logs = [
-        [json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (two / "run", tmp_path)
-    ]
+    logs = [[json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (two, one)]
     trained = [[row for row in log if "clean" in row] for log in logs]
     assert len(trained[0]) == len(trained[1]) == 4
     for x, y in zip(*trained, strict=True):

@@ -1,5 +1,5 @@
 """What tests/test_ranks.py trains, as one process and as two: every learner on uneven tasks, some with less than one image of a
-task per rank, and a whole run of train.py.   torchrun --nproc_per_node=2 two_ranks.py <folder>"""
+task per rank, or a whole run of train.py.   torchrun --nproc_per_node=2 two_ranks.py cases|run <folder>"""
 
 import sys
 from pathlib import Path
@@ -33,13 +33,13 @@ def learn(case: str, fabric: Fabric | None) -> dict[str, torch.Tensor]:
     return {**learner.model.state_dict(), "terms": terms, "scores": learner.run(learner.scores, images)}
 
 
-def main(out: Path) -> None:
+def main(what: str, out: Path) -> None:
     fabric = runs.launch({"accelerator": "cpu", "devices": 2})
-    found = {case: learn(case, fabric) for case in CASES}
-    torch.save(found, out / f"rank{fabric.global_rank}.pt")
-    fit(config("method=ari", "data.tasks=2"), fabric, out / "run")
+    if what == "run":
+        return fit(config("method=ari", "data.tasks=2"), fabric, out)
+    torch.save({case: learn(case, fabric) for case in CASES}, out / f"rank{fabric.global_rank}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))
     runs.leave()
