@@ -111,6 +111,15 @@ def test_two_ranks_equal_one_process(fabric, ranks, tmp_path):
     assert logged[0]["likelihood"] == pytest.approx(logged[1]["likelihood"], rel=1e-2)
 
 
+def test_ma19_learns_to_rank_as_its_annotators_do(fabric):
+    learner = train.Learner(build_network("ma19", width=4), fabric)
+    learner.network.distribution = lambda x: (x, torch.ones(4))  # type: ignore[method-assign]
+    values, one = torch.arange(4.0), torch.ones(4)
+    targets = (values, one, values[:, None].expand(4, len(ANNOTATORS)), torch.zeros(4, dtype=torch.long))
+    agrees, differs = (float(learner(x, *targets)["likelihood"].detach()) for x in (values, -values))
+    assert agrees < differs, "larger is better, in the annotators' values as in the network's"
+
+
 @pytest.mark.parametrize("name", ["ma19"])
 def test_gradients_of_two_ranks_average_to_those_of_one_process(name, fabric, monkeypatch):
     """Pairs between images of two ranks count: each rank sees the other's values without a gradient, and its own doubled."""

@@ -74,11 +74,10 @@ def lived_in(network, *, steepest=0.9):
     return network
 
 
-def resnet_student(block=Bottleneck, *, cls=DETR, blocks=(2, 1, 1, 1), steepest=0.9, **options):
-    """A DETR behind a small ResNet; the stages behind those of `blocks` are empty."""
+def resnet_student(block=Bottleneck, *, cls=DETR, stages=4, steepest=0.9, **options):
+    """A DETR behind a small ResNet with a stage of two blocks; the last stages may be empty."""
     thin: dict = {"width_per_group": 8} if block is Bottleneck else {}
-    net = ResNet(block, [*blocks, 1, 1, 1][:4], norm_layer=FrozenBatchNorm2d, **thin)
-    network, stages = real(cls, backbone="resnet18"), len(blocks)
+    net, network = ResNet(block, [2, 1, 1, 1], norm_layer=FrozenBatchNorm2d, **thin), real(cls, backbone="resnet18")
     for i in range(1, 5):
         stage = getattr(net, f"layer{i}") if i <= stages else nn.Sequential()
         setattr(network.backbone[0].body, f"layer{i}", stage)
@@ -118,15 +117,15 @@ def test_a_resnet_with_norms_and_shifts_folded_in_gives_what_the_simulation_give
 
 
 def test_onnxruntime_computes_smca_behind_a_resnet_on_integers_channels_last_at_any_size(tmp_path):
-    # two blocks: with and without a convolution on its shortcut, stride 2
-    network = resnet_student(BasicBlock, cls=SMCADETR, bits=8, blocks=[1, 1])
+    # every kind of block: with and without a convolution on its shortcut, stride 2
+    network = resnet_student(cls=SMCADETR, bits=8, stages=2)
     assert "products on integers" in export_onnx(network, tmp_path / "model.onnx", form="integer")
     for row in onnx_differences(network, tmp_path / "model.onnx"):
         assert max(row[n][1] for n in OUTPUTS) < 0.02, row
     graph = onnx.load(tmp_path / "model.onnx").graph
     assert {n.domain for n in graph.node} == {""}  # operators of ONNX alone
     kinds = [n.op_type for n in graph.node]
-    assert kinds.count("MatMulInteger") == 4 + 1 + 11 + 4 + 6 and "PRelu" not in kinds
+    assert kinds.count("MatMulInteger") == 9 + 2 + 11 + 4 + 6 and "PRelu" not in kinds
     assert kinds.count("Conv") == 2  # of the image, and the projection behind the backbone
     stored = [t for t in graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 2]
     weights = {
@@ -134,7 +133,7 @@ def test_onnxruntime_computes_smca_behind_a_resnet_on_integers_channels_last_at_
         for n, p in network.backbone[0].body.named_parameters()
         if n.startswith("layer") and n.endswith("weight") and p.ndim == 4
     }
-    assert sum(t.dims[0] * t.dims[1] for t in stored) >= sum(p.numel() for p in weights.values()) and len(weights) == 5
+    assert sum(t.dims[0] * t.dims[1] for t in stored) >= sum(p.numel() for p in weights.values()) and len(weights) == 11
     assert all(len(t.raw_data) == t.dims[0] * t.dims[1] for t in stored)
 
 
