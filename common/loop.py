@@ -8,7 +8,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +20,20 @@ from tqdm import tqdm
 from common.runs import Run, check_finite
 
 Network = TypeVar("Network", bound=nn.Module)
+
+
+_DONE: set[tuple[Hashable, ...]] = set()
+
+
+def once(check: Callable[..., None], *arguments: Hashable) -> None:
+    """check(*arguments), unless this process has done so with the same arguments: cells of a sweep often differ in the seed alone.
+
+    In place of functools.cache, because joblib takes the functions of a script to its processes by value and a cached one by name,
+    under which nothing is found there."""
+    key = (check.__module__, check.__qualname__, *arguments)
+    if key not in _DONE:
+        check(*arguments)
+        _DONE.add(key)
 
 
 class Loaded(NamedTuple):

@@ -10,7 +10,6 @@ Interrupted, it goes on where its last checkpoint was. budget_minutes ends it ea
 one, or none, it goes on from there.
 """
 
-import functools
 import itertools
 import json
 import math
@@ -25,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from common import runs
 from common.data.batches import Plan, stream
-from common.loop import Progress, preflight
+from common.loop import Progress, once, preflight
 from common.scripts import script
 from dcp_nas.analysis.draw import draw_cells, draw_search
 from dcp_nas.child_parent import ChildParentSearch
@@ -119,10 +118,9 @@ def check(cfg: DictConfig, fabric: Fabric) -> None:
     check_data(**cfg.data)
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     parts = {key: config[key] for key in ("method", "model", "search", "strict_1bit", "w", "alpha", "cp_nas")}
-    _step_on_shapes(json.dumps(parts | {"seed": 0}), cfg.data.get("size") or SIDES[cfg.data.name])
+    once(_step_on_shapes, json.dumps(parts | {"seed": 0}), cfg.data.get("size") or SIDES[cfg.data.name])
 
 
-@functools.lru_cache
 def _step_on_shapes(config: str, side: int) -> None:
     """Names a cell whose map cannot be halved, too. A quarter of a second, and the same for all seeds of a sweep."""
     with torch.device("meta"), torch.no_grad():

@@ -6,7 +6,6 @@ python train.py experiment=casia_surf data.root=/datasets/CASIA_SURF
 torchrun --nproc_per_node=4 train.py experiment=casia_surf data.root=/datasets/CASIA_SURF
 """
 
-import functools
 import json
 import math
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from common import runs
 from common.data.batches import Plan, eval_batches, stream
-from common.loop import Means, Progress, bar, compiled, gather, preflight, sync_norm
+from common.loop import Means, Progress, bar, compiled, gather, once, preflight, sync_norm
 from common.scripts import script
 from fm_vit.checkpoint import build, state, untrained
 from fm_vit.data import Data, build_data, check_data, checksum
@@ -121,10 +120,9 @@ def check(cfg: DictConfig) -> None:
     check_threshold(cfg.evaluate.threshold)
     learning_rate(cfg, 0, 1)
     network = json.dumps({"seed": 0} | {key: runs.plain(cfg)[key] for key in ("method", "model")})
-    _step_on_shapes(network, tuple(cfg.data.modalities), cfg.data.size)
+    once(_step_on_shapes, network, tuple(cfg.data.modalities), cfg.data.size)
 
 
-@functools.lru_cache
 def _step_on_shapes(network: str, modalities: tuple[str, ...], size: int) -> None:
     """A third of a second, and the same for all seeds and rates of a sweep."""
     config = json.loads(network)

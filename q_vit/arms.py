@@ -1,6 +1,5 @@
 """What an arm is made of: a configuration that was checked before anything is read, a float teacher, a student."""
 
-import functools
 import json
 from collections.abc import Mapping
 from hashlib import sha256
@@ -14,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from common.data.batches import stream
+from common.loop import once
 from common.quant.lsq import calibrate
 from q_vit.data import Data, check_data, look
 from q_vit.distribution_guided_distillation import dgd_loss
@@ -78,10 +78,9 @@ def check(cfg: DictConfig) -> None:
     seen = look(cfg.data.name, **{k: v for k, v in config["data"].items() if k in ("size", "crop_pct")})
     if not is_float(method):
         _check_teacher_is_there(config)
-    _step_on_shapes(json.dumps({"seen": seen} | {key: config[key] for key in ("method", "model", "optim", "teacher")}))
+    once(_step_on_shapes, json.dumps({"seen": seen} | {key: config[key] for key in ("method", "model", "optim", "teacher")}))
 
 
-@functools.lru_cache
 def _step_on_shapes(parts: str) -> None:
     """A tenth of a second, and the same for all seeds and rates of a sweep."""
     config = json.loads(parts)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hydra.errors import MissingConfigException
 
-from common import reproduce, runs
+from common import loop, reproduce, runs
 from common.metrics.claims import load_claims
 from fm_vit import train
 from fm_vit.checkpoint import build, load
@@ -254,7 +254,7 @@ def test_sweeps_compose_and_claims_name_arms_that_are_run():
 def test_a_step_on_shapes_is_made_once_for_each_network_whatever_the_seed(monkeypatch):
     made = []
     monkeypatch.setattr(train, "losses", lambda model, images, labels, loss: made.append(type(model).__name__))
-    train._step_on_shapes.cache_clear()
+    monkeypatch.setattr(loop, "_DONE", set())
     for overrides in (
         ["seed=1"],
         ["seed=2", "optim.lr=0.5"],
@@ -263,7 +263,6 @@ def test_a_step_on_shapes_is_made_once_for_each_network_whatever_the_seed(monkey
         ["data.size=32", "model.vit.img_size=32"],
     ):
         check(short(*overrides))
-    train._step_on_shapes.cache_clear()
     assert made == ["FMViT", "SharedViT", "FMViT"]
 
 
