@@ -26,9 +26,9 @@ _DONE: set[tuple[Hashable, ...]] = set()
 
 
 def once(check: Callable[..., None], *arguments: Hashable) -> None:
-    """check(*arguments), unless this process has done so with the same arguments: cells of a sweep often differ in the seed alone.
+    """check(*arguments), unless this process has done so with these arguments: cells of a sweep often differ in the seed alone.
 
-    In place of functools.cache, because joblib takes the functions of a script to its processes by value and a cached one by name,
+    In place of functools.cache, because joblib takes the functions of a script to its processes by value, a cached one by name,
     under which nothing is found there."""
     key = (check.__module__, check.__qualname__, *arguments)
     if key not in _DONE:

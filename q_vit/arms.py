@@ -78,7 +78,10 @@ def check(cfg: DictConfig) -> None:
     seen = look(cfg.data.name, **{k: v for k, v in config["data"].items() if k in ("size", "crop_pct")})
     if not is_float(method):
         _check_teacher_is_there(config)
-    once(_step_on_shapes, json.dumps({"seen": seen} | {key: config[key] for key in ("method", "model", "optim", "teacher")}))
+    once(
+        _step_on_shapes,
+        json.dumps({"seen": seen} | {key: config[key] for key in ("method", "model", "optim", "teacher")}),
+    )
 
 
 def _step_on_shapes(parts: str) -> None:
