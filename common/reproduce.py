@@ -171,6 +171,10 @@ def run(paper: Path, scale: str, *, extra: tuple[str, ...] = (), only: str | Non
         )
         if not open_cells:
             continue
+        read = [[c for c in todo if c.stage == stage] for stage in group[0].after]
+        if empty := [cells[0].stage for cells in read if cells and all(c.status() != "finished" for c in cells)]:
+            print(f"{paper.name} {scale} {stage}: left out, it reads {', '.join(empty)}, of which no cell has finished")
+            continue
         env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         if only:
             for cell in open_cells:

@@ -178,6 +178,17 @@ def test_from_nothing_to_recorded_and_verified_evidence(toy, started, in_this_pr
         reproduce.verify(toy, "mini", "plain/seed7")
 
 
+def test_what_reads_runs_of_which_none_has_finished_is_not_begun(toy, monkeypatch, capfd):
+    begun = []
+    monkeypatch.setattr(reproduce, "_call", lambda command, **_: begun.append(command[2]))
+    monkeypatch.setattr(reproduce.Cell, "status", lambda cell: "missing")
+    monkeypatch.setattr(reproduce.report, "main", lambda argv: 0)
+    assert reproduce.run(toy, "mini") == 7 and begun == ["+reproduce/mini=10_train_teacher"]
+    assert "20_train_arms: left out, it reads 10_train_teacher" in capfd.readouterr().out
+    monkeypatch.setattr(reproduce.Cell, "status", lambda cell: "finished" if cell.arm == "teacher" else "missing")
+    assert reproduce.run(toy, "mini") == 6 and begun[1:] == ["+reproduce/mini=20_train_arms"]
+
+
 def test_what_is_measured_since_the_record_is_no_difference_and_what_is_no_longer_measured_is(monkeypatch, capsys):
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
     machine = {"cpu": "a", "accelerator": "cpu"}, {"torch": "1"}
@@ -319,10 +330,11 @@ def test_only_takes_the_cells_of_one_claim_and_the_stages_before(toy, capsys):
 
 def test_only_at_a_small_scale_runs_single_cells(toy, monkeypatch, tmp_path):
     started = []
-    monkeypatch.setattr(reproduce.Cell, "status", lambda self: "missing")
+    status = {True: "finished", False: "missing"}
+    monkeypatch.setattr(reproduce.Cell, "status", lambda self: status[self.arm == "teacher" and bool(started)])
     monkeypatch.setattr(reproduce, "_call", lambda command, **kwargs: started.append(command))
     monkeypatch.setattr(reproduce.report, "main", lambda argv: 0)
-    assert reproduce.run(toy, "mini", only="better") == 7
+    assert reproduce.run(toy, "mini", only="better") == 6
     assert len(started) == 7 and all("hydra.mode=RUN" in command for command in started)
     assert "method=student" in started[-1] and "seed=102" in started[-1]
 
