@@ -32,7 +32,7 @@ from lightning_fabric import Fabric
 from omegaconf import OmegaConf
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from common import runs
+from common import loop, runs
 from common.data.batches import Plan
 from common.metrics.readme import PAPERS
 
@@ -281,6 +281,11 @@ def test_a_checkpoint_gives_back_the_network_that_was_evaluated(paper, fabric, t
     torch.testing.assert_close(again, output, rtol=1e-5, atol=1e-6)
 
 
+class _Everything(set):
+    def __contains__(self, key):
+        return True
+
+
 def test_every_key_of_the_method_changes_the_training(paper, fabric, tmp_path, monkeypatch):
     hook, saved = HOOKS[paper], {}
     method = runs.flatten(OmegaConf.to_container(hook.config().method, resolve=True))
@@ -299,6 +304,7 @@ def test_every_key_of_the_method_changes_the_training(paper, fabric, tmp_path, m
     def keep(run, state, name="last.ckpt"):
         saved[name] = [t.clone() for t in _weights(state)]
 
+    monkeypatch.setattr(loop, "_DONE", _Everything())  # whether a step can be made at all is tested elsewhere
     base, silent = {}, []
     for key, value in hook.KEYS.items():
         if isinstance(value, str) and value.startswith("not "):
