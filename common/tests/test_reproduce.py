@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -179,14 +180,16 @@ def test_from_nothing_to_recorded_and_verified_evidence(toy, started, in_this_pr
 
 
 def test_what_reads_runs_of_which_none_has_finished_is_not_begun(toy, monkeypatch, capfd):
-    begun = []
+    teacher, *students = reproduce.cells(toy, "mini")
+    begun, finished = [], set()
+    monkeypatch.setattr(reproduce, "cells", lambda *_: [teacher, replace(teacher, seed=1), *students])
     monkeypatch.setattr(reproduce, "_call", lambda command, **_: begun.append(command[2]))
-    monkeypatch.setattr(reproduce.Cell, "status", lambda cell: "missing")
+    monkeypatch.setattr(reproduce.Cell, "status", lambda cell: "finished" if cell.name() in finished else "missing")
     monkeypatch.setattr(reproduce.report, "main", lambda argv: 0)
-    assert reproduce.run(toy, "mini") == 7 and begun == ["+reproduce/mini=10_train_teacher"]
+    assert reproduce.run(toy, "mini") == 8 and begun == ["+reproduce/mini=10_train_teacher"]
     assert "20_train_arms: left out, it reads 10_train_teacher" in capfd.readouterr().out
-    monkeypatch.setattr(reproduce.Cell, "status", lambda cell: "finished" if cell.arm == "teacher" else "missing")
-    assert reproduce.run(toy, "mini") == 6 and begun[1:] == ["+reproduce/mini=20_train_arms"]
+    finished.add("teacher/seed0")  # another seed has failed
+    assert reproduce.run(toy, "mini") == 7 and begun[2:] == ["+reproduce/mini=20_train_arms"]
 
 
 def test_what_is_measured_since_the_record_is_no_difference_and_what_is_no_longer_measured_is(monkeypatch, capsys):
