@@ -113,7 +113,7 @@ def test_any_names_and_one_state_dict_for_every_subset():
     )
 
 
-def test_counts_are_those_of_the_claims_and_of_the_formulas():
+def test_counts_are_those_of_the_claims_of_the_formulas_and_of_what_a_row_lacks():
     found = counts.count()
     published = {c["metric"]: c for c in load_claims(PAPER) if c["kind"] == "exact"}
     assert published
@@ -123,6 +123,15 @@ def test_counts_are_those_of_the_claims_and_of_the_formulas():
         assert found[f"macs_cmtb_fused_{size}"] == counts.cmtb_macs(dim, 3)
     assert found["params_branch_small"] == 24_033_794 and found["macs_cmtb_fused_small"] == 233_878_272
     assert set(published) <= set(found)
+
+    # The rows of the table differ by what they lack.
+    dim, whole = 384, found["params_three_small"]
+    attention = 4 * (dim**2 + dim) + 2 * dim  # projections and one norm
+    assert whole - found["params_row_no_mma"] == 3 * attention
+    assert whole - found["params_row_no_mfa"] == 3 * (attention + 2 * dim)  # two norms
+    assert whole - found["params_row_late_fusion"] == 3 * found["params_cmtb_small"]
+    assert found["params_row_shared"] == found["params_trunk_small"] + 2 * dim + 2
+    assert found["params_row_concat"] == 3 * found["params_trunk_small"] + 6 * dim + 2
 
 
 def test_trunk_from_a_file_and_wrong_architectures(tmp_path):
@@ -326,14 +335,3 @@ def test_pretrained_weights_that_cannot_be_had_name_the_option(monkeypatch):
         build_trunk(name="vit_small_patch16_224", pretrained=True)
     with pytest.raises(ValueError, match="timm has no such network"):
         build_trunk(name="vit_smal_patch16_224")
-
-
-def test_the_rows_differ_by_what_they_lack():
-    found = counts.count()
-    dim, whole = 384, found["params_three_small"]
-    attention = 4 * (dim**2 + dim) + 2 * dim  # projections and one norm
-    assert whole - found["params_row_no_mma"] == 3 * attention
-    assert whole - found["params_row_no_mfa"] == 3 * (attention + 2 * dim)  # two norms
-    assert whole - found["params_row_late_fusion"] == 3 * found["params_cmtb_small"]
-    assert found["params_row_shared"] == found["params_trunk_small"] + 2 * dim + 2
-    assert found["params_row_concat"] == 3 * found["params_trunk_small"] + 6 * dim + 2
