@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from common import scripts
-from common.loop import Means, gather
+from common.loop import Means, gather, once
 from common.scripts import arm_name, check_types, check_values, override
 
 CONFIG = """
@@ -288,3 +288,19 @@ def test_the_threads_of_one_script_are_not_those_of_the_next():
         assert torch.get_num_threads() == before + 1
         raise ValueError
     assert torch.get_num_threads() == before
+
+
+def test_what_is_checked_once_fails_every_time_and_passes_once():
+    made = []
+
+    def check(side):
+        made.append(side)
+        if side == 7:
+            raise ValueError("cannot be halved")
+
+    for side in (8, 8, 16):
+        once(check, side)
+    for _ in range(2):  # the second cell of a sweep has the same fault
+        with pytest.raises(ValueError, match="halved"):
+            once(check, 7)
+    assert made == [8, 16, 7, 7]

@@ -1,7 +1,6 @@
 """The script as people run it: every arm, resume in the middle of the stream, errors, the other entries."""
 
 import json
-import runpy
 import time
 from itertools import product
 from pathlib import Path
@@ -130,11 +129,6 @@ def test_unequal_tasks_and_a_growing_head(fabric, tmp_path):
     assert state["learner"]["sizes"] == [12, 3, 5] and state["model"]["head.weight"].shape[0] == 20
     learner, saved = load_learner(tmp_path / "last.ckpt")
     assert learner.groups == test_stream(saved, {}).groups
-
-
-def test_the_script_can_be_sent_to_the_workers_of_a_sweep():
-    cloudpickle = pytest.importorskip("cloudpickle")
-    cloudpickle.dumps(runpy.run_path(str(PAPER / "train.py"), run_name="script")["main"])
 
 
 def test_a_killed_run_goes_on_from_inside_its_folder(started, tmp_path, monkeypatch, capsys):
