@@ -267,7 +267,7 @@ def test_every_scale_has_three_teachers_with_a_floor_and_one_protocol(scale):
             teachers = seeds
             assert cfg.evaluate.floor >= 40, file.stem
             continue
-        assert len(seeds) >= 3 and seeds <= teachers, file.stem  # sweeps come in the order of their names: teachers first
+        assert len(seeds) >= 3 and seeds <= teachers, file.stem  # sweeps run by name: the teachers' is the first
         assert cfg.teacher.seed == cfg.seed == 101 and cfg.evaluate.floor is None, file.stem
         schedule = (*(cfg.train[k] for k in kept), cfg.optim.lr, cfg.optim.quant_lr)
         if params["method"] == "stage1":
