@@ -8,7 +8,8 @@ images measured: the counts still vary by image, and the budget is met; the base
 `unpruned` is the same code with nothing dropped. A seed is other weights and other images; a claim is judged over the seeds.
 
 For one image, `first` has as many tokens in timm's own blocks without choosing them: what is missing there is the machine's. Rows
-named `onnxruntime` time the exported networks, with as many threads; one that differs from torch is an error.
+named `onnxruntime` time the exported networks, with as many threads, rows named `compiled` what torch.compile makes of the same
+graphs; one that differs from torch is an error.
 """
 
 import tempfile
@@ -30,15 +31,20 @@ from adaptive_prune.calibrate import calibrate
 from adaptive_prune.export import OneImage, traced
 from adaptive_prune.model import PrunedViT, prune
 from common.metrics import report
-from common.metrics.timing import Bench, Timing, interleaved
+from common.metrics.timing import Bench, Timing, compiled_calls, interleaved
 from common.scripts import script
 
 PAPER = Path(__file__).resolve().parent
 LARGE = 8  # beyond this batch size a warm-up of 2 rounds is enough
 OTHERS = ("topk", "evit", "evit_no_fusion", "tome")
 EXPORTED = ("dense", "packed", "first")
-FORMS = {"float32": "", "onnxruntime": "onnxruntime", "bfloat16": "bf16"}  # and what rows and metrics call them
-TOLERANCE = 1e-3  # of logits, onnxruntime against torch
+FORMS = {
+    "float32": "",
+    "compiled": "compiled",
+    "onnxruntime": "onnxruntime",
+    "bfloat16": "bf16",
+}  # and what rows call them
+TOLERANCE = 1e-3  # of logits, compiled or in onnxruntime against torch
 Measured = dict[str, dict[int, dict[str, float]]]
 
 
@@ -106,6 +112,31 @@ def timed(model: nn.Module, x: Tensor) -> Callable[[], None]:
     return call
 
 
+def one_image(models: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """{name: the network as one graph for one image}."""
+    return {n: OneImage(m).eval() if isinstance(m := models[n], PrunedViT) else m for n in EXPORTED}
+
+
+def check_same(found: Tensor, expected: Tensor, who: str) -> None:
+    if not torch.allclose(found, expected, rtol=0, atol=TOLERANCE):
+        raise ValueError(f"{who} differs from torch on the image that is timed")
+
+
+@torch.no_grad()
+def compiled(models: dict[str, nn.Module], x: Tensor) -> dict[str, Callable[[], object]]:
+    """{name: a call of the compiled network on one image x}; the number of tokens that stay is a variable of the graph.
+
+    ValueError for what does not compile, and for logits that differ from torch's."""
+    failed: dict[str, str] = {}
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):  # or the graph ends where tokens are chosen
+        calls = compiled_calls({name: (network, x) for name, network in one_image(models).items()}, failed)
+    if failed:
+        raise ValueError(f"torch.compile: {failed}; compiled=false leaves these rows out")
+    for name, call in calls.items():
+        check_same(call(), models[name](x), f"{name}: compiled, it")  # type: ignore[arg-type]
+    return calls
+
+
 @torch.no_grad()
 def exported(models: dict[str, nn.Module], x: Tensor) -> dict[str, Callable[[], object]]:
     """{name: a call of the network in onnxruntime on one image x, with as many threads as torch has}.
@@ -116,16 +147,12 @@ def exported(models: dict[str, nn.Module], x: Tensor) -> dict[str, Callable[[], 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     inputs, calls = {"images": x.numpy()}, {}
-    for name in EXPORTED:
-        model = models[name]
-        network = OneImage(model).eval() if isinstance(model, PrunedViT) else model
+    for name, network in one_image(models).items():
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's, on shapes that are fixed here
             traced(network, x, file := Path(folder, "one.onnx"), {}, TOLERANCE, batch=False)
             session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        found = torch.from_numpy(session.run(None, inputs)[0])
-        if not torch.allclose(found, model(x), rtol=0, atol=TOLERANCE):
-            raise ValueError(f"{name}: onnxruntime differs from torch on the image that is timed")
+        check_same(torch.from_numpy(session.run(None, inputs)[0]), models[name](x), f"{name}: onnxruntime")
         calls[name] = lambda session=session: session.run(None, inputs)
     return calls
 
@@ -141,6 +168,7 @@ def measure(
     models, cost = rivals(dense, x, cfg.budget)
     wanted = {
         "float32": True,
+        "compiled": cfg.compiled and batch == 1 and not x.is_cuda,
         "onnxruntime": cfg.onnxruntime and batch == 1 and not x.is_cuda,
         "bfloat16": batch in cfg.bfloat16,
     }
@@ -149,6 +177,8 @@ def measure(
     for form in (form for form in FORMS if wanted[form]):
         if form == "onnxruntime":
             calls = exported(models, x)
+        elif form == "compiled":
+            calls = compiled(models, x)
         else:
             dtype = getattr(torch, form)
             dense.to(dtype)

@@ -402,13 +402,21 @@ def one_image(seed=0):
     return models, x, cost
 
 
+def graphs(networks, skipped):
+    """What torch.compile captures of every network, run as it is; a second graph is an error."""
+    torch._dynamo.reset()
+    calls = {name: torch.compile(network, backend="eager", fullgraph=True) for name, (network, _) in networks.items()}
+    return {name: lambda call=call, x=networks[name][1]: call(x) for name, call in calls.items()}
+
+
 @pytest.mark.usefixtures("unpainted")
 def test_bench_rows_are_complete_and_at_equal_cost(script_config, fabric, tmp_path, monkeypatch):
     monkeypatch.setattr(bench.timm, "create_model", small_vit)
     monkeypatch.setattr(bench, "PAPER", tmp_path)
     monkeypatch.setattr(bench.report, "update_readmes", lambda *_, **__: None)
     (tmp_path / "claims.yaml").write_text((PAPER / "claims.yaml").read_text())
-    args = ["vit=deit_tiny_patch16_224", "rounds=3", "warmup=1", "record=true"]
+    args = ["vit=deit_tiny_patch16_224", "rounds=3", "warmup=1", "record=true", "seeds=[100,101,102]"]
+    monkeypatch.setattr(bench, "compiled", lambda models, x: {n: bench.timed(models[n], x) for n in bench.EXPORTED})
     with torch.random.fork_rng():
         rows = bench.bench(script_config("bench", *args), fabric)
     assert json.loads((tmp_path / "results/bench/bench.json").read_text()) == json.loads(json.dumps(rows))
@@ -416,12 +424,13 @@ def test_bench_rows_are_complete_and_at_equal_cost(script_config, fabric, tmp_pa
     names = {r["name"].removeprefix(head) for r in rows if r["batch"] == 8 and r["name"].startswith(head)}
     rivals = {"packed", "padded", "batch_topk", "unpruned", *bench.OTHERS}
     assert names >= {f"{a} vs dense" for a in rivals} | {f"packed vs {a}" for a in bench.OTHERS}
-    head = head.replace("bf16", "onnxruntime")
-    for batch in (1, 8, 32):
-        mine = [r["name"] for r in rows if r["batch"] == batch and "seed 101" in r["name"]]
-        assert any("first" in name for name in mine) == any("onnxruntime" in name for name in mine) == (batch == 1)
-        exported = {name.removeprefix(head) for name in mine if name.startswith(head)}
-        assert batch > 1 or exported >= {"packed vs dense", "first vs dense", "packed vs first"}
+    for form in ("onnxruntime", "compiled"):
+        one = head.replace("bf16", form)
+        for batch in (1, 8, 32):
+            mine = [r["name"] for r in rows if r["batch"] == batch and "seed 101" in r["name"]]
+            assert any("first" in name for name in mine) == any(form in name for name in mine) == (batch == 1)
+            found = {name.removeprefix(one) for name in mine if name.startswith(one)}
+            assert batch > 1 or found >= {"packed vs dense", "first vs dense", "packed vs first"}
     for row in rows:
         assert row["ratio"] == pytest.approx(row["baseline"] / row["ours"])
         assert row["macs"] == pytest.approx(1.0 if "unpruned" in row["name"] else 0.65, abs=0.06)
@@ -485,14 +494,15 @@ def test_every_row_times_the_network_it_names_with_the_threads_asked_for(script_
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     monkeypatch.setattr(bench, "interleaved", run_all)
     monkeypatch.setattr(bench, "timed", lambda model, x: lambda: model)
+    monkeypatch.setattr(bench, "compiled_calls", graphs)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         with torch.random.fork_rng():
             found = bench.measure(script_config("bench"), fabric, 100, 1)
             dense = bench.dense_model("small", 100)
-        assert sessions == [3, 3, 3] and set(found) == {"float32", "onnxruntime"}
-        in_torch, in_onnxruntime = called
+        assert sessions == [3, 3, 3] and set(found) == {"float32", "compiled", "onnxruntime"}
+        in_torch, in_one_graph, in_onnxruntime = called
         for name in ("packed", "padded", "batch_topk"):
             assert (in_torch[name].rule, in_torch[name].inference) == ("threshold", name)
         rules = {"topk": "topk", "evit": "evit", "evit_no_fusion": "topk", "tome": "tome", "unpruned": "none"}
@@ -504,7 +514,9 @@ def test_every_row_times_the_network_it_names_with_the_threads_asked_for(script_
         assert len({round(float(logits[0, 0]), 3) for logits in expected.values()}) == 3, "one network for two"
         for name, (logits,) in in_onnxruntime.items():
             torch.testing.assert_close(torch.from_numpy(logits), expected[name], atol=1e-4, rtol=0)
-        assert set(bench.measure(script_config("bench", "onnxruntime=false"), fabric, 100, 1)) == {"float32"}
+            torch.testing.assert_close(in_one_graph[name], expected[name], atol=1e-4, rtol=0)
+        plain = script_config("bench", "onnxruntime=false", "compiled=false")
+        assert set(bench.measure(plain, fabric, 100, 1)) == {"float32"}
         assert set(bench.measure(script_config("bench", "bfloat16=[2]"), fabric, 100, 2)) == {"float32", "bfloat16"}
     finally:
         torch.set_num_threads(threads)
@@ -517,6 +529,12 @@ def test_an_export_that_is_not_the_network_is_not_timed(monkeypatch):
     monkeypatch.setattr(bench, "traced", lambda network, *args, **kwargs: inner(dense, *args, **kwargs))
     with pytest.raises(ValueError, match="packed: onnxruntime differs"):
         bench.exported(models, x)
+    monkeypatch.setattr(bench, "compiled_calls", lambda networks, _: dict.fromkeys(networks, lambda: dense(x)))
+    with pytest.raises(ValueError, match="packed: compiled, it differs"):
+        bench.compiled(models, x)
+    monkeypatch.setattr(bench, "compiled_calls", lambda networks, failed: failed.update(packed="no compiler"))
+    with pytest.raises(ValueError, match="packed.*no compiler.*compiled=false"):
+        bench.compiled(models, x)
 
 
 def test_the_share_of_the_ideal_is_the_speed_up_over_that_of_the_macs(tmp_path):
