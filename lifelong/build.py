@@ -49,11 +49,15 @@ def build(
     config = plain(cfg)
     torch.manual_seed(random_stream(config["seed"]))
     network, parity, prepare = dict(config["model"]), config["parity"], config["prepare"]
-    growing = network.pop("growing")
+    growing, channels_last = network.pop("growing"), network.pop("channels_last", False)
+    if not isinstance(channels_last, bool):
+        raise ValueError(f"model.channels_last={channels_last!r}, allowed: true, false")
     model = build_model(
         num_classes=outputs or (sizes[0] if growing else sum(sizes)), channels=channels, size=prepare["size"],
         unused=parity["unused_parameters"], **network,
     )  # fmt: skip
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     method, train = dict(config["method"]), config["train"]
     return build_learner(
         method.pop("learner"), model, Prepare(**prepare), method, replay=method.pop("replay"), seed=config["seed"],

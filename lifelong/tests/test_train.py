@@ -365,7 +365,7 @@ def test_every_config_composes_and_builds():
             cfg = compose("config", overrides=[f"experiment={experiment}", "arm=test", "data.root=/x"])
             OmegaConf.to_container(cfg, resolve=True)
             with torch.device("meta"):
-                options = {k: v for k, v in cfg.model.items() if k != "growing"}
+                options = {k: v for k, v in cfg.model.items() if k not in ("growing", "channels_last")}
                 build_model(num_classes=100, size=cfg.prepare.size, **options)
         for data in sorted(p.stem for p in (CONFIGS / "data").glob("*.yaml")):
             compose("config", overrides=[f"data={data}", "arm=test", "data.root=/x"])
@@ -403,6 +403,23 @@ def test_build_draws_the_same_weights_for_a_seed():
     )
     torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert not torch.equal(a["head.weight"], c["head.weight"])
+
+
+def test_channels_last_is_a_layout_and_no_other_network():
+    x, labels = torch.rand(24, 1, 8, 8), torch.arange(24) % 2
+    found = []
+    for wanted in ("false", "true"):
+        cfg = composed("config", "method=ari", "arm=ari", "train.epochs=1", f"model.channels_last={wanted}")
+        learner = build(cfg, [2, 2], 1)
+        learner.observe_task((x, labels))
+        learner.load_state_dict(learner.state_dict())
+        kernels = learner.model.attention.conv.weight, learner.adapted(0).attention.conv.weight
+        assert [k.is_contiguous(memory_format=torch.channels_last) for k in kernels] == [wanted == "true"] * 2
+        found.append(learner.run(learner.scores, x))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="model.channels_last=1, allowed: true, false"):
+        build(composed("config", "method=ari", "arm=ari", "model.channels_last=1"), [2, 2], 1)
+    assert composed("config", "experiment=mnist", "arm=ari", "data.root=/x").model.channels_last
 
 
 def test_the_seed_decides_the_images_of_the_stream_and_the_batches(fabric, tmp_path, monkeypatch):
