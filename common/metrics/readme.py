@@ -95,7 +95,8 @@ def render_deployment(paper_dir: str | Path) -> str | None:
     kinds = {
         "float32": ([k for k in chosen[0]["forms"] if "fp32" in k], size["baseline"]),
         "bfloat16": ([k for k in chosen[0]["forms"] if k.startswith("bf16")], size["bf16"]),
-        bits + "float32": (["packed"], size["ours"]), bits + "bfloat16": (["packed, rest bf16"], size["ours"]),
+        bits + "float32": (["packed", "packed compiled"], size["ours"]),
+        bits + "bfloat16": (["packed, rest bf16", "packed, rest bf16 compiled"], size["ours"]),
     }  # fmt: skip
     table = []
     for kind, (names, nbytes) in kinds.items():
@@ -103,8 +104,10 @@ def render_deployment(paper_dir: str | Path) -> str | None:
         for row in chosen:
             best = min((n for n in names if n in row["forms"]), key=lambda n: row["forms"][n][0])
             median, low, high = row["forms"][best]
-            which = f", {' '.join(w for w in best.split() if w not in ('fp32', 'bf16'))}" if len(names) > 1 else ""
-            cells.append(f"{median:.1f} [{low:.1f}, {high:.1f}]{which}")
+            which = (
+                " ".join(w for w in best.split() if w not in ("fp32", "bf16", "packed", "packed,", "rest")) or "eager"
+            )
+            cells.append(f"{median:.1f} [{low:.1f}, {high:.1f}], {which}")
         table.append([kind, f"{nbytes / 1e6:.1f}", *cells])
     header = [
         f"{settings[0]['network']} in",

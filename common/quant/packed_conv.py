@@ -13,9 +13,10 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ PIXELS = 4  # and pixels in its block
 GRAIN = 20.0  # microseconds of work that are worth other threads
 PARTS = 4  # of a job per thread: who is late does fewer
 _PROCESS = os.getpid()  # a fork of it has none of its threads
+_LAYERS: "WeakValueDictionary[int, PackedConv2d]" = WeakValueDictionary()  # a compiled graph names them by number
+_NUMBERS = count()
 
 
 class PackedConv2d(nn.Module):
@@ -40,7 +43,8 @@ class PackedConv2d(nn.Module):
 
     State: `words` (groups, vectors, taps x words, 8) int64, the bits in the order of the kernel (vector v of a group holds its
     outputs from min(8 v, outputs - 8) on); `shift` (in,), `scale`, `offset`, `slope`, `after` (out,) float32.
-    backend: "auto" (numba on a CPU where it is installed, else torch), "numba" or "torch"."""
+    backend: "auto" (numba on a CPU where it is installed, else torch), "numba" or "torch". For torch.compile a layer is one node
+    of the graph."""
 
     words: Tensor
     shift: Tensor
@@ -79,6 +83,7 @@ class PackedConv2d(nn.Module):
         ):  # fmt: skip
             self.register_buffer(name, torch.full((size,), value))
         self._tables: dict[Any, Any] = {}
+        self._enlist()
 
     @classmethod
     @torch.no_grad()
@@ -127,9 +132,14 @@ class PackedConv2d(nn.Module):
             self.after.copy_(after.flatten())
         return self
 
-    @torch.compiler.disable
-    @torch.no_grad()
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        if torch.compiler.is_compiling():
+            return torch.ops.packed.conv2d(x, skip, self._number)
+        return self.compute(x, skip)
+
+    @torch.no_grad()
+    def compute(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """What `forward` returns, outside of a graph."""
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"input {tuple(x.shape)}: expected (B, {self.in_channels}, H, W)")
         (top, bottom, left, right), padding = self.padding, self.padding
@@ -221,11 +231,20 @@ class PackedConv2d(nn.Module):
         self._tables = {}
         return self
 
+    def _enlist(self) -> None:
+        self._number = next(_NUMBERS)
+        _LAYERS[self._number] = self
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._enlist()
+
     def __deepcopy__(self, memo: dict) -> "PackedConv2d":
         copy = self.__new__(type(self))
         memo[id(self)] = copy
         copy.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("_tables", "_buffers")})
         copy._tables, copy._buffers = {}, {k: v.clone() for k, v in self._buffers.items()}  # type: ignore[union-attr]
+        copy._enlist()
         return copy
 
     def extra_repr(self) -> str:
@@ -233,6 +252,27 @@ class PackedConv2d(nn.Module):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, zero={self.zero}"
         )
+
+
+torch.library.define(
+    "packed::conv2d", "(Tensor x, Tensor? skip, int layer) -> Tensor", tags=torch.Tag.needs_fixed_stride_order
+)
+
+
+@torch.library.impl("packed::conv2d", "CompositeExplicitAutograd")
+def _node(x: Tensor, skip: Tensor | None, layer: int) -> Tensor:
+    y = _LAYERS[layer].compute(x, skip)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("packed::conv2d")
+def _node_in_a_trace(x: Tensor, skip: Tensor | None, layer: int) -> Tensor:
+    conv = _LAYERS[layer]
+    sides = zip(
+        x.shape[2:], (conv.padding[:2], conv.padding[2:]), conv.kernel_size, conv.dilation, conv.stride, strict=True
+    )
+    size = [(n + sum(around) - d * (k - 1) - 1) // s + 1 for n, around, k, d, s in sides]
+    return x.new_empty(len(x), conv.out_channels, *size).contiguous(memory_format=torch.channels_last)
 
 
 class SignConv2d(nn.Module):

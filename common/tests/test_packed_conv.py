@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -88,6 +89,36 @@ def test_the_kernel_really_runs_where_numba_is():
     packed.backend = "numba"
     with pytest.raises(ValueError, match="runs on the CPU, the input is on meta"):
         packed(x.to("meta"))
+
+
+@pytest.mark.parametrize("geometry", [GEOMETRIES[i] for i in (1, 4, 8, 10)], ids=str)
+def test_for_torch_compile_a_layer_is_one_node_of_the_graph(geometry):
+    torch._dynamo.reset()
+    _, packed, _ = layer(*geometry)
+    compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
+    for batch, height, width in ((3, 9, 13), (2, 9, 13), (2, 11, 12)):
+        x = torch.randn(batch, geometry[0], height, width)
+        for skip in (None, torch.randn(packed(x).shape)):
+            with torch.no_grad():
+                found = compiled(x, skip)
+            assert torch.equal(found, packed(x, skip)) and found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_compiled_network_holds_its_own_layers():
+    _, packed, _ = layer(*GEOMETRIES[0])
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 64, 3), packed, nn.PReLU()).eval().to(memory_format=torch.channels_last)
+    others = [copy.deepcopy(network), pickle.loads(pickle.dumps(network))]
+    for k, other in enumerate(others):
+        other[1].scale.mul_(k + 2)
+        other[1]._tables = {}
+    x = torch.randn(2, 3, 12, 9).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = [n(x) for n in (network, *others)]
+        torch._dynamo.reset()
+        found = [torch.compile(n, fullgraph=True)(x) for n in (network, *others)]
+    torch.testing.assert_close(found, expected)
+    assert (expected[0] - expected[1]).abs().max() > 1
 
 
 def test_zeros_nans_and_both_zeros_take_the_side_that_zero_says():
