@@ -91,10 +91,12 @@ def test_the_kernel_really_runs_where_numba_is():
         packed(x.to("meta"))
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("geometry", [GEOMETRIES[i] for i in (1, 4, 8, 10)], ids=str)
-def test_for_torch_compile_a_layer_is_one_node_of_the_graph(geometry):
+def test_for_torch_compile_a_layer_is_one_node_of_the_graph(geometry, backend):
     torch._dynamo.reset()
     _, packed, _ = layer(*geometry)
+    packed.backend = backend
     compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
     for batch, height, width in ((3, 9, 13), (2, 9, 13), (2, 11, 12)):
         x = torch.randn(batch, geometry[0], height, width)
