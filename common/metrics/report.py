@@ -157,8 +157,12 @@ def warnings(cells: Sequence[Cell]) -> list[str]:
             parts = [f"{value} in {len(group)} cells, e.g. {_name(group[0])}" for value, group in kinds.items()]
             found.append(f"cells differ in {key}: " + "; ".join(parts))
     for arm in dict.fromkeys(c["arm"] for c in cells):
-        # The config hash covers the seed, so compare the configs, less every key that is the seed in all of them.
+        # The config hash covers the seed, so compare the configs, less every key that is the seed in all of them, or the path
+        # of a run of that seed.
         configs = [(str(c["seed"]), _config(Path(c["path"]))) for c in cells if c["arm"] == arm]
+        configs = [
+            (seed, {k: re.sub(rf"\bseed{seed}\b", "seed", v) for k, v in config.items()}) for seed, config in configs
+        ]
         names = sorted({key for _, config in configs for key in config})
         differ = [
             key for key in names

@@ -59,9 +59,8 @@ def write_run(folder, seed, metrics, status="finished", commit="c0ffee", config=
     cell = {"scale": "mini", "arm": "?", "seed": seed, "status": status, "metrics": metrics, "seconds": 30.0}
     cell |= {"config_sha256": f"{seed}", "commit": commit, "versions": {"torch": "2"}, "machine": {"cores": 2}}
     (folder / "result.json").write_text(json.dumps(cell))
-    (folder / "config.yaml").write_text(
-        yaml.safe_dump({"seed": seed, "data": {"seed": seed}, "lr": 0.1} | (config or {}))
-    )
+    usual = {"seed": seed, "data": {"seed": seed}, "start": f"runs/mini/first/seed{seed}/last.ckpt", "lr": 0.1}
+    (folder / "config.yaml").write_text(yaml.safe_dump(usual | (config or {})))
 
 
 @pytest.fixture
@@ -131,12 +130,15 @@ def test_limits_of_the_scale_are_quoted(root):
 
 
 def test_incomparable_cells_are_warned_about(root):
-    write_run(root / "ncl_pp/runs/mini/new", 200, {}, status="failed", commit="bad", config={"lr": 0.2})
+    other = {"lr": 0.2, "start": "runs/mini/first/seed100/last.ckpt"}
+    write_run(root / "ncl_pp/runs/mini/new", 200, {}, status="failed", commit="bad", config=other)
     report.write_report(root / "ncl_pp", "mini")
     text = (root / "ncl_pp/runs/mini/report/report.md").read_text()
     warnings = text.partition("## Warnings")[2].partition("##")[0]
     assert '"bad" in 1 cells, e.g. new/seed200' in warnings
-    assert "arm new: seeds differ in config: lr" in warnings and "seed," not in warnings  # seed, data.seed may differ
+    assert (
+        "arm new: seeds differ in config: lr, start\n" in warnings
+    )  # seed, data.seed and runs of that seed may differ
 
 
 def test_figures_are_drawn_and_not_left_over(root, tmp_path):
