@@ -3,13 +3,13 @@
 import copy
 import ctypes
 import os
-import pickle
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -110,9 +110,9 @@ def test_a_compiled_network_holds_its_own_layers():
     _, packed, _ = layer(*GEOMETRIES[0])
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 64, 3), packed, nn.PReLU()).eval().to(memory_format=torch.channels_last)
-    others = [copy.deepcopy(network), pickle.loads(pickle.dumps(network))]
+    others = [copy.deepcopy(network), ForkingPickler.loads(ForkingPickler.dumps(network))]  # the way to another process
     for k, other in enumerate(others):
-        other[1].scale.mul_(k + 2)
+        other[1].scale = (k + 2) * other[1].scale
         other[1]._tables = {}
     x = torch.randn(2, 3, 12, 9).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
