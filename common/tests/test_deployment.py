@@ -33,9 +33,32 @@ def test_without_its_packed_layers_a_network_and_its_copies_compute_the_rest(mon
 
 
 def test_the_limit_is_that_of_the_form_that_wins(monkeypatch, tmp_path):
-    table = deployment.Bench(tmp_path / "b.json")
-    ms = {"packed": 9.0, "packed compiled": 6.0, "fp32 eager": 20.0, "bf16 compiled": 12.0}
-    times = {name: Timing(t, t, t, 3) for name, t in ms.items()}
-    deployment._add_network(table, "net", times, "packed compiled", 3.0, batch=1, skipped={})
+    ms = {"packed": 9.0, "packed compiled": 6.0, "fp32 eager": 20.0, "bf16 compiled": 12.0, "whole": 8.0, "rest": 4.0}
+
+    def timed(calls, **_):
+        return {name: Timing(ms[name], ms[name], ms[name], 3) for name in calls}
+
+    class Forms(deployment.Forms):
+        def __init__(self):
+            self.skipped, self.answers, self.replayed = {}, self, []
+
+        def calls(self, images, *, threads):
+            return {name: name for name in ms if name not in ("whole", "rest")}
+
+        def layers(self, x):
+            return []
+
+        def replay(self, call):
+            self.replayed.append(call)
+
+    monkeypatch.setattr(deployment, "interleaved", timed)
+    table, forms = deployment.Bench(tmp_path / "b.json"), Forms()
+    deployment.time_network(table, "net", forms, torch.zeros(1, 3, 4, 4), batches=[1], threads=[1], rounds=3)
     (row,) = table.rows
-    assert (row["ours"], row["baseline_is"], row["ratio"], row["limit"]) == (6.0, "bf16 compiled", 2.0, 4.0)
+    assert (row["ours"], row["ours_is"], row["baseline_is"], row["ratio"]) == (
+        6.0,
+        "packed compiled",
+        "bf16 compiled",
+        2.0,
+    )
+    assert (row["rest"], row["limit"]) == (3.0, 4.0) and forms.replayed == ["packed compiled"]

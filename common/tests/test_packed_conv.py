@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common
 from common.quant import packed_conv
@@ -104,6 +105,15 @@ def test_for_torch_compile_a_layer_is_one_node_of_the_graph(geometry, backend):
             with torch.no_grad():
                 found = compiled(x, skip)
             assert torch.equal(found, packed(x, skip)) and found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_a_trace_knows_the_size_and_the_layout_of_the_output(geometry):
+    _, packed, _ = layer(*geometry)
+    x = torch.randn(3, geometry[0], 9, 13)
+    with FakeTensorMode() as mode:
+        traced = torch.ops.packed.conv2d(mode.from_tensor(x), None, packed._number)
+    assert (traced.shape, traced.stride(), traced.dtype) == ((y := packed(x)).shape, y.stride(), y.dtype)
 
 
 def test_a_compiled_network_holds_its_own_layers():

@@ -401,6 +401,21 @@ def test_a_bench_with_fewer_instructions_is_a_sentence_under_the_table(tmp_path)
     )
 
 
+def test_a_table_of_bits_names_the_form_that_was_fastest(tmp_path):
+    folder = tmp_path / "results/deploy"
+    folder.mkdir(parents=True)
+    rows = json.loads((Path(__file__).parents[2] / "rbonn/results/deploy/bench.json").read_text())
+    ms = {"packed": 4.0, "packed compiled": 3.0, "packed, rest bf16": 1.0, "packed, rest bf16 compiled": 2.0}
+    for row in rows:
+        if row.get("kind") == "network":
+            row["forms"] |= {name: [t, t, t] for name, t in ms.items()}
+    (folder / "bench.json").write_text(json.dumps(rows))
+    lines = (readme.render_deployment(tmp_path) or "").splitlines()
+    for rest, cell in (("float32", "3.0 [3.0, 3.0], compiled"), ("bfloat16", "1.0 [1.0, 1.0], eager")):
+        (line,) = (line for line in lines if line.startswith(f"| bits, real-valued rest {rest} |"))
+        assert line.endswith(f"| {cell} | {cell} |")
+
+
 def test_a_table_on_integers_says_from_which_to_which_ratio(tmp_path):
     folder = tmp_path / "results/deploy"
     folder.mkdir(parents=True)
