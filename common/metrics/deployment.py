@@ -18,9 +18,6 @@ from common.onnx_export import export_onnx
 from common.quant.packed_conv import PackedConv2d, in_float_
 
 Call = Callable[[], object]
-RUNS = (
-    10  # of a layer in a row: a layer that another's weights have pushed out of the cache would be timed by the memory
-)
 
 
 class Forms:
@@ -202,11 +199,7 @@ def _add_layers(table: Bench, name: str, forms: Forms, image: Tensor, *, rounds:
         if shape in seen:
             continue
         seen.add(shape)
-        calls = {k: lambda call=call: [call() for _ in range(RUNS)] for k, call in layer_calls(layer, inputs).items()}
-        times = {
-            k: Timing(t.median / RUNS, t.low / RUNS, t.high / RUNS, t.rounds)
-            for k, t in interleaved(calls, rounds=2 * rounds, seconds=5).items()
-        }
+        times = interleaved(layer_calls(layer, inputs), rounds=2 * rounds, seconds=5)
         best = min((k for k in times if k != "packed"), key=lambda k: times[k].median)
         side = "x".join(map(str, layer.kernel_size))
         table.add(

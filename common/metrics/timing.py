@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from common.runs import provenance
 
 PAUSE = 0.02  # seconds; idle workers of onnxruntime and OpenMP give their core back within some milliseconds
+BLOCK = 0.03  # seconds of calls in a row that make one time
+MOST = 1000  # calls of a block
 
 
 class Timing(NamedTuple):
@@ -31,13 +33,15 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Times every call once per round, in turn, so that a drift of the machine's speed meets all of them alike.
 
-    Each call is warmed up first; ends after `rounds`, or when `seconds` are over and 3 rounds are done. With several threads the
-    workers of the call before wait busily for more and take a core from the next one (measured: sessions of onnxruntime in turn
-    took twice their time): a pause and an untimed call stand before each timed one. A call that works on a GPU must wait for it
-    by itself."""
-    for call in calls.values():
-        for _ in range(warmup):
-            call()
+    A time is the mean of as many calls in a row as take `BLOCK` seconds, behind as many untimed ones: what a program sees that
+    calls again and again. (A call of few milliseconds whose caches the others have emptied took up to twice as long.) Each call
+    is warmed up first; ends after `rounds`, or when `seconds` are over and 3 rounds are done. With several threads the workers of
+    the call before wait busily for more and take a core from the next one: a pause and an untimed call stand before it. A call
+    that works on a GPU must wait for it by itself."""
+    repeats = {}
+    for name, call in calls.items():
+        _in_a_row(call, warmup)
+        repeats[name] = max(1, round(BLOCK / max(_in_a_row(call, 1), BLOCK / MOST)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     settle = torch.get_num_threads() > 1
     end = time.perf_counter() + seconds
@@ -47,11 +51,18 @@ def interleaved(
         for name, call in calls.items():
             if settle:
                 time.sleep(PAUSE)
-                call()
-            start = time.perf_counter()
-            call()
-            times[name].append(1000 * (time.perf_counter() - start))
+            if settle or repeats[name] > 1:
+                _in_a_row(call, repeats[name])
+            times[name].append(1000 * _in_a_row(call, repeats[name]) / repeats[name])
     return {name: _timing(values) for name, values in times.items()}
+
+
+def _in_a_row(call: Callable[[], object], count: int) -> float:
+    """Seconds of so many calls."""
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return time.perf_counter() - start
 
 
 def _timing(values: list[float]) -> Timing:

@@ -10,6 +10,7 @@ inference: no derivatives.
 
 import ctypes
 import os
+from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -137,7 +138,6 @@ class PackedConv2d(nn.Module):
             return torch.ops.packed.conv2d(x, skip, self._number)
         return self.compute(x, skip)
 
-    @torch.no_grad()
     def compute(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """What `forward` returns, outside of a graph."""
         if x.ndim != 4 or x.shape[1] != self.in_channels:
@@ -156,8 +156,10 @@ class PackedConv2d(nn.Module):
         if kernels is None:
             if "twin" not in self._tables:
                 self._tables["twin"] = self.twin()
-            return self._tables["twin"](x, skip)
-        return self._in_numba(kernels, image, skip, plan, shape).to(x.dtype)
+            with torch.no_grad():
+                return self._tables["twin"](x, skip)
+        y = self._in_numba(kernels, image, skip, plan, shape)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def signs(self) -> Tensor:
         """The weights as floats of +-1, (out, in / groups, kh, kw)."""
@@ -185,7 +187,7 @@ class PackedConv2d(nn.Module):
             return out
         pixels, beside = _rows(x), None if skip is None else _rows(skip)
         _run(
-            kernels.pack, batch * height, pixels.numel() / 1e4, pixels.data_ptr(), self.shift.data_ptr(), self.zero == -1,
+            kernels.pack, batch * height, x.numel() / 1e4, pixels.data_ptr(), self.shift.data_ptr(), self.zero == -1,
             self.inputs, top, left, height, width, bits.data_ptr(), rows, columns, self.groups, words,
         )  # fmt: skip
         _, fields = self._kernel_tables(plan)
@@ -472,16 +474,24 @@ def _plan(
 
 def _kernels(backend: str, x: Tensor) -> Any:
     """The compiled kernels, or None where torch is to do it: on another device, or without numba."""
-    if backend == "torch" or (backend == "auto" and x.device.type != "cpu"):
+    if backend == "torch" or (backend == "auto" and not x.is_cpu):
         return None
+    if isinstance(kernels := _compiled(), ImportError):
+        if backend == "auto":
+            return None
+        raise ImportError('backend="numba" needs numba: pip install "vision-reproductions[deploy]"') from kernels
+    if not x.is_cpu:
+        raise ValueError(f'backend="numba" runs on the CPU, the input is on {x.device}')
+    return kernels
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    """`xnor_kernels`, or why it cannot be imported."""
     try:
         from common.quant import xnor_kernels
     except ImportError as error:
-        if backend == "auto":
-            return None
-        raise ImportError('backend="numba" needs numba: pip install "vision-reproductions[deploy]"') from error
-    if x.device.type != "cpu":
-        raise ValueError(f'backend="numba" runs on the CPU, the input is on {x.device}')
+        return error
     return xnor_kernels
 
 
@@ -500,8 +510,8 @@ def _words(signs: Tensor) -> Tensor:
 def _run(kernel: Any, total: int, microseconds: float, *fields: int) -> None:
     """A kernel of `xnor_kernels` on a job of `total` rows or blocks, in as many threads as torch has where that is worth it."""
     threads = torch.get_num_threads() if microseconds > GRAIN and os.getpid() == _PROCESS else 1
-    job = np.array([0, 1 if threads == 1 else min(total, PARTS * threads), total, *fields], np.int64)
-    at = job.ctypes.data
+    job = array("q", (0, 1 if threads == 1 else min(total, PARTS * threads), total, *fields))
+    at, _ = job.buffer_info()
     if threads == 1:
         kernel.ctypes(at)
     elif (team := _team()) is not None:
