@@ -228,6 +228,32 @@ def test_a_job_is_done_once_and_by_as_many_threads_as_it_is_worth(openmp, monkey
     assert len(forked.threads) == 1, "a forked process has no threads of OpenMP, and would wait for them"
 
 
+@pytest.mark.parametrize("backend", packed_conv.BACKENDS)
+def test_no_derivatives_are_kept(backend):
+    _, packed, _ = layer(*GEOMETRIES[0])
+    packed.backend = backend
+    if backend == "numba":
+        pytest.importorskip("numba", reason="extra `deploy` is not installed")
+    x = torch.randn(1, 64, 5, 5, requires_grad=True)
+    for image in (x, x.bfloat16()):
+        assert not packed(image).requires_grad
+        assert not packed(image, packed(image).requires_grad_()).requires_grad
+
+
+def test_both_passes_over_an_image_are_worth_threads_when_it_is_large(monkeypatch):
+    pytest.importorskip("numba", reason="extra `deploy` is not installed")
+    worth: list[bool] = []
+    monkeypatch.setattr(
+        packed_conv, "_run", lambda kernel, total, microseconds, *_: worth.append(microseconds > packed_conv.GRAIN)
+    )
+    _, packed, _ = layer(*GEOMETRIES[0])
+    packed(torch.randn(1, 64, 5, 5))
+    assert worth.pop(0) is False  # a pass over 1,600 floats is over before another thread is awake
+    worth.clear()
+    packed(torch.randn(1, 64, 112, 112))
+    assert worth == [True, True]
+
+
 def test_a_layer_is_loaded_moved_copied_and_changed_without_a_stale_table():
     plain, packed, _ = layer(*GEOMETRIES[0])
     _, other, _ = layer(*GEOMETRIES[0], seed=1)

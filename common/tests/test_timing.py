@@ -45,3 +45,12 @@ def test_rounds_end_with_the_time_but_not_before_the_third(monkeypatch):
     torch.set_num_threads(1)
     for seconds, rounds in ((0.0, 3), (0.3, 5), (9.0, 20)):
         assert timing.interleaved({"b": lambda: clock.call("b")}, seconds=seconds)["b"].rounds == rounds
+
+
+def test_a_call_below_the_resolution_of_the_clock_fills_a_block_all_the_same(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", clock)
+    torch.set_num_threads(1)
+    done: list[int] = []
+    assert timing.interleaved({"nothing": lambda: done.append(1)}, rounds=2, warmup=1)["nothing"].median == 0
+    assert len(done) == 2 + 2 * 2 * timing.MOST
